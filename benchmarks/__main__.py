@@ -1,0 +1,86 @@
+"""`python -m benchmarks [TOPIC ...]`: every topic in brief, as tables, in less than two minutes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks import topics
+from benchmarks.figures import as_json
+from benchmarks.harness import Effort
+from benchmarks.report import machine, table, verdict_table
+from benchmarks.targets import judge
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from benchmarks.figures import Comparison
+
+
+def _unary(effort: Effort) -> Iterator[Comparison]:
+    for place in _places():
+        yield topics.unary(effort, place)
+
+
+def _layer(effort: Effort) -> Iterator[Comparison]:
+    for place in _places():
+        yield topics.layer(effort, place)
+
+
+def _threads(effort: Effort) -> Iterator[Comparison]:
+    yield topics.threads(effort)
+
+
+def _pairs(effort: Effort) -> Iterator[Comparison]:
+    for count in topics.PAIR_COUNTS:
+        yield topics.pairs(effort, count)
+
+
+def _idle(_: Effort) -> Iterator[Comparison]:
+    yield topics.idle()
+
+
+def _places() -> list[str]:
+    cpus = len(os.sched_getaffinity(0))
+    return [place for place in topics.PLACES if topics.cpus_wanted(place) <= cpus]
+
+
+_TOPICS: dict[str, Callable[[Effort], Iterator[Comparison]]] = {
+    "unary": _unary,
+    "layer": _layer,
+    "threads": _threads,
+    "pairs": _pairs,
+    "idle": _idle,
+}
+
+
+def main() -> None:
+    """Measure the topics that were asked for and print what came out."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("topic", nargs="*", help=f"any of {', '.join(_TOPICS)}; all by default")
+    parser.add_argument("--runs", type=int, default=3, help="of each contender (default: 3)")
+    parser.add_argument("--seconds", type=float, default=0.3, help="of each run (default: 0.3)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
+    options = parser.parse_args()
+    unknown = set(options.topic) - set(_TOPICS)
+    if unknown:
+        parser.error(f"no such topic: {', '.join(sorted(unknown))}")
+    effort = Effort(options.runs, options.seconds)
+    print(machine())
+    comparisons = []
+    for name in options.topic or _TOPICS:
+        for comparison in _TOPICS[name](effort):
+            print(f"\n{table(comparison)}", flush=True)
+            comparisons.append(comparison)
+    verdicts = [verdict for comparison in comparisons for verdict in judge(comparison)]
+    print(f"\n{verdict_table(verdicts)}")
+    if options.json:
+        figures = {"machine": machine(), "comparisons": [*map(as_json, comparisons)]}
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

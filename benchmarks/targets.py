@@ -1,0 +1,87 @@
+"""The speeds that shmrpc is to reach, each a ratio of two contenders measured side by side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING
+
+from benchmarks.topics import FREE, ONE_CPU, PLACES, TWO_CPUS, pairs_case
+
+if TYPE_CHECKING:
+    from benchmarks.figures import Comparison
+
+
+@dataclass(frozen=True)
+class Target:
+    """`metric` of `numerator`, as a multiple of `denominator`'s unless that is None."""
+
+    topic: str
+    cases: tuple[str, ...] | None
+    subject: str
+    metric: str
+    numerator: str
+    denominator: str | None
+    bound: str
+    limit: float
+
+    @property
+    def text(self) -> str:
+        """Say what is divided by what."""
+        if self.denominator is None:
+            return f"{self.numerator} {self.metric}"
+        return f"{self.metric} of {self.numerator} / {self.denominator}"
+
+    @property
+    def unit(self) -> str:
+        """Say what the figures are in."""
+        return "x" if self.denominator else " " + self.metric.rpartition("_")[2]
+
+
+TARGETS = (
+    Target("unary", (FREE, TWO_CPUS), "shm", "p50_us", "shm", "floor", "<=", 1.6),
+    Target("unary", (TWO_CPUS,), "shm", "p50_us", "raw-uds", "shm", ">=", 10),
+    Target("unary", (ONE_CPU,), "shm", "calls_per_s", "shm", "raw-uds", ">=", 1.3),
+    Target("threads", None, "shm", "calls_per_s", "shm", "unix", ">=", 3),
+    Target("threads", None, "shm", "p99_us", "shm", None, "<", 1000),
+    Target("pairs", (pairs_case(4),), "shm", "calls_per_s", "shm", "raw-uds", ">=", 1.3),
+    Target("idle", None, "shm", "cpu_ms", "shm", None, "<", 10),
+    Target("layer", PLACES, "unix", "p50_us", "unix", "raw-uds", "<=", 1.5),
+)
+"""`cases` None: every case of the topic. `subject` is whose speed it is about."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A target beside what was measured: the median over the runs, and the runs themselves."""
+
+    target: Target
+    case: str
+    measured: float
+    runs: tuple[float, ...]
+
+    @property
+    def met(self) -> bool:
+        """Say whether the median reaches the target."""
+        if self.target.bound == ">=":
+            return self.measured >= self.target.limit
+        if self.target.bound == "<":
+            return self.measured < self.target.limit
+        return self.measured <= self.target.limit
+
+
+def judge(comparison: Comparison) -> list[Verdict]:
+    """Find the targets of a comparison and what became of them; those not measured are left out."""
+    verdicts = []
+    for target in TARGETS:
+        if target.topic != comparison.topic:
+            continue
+        if target.cases is not None and comparison.case not in target.cases:
+            continue
+        if target.denominator is None:
+            runs = comparison.values(target.numerator, target.metric)
+        else:
+            runs = comparison.ratios(target.numerator, target.denominator, target.metric)
+        if runs:
+            verdicts.append(Verdict(target, comparison.case, median(runs), tuple(runs)))
+    return verdicts

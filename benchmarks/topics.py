@@ -1,0 +1,77 @@
+"""What is compared: one function per topic, each giving a `Comparison` for targets.py to judge."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from benchmarks.figures import Comparison
+from benchmarks.harness import Crowd, Placement, compare, compare_quiet
+
+if TYPE_CHECKING:
+    from benchmarks.harness import Effort
+
+UNARY = ("floor", "shm", "unix", "tcp", "raw-uds", "raw-tcp", "mp-pipe")
+THREADS = ("shm", "unix", "raw-uds")
+PAIRS = ("shm", "raw-uds")
+IDLE = ("shm", "unix", "raw-uds")
+LAYER = ("unix", "raw-uds")
+
+FREE = "free"
+TWO_CPUS = "two CPUs"
+ONE_CPU = "one CPU"
+PLACES = (FREE, TWO_CPUS, ONE_CPU)
+
+PAIR_COUNTS = (1, 2, 4, 8)
+THREAD_COUNT = 8
+QUIET_SECONDS = 10.0
+
+
+def pairs_case(count: int) -> str:
+    """Name the case of so many pairs at once."""
+    return f"{count} at once"
+
+
+def _place(place: str) -> Placement:
+    """Turn a place into CPUs: the first and the last of those that we may use."""
+    cpus = sorted(os.sched_getaffinity(0))
+    if place == TWO_CPUS:
+        return Placement(client=(cpus[0],), server=(cpus[-1],))
+    if place == ONE_CPU:
+        return Placement(client=(cpus[0],), server=(cpus[0],))
+    return Placement()
+
+
+def cpus_wanted(place: str) -> int:
+    """Say how many CPUs a place needs to mean what it says."""
+    return 1 if place == ONE_CPU else 2
+
+
+def unary(effort: Effort, place: str) -> Comparison:
+    """Echo 64 bytes from one thread."""
+    return compare(Comparison("unary", place), UNARY, effort, _place(place), Crowd())
+
+
+def layer(effort: Effort, place: str) -> Comparison:
+    """Compare shmrpc over a Unix socket with the bare socket: what the RPC layer itself costs."""
+    return compare(Comparison("layer", place), LAYER, effort, _place(place), Crowd())
+
+
+def threads(effort: Effort) -> Comparison:
+    """Let threads share one client."""
+    case = f"{THREAD_COUNT} threads"
+    crowd = Crowd(threads=THREAD_COUNT)
+    return compare(Comparison("threads", case), THREADS, effort, Placement(), crowd)
+
+
+def pairs(effort: Effort, count: int) -> Comparison:
+    """Run so many client/server pairs at once, all on the same two CPUs."""
+    cpus = tuple(sorted(os.sched_getaffinity(0))[:2])
+    case = Comparison("pairs", pairs_case(count))
+    return compare(case, PAIRS, effort, Placement(cpus, cpus), Crowd(pairs=count))
+
+
+def idle(quiet_seconds: float = QUIET_SECONDS) -> Comparison:
+    """Connect, call for a moment and fall silent."""
+    case = Comparison("idle", f"{quiet_seconds:.0f} s of silence")
+    return compare_quiet(case, IDLE, quiet_seconds)

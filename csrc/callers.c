@@ -1,0 +1,577 @@
+/* callers.c - threads that wait for replies, sharing one poller without a reader thread.
+ *
+ *   thread                          state of its slot
+ *
+ *   register, send the request      WAITING
+ *   nobody leads?  lead: read for all until the own reply is in, hand the role on
+ *   somebody does? follow: sleep    SLEEPING -> DONE by the leader that read the reply
+ *                                            -> PROMOTED by a leader that leaves
+ *
+ * Rule 1: who gives up the role gives it, under the lock, to a slot whose thread is inside; so
+ *         there is never a waiting thread and nobody that reads.
+ * Rule 2: a slot that returns to Python (-EAGAIN, -EINTR, SHMRPC_EVENTS) stays registered but
+ *         neither leads nor can be promoted until shmrpc_wait.
+ */
+#define _GNU_SOURCE
+#include "poller.h"
+
+#include <errno.h>
+#include <limits.h>
+#include <linux/futex.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+/* ---- slots ---- */
+
+shmrpc_slot *shmrpc_slot_new(shmrpc_poller *poller, uint64_t conn_id)
+{
+    struct shmrpc_slot *slot = calloc(1, sizeof *slot);
+
+    if (slot == NULL)
+        return NULL;
+    slot->poller = poller;
+    slot->caller = conn_id != 0;
+    slot->base = malloc(SLOT_HEAD_BYTES + STREAM_FRAME_MAX);
+    poller_lock(poller);
+    poller->worker_threads += conn_id == 0;
+    slot->conn = conn_id != 0 ? poller_find(poller, conn_id) : NULL;
+    uint32_t index = 0;
+    while (index < poller->slot_capacity && poller->slots[index] != NULL)
+        index++;
+    if (index == poller->slot_capacity && index < SHMRPC_PYTHON_INDEX) {
+        uint32_t capacity = index == 0 ? 8 : index * 2;
+        struct shmrpc_slot **slots = realloc(poller->slots, capacity * sizeof *slots);
+        if (slots != NULL) {
+            memset(slots + index, 0, (capacity - index) * sizeof *slots);
+            poller->slots = slots;
+            poller->slot_capacity = capacity;
+        }
+    }
+    bool usable = slot->base != NULL && index < poller->slot_capacity &&
+                  index < SHMRPC_PYTHON_INDEX && (conn_id == 0) == (slot->conn == NULL);
+    if (usable) {
+        slot->index = index;
+        poller->slots[index] = slot;
+    } else {
+        poller->worker_threads -= conn_id == 0;
+    }
+    poller_unlock(poller);
+    if (usable)
+        return slot;
+    free(slot->base);
+    free(slot);
+    return NULL;
+}
+
+void shmrpc_slot_free(shmrpc_slot *slot)
+{
+    shmrpc_abandon(slot); /* an interrupted call may still be registered */
+    poller_lock(slot->poller);
+    slot->poller->slots[slot->index] = NULL;
+    slot->poller->worker_threads -= slot->caller ? 0 : 1;
+    poller_unlock(slot->poller);
+    free(slot->large);
+    free(slot->base);
+    free(slot);
+}
+
+shmrpc_message *shmrpc_slot_message(shmrpc_slot *slot)
+{
+    return &slot->message;
+}
+
+uint8_t *shmrpc_slot_view(shmrpc_slot *slot)
+{
+    return slot->base + SLOT_HEAD_BYTES;
+}
+
+uint64_t shmrpc_slot_view_bytes(shmrpc_slot *slot)
+{
+    (void)slot;
+    return STREAM_FRAME_MAX;
+}
+
+bool slot_in_view(const struct shmrpc_slot *slot)
+{
+    return slot->message.body == slot->base + SLOT_HEAD_BYTES;
+}
+
+/* ---- receiving into a slot ---- */
+
+uint64_t deadline_after(int64_t timeout_ns)
+{
+    if (timeout_ns < 0)
+        return 0;
+    uint64_t deadline = clock_now_ns() + (uint64_t)timeout_ns;
+    return deadline != 0 ? deadline : 1;
+}
+
+void message_from_header(shmrpc_message *message, const struct conn *conn,
+                         const struct frame_header *header)
+{
+    bool named = header->kind == SHMRPC_REQUEST || header->kind == SHMRPC_NOTIFY;
+    uint64_t deadline = header->deadline_ns;
+
+    if (deadline != 0 && conn->relative_deadlines)
+        deadline = deadline_after(deadline < INT64_MAX / 2 ? (int64_t)deadline : INT64_MAX / 2);
+    *message = (shmrpc_message){
+        .call_id = header->call_id,
+        .conn_id = conn->id,
+        .deadline_ns = deadline,
+        .body_bytes = header->total_bytes - header->metadata_bytes -
+                      (named ? header->method_bytes : 0u),
+        .kind = header->kind,
+        .flags = header->flags,
+        .status = named ? 0 : header->method_bytes,
+        .method_bytes = named ? header->method_bytes : 0,
+        .metadata_bytes = header->metadata_bytes,
+        .method = -1,
+    };
+}
+
+static void set_payload(shmrpc_message *message, const uint8_t *payload)
+{
+    message->head = payload;
+    message->body = payload + message->method_bytes + message->metadata_bytes;
+}
+
+int slot_receive(struct shmrpc_slot *slot, struct conn *conn, const struct frame_header *header)
+{
+    message_from_header(&slot->message, conn, header);
+    free(slot->large);
+    slot->large = NULL;
+    uint64_t head_bytes =
+        (uint64_t)slot->message.method_bytes + slot->message.metadata_bytes;
+
+    if (head_bytes <= SLOT_HEAD_BYTES && slot->message.body_bytes <= STREAM_FRAME_MAX) {
+        uint8_t *payload = slot->base + SLOT_HEAD_BYTES - head_bytes;
+        conn_read(conn, header->total_bytes, payload);
+        set_payload(&slot->message, payload);
+        return 0;
+    }
+    slot->large = conn_take_payload(conn);
+    if (slot->large == NULL) {
+        slot->large = malloc(header->total_bytes);
+        if (slot->large == NULL)
+            return -ENOMEM;
+        conn_read(conn, header->total_bytes, slot->large);
+    }
+    set_payload(&slot->message, slot->large);
+    return 0;
+}
+
+void slot_take(struct shmrpc_slot *slot, struct stored *stored)
+{
+    free(slot->large);
+    slot->large = stored->payload;
+    stored->payload = NULL;
+    slot->message = stored->message;
+    set_payload(&slot->message, slot->large);
+}
+
+/* ---- sleeping and waking ---- */
+
+static long futex(atomic_u32 *word, int operation, uint32_t value, const struct timespec *until)
+{
+    return syscall(SYS_futex, word, operation | FUTEX_PRIVATE_FLAG, value, until, NULL,
+                   FUTEX_BITSET_MATCH_ANY);
+}
+
+int slot_sleep(struct shmrpc_slot *slot, uint64_t deadline_ns)
+{
+    struct timespec until = {.tv_sec = (time_t)(deadline_ns / 1000000000u),
+                             .tv_nsec = (long)(deadline_ns % 1000000000u)};
+
+    while (load_acquire32(&slot->state) == SLOT_SLEEPING) {
+        long status = futex(&slot->state, FUTEX_WAIT_BITSET, SLOT_SLEEPING,
+                            deadline_ns != 0 ? &until : NULL);
+        if (status < 0 && (errno == ETIMEDOUT || errno == EINTR))
+            return -errno;
+    }
+    return 0;
+}
+
+void slot_wake(struct shmrpc_slot *slot, uint32_t state)
+{
+    if (exchange32(&slot->state, state) == SLOT_SLEEPING)
+        futex(&slot->state, FUTEX_WAKE, 1, NULL);
+}
+
+void slot_finish(struct shmrpc_slot *slot, int64_t result)
+{
+    slot->result = result;
+    slot_wake(slot, SLOT_DONE);
+}
+
+/* ---- what the leader does for the others ---- */
+
+static int64_t reply_result(const struct shmrpc_slot *slot)
+{
+    const shmrpc_message *message = &slot->message;
+
+    if (message->status == STATUS_OK && message->metadata_bytes == 0 && slot_in_view(slot))
+        return (int64_t)message->body_bytes;
+    return SHMRPC_MESSAGE;
+}
+
+static int reply_event(struct shmrpc_poller *poller, struct conn *conn,
+                       const struct frame_header *header)
+{
+    shmrpc_message message;
+    uint8_t *payload = conn_take_payload(conn);
+
+    if (payload == NULL) {
+        payload = malloc(header->total_bytes + 1u);
+        if (payload == NULL)
+            return -ENOMEM;
+        conn_read(conn, header->total_bytes, payload);
+    }
+    message_from_header(&message, conn, header);
+    return poller_add_event(poller, conn, &message, payload);
+}
+
+int callers_reply(struct shmrpc_poller *poller, struct conn *conn,
+                  const struct frame_header *header)
+{
+    uint32_t index = (uint32_t)(header->call_id & 0xffff);
+    int status = 0;
+
+    poller_lock(poller);
+    struct shmrpc_slot *slot = index < poller->slot_capacity ? poller->slots[index] : NULL;
+    if (index == SHMRPC_PYTHON_INDEX) {
+        status = reply_event(poller, conn, header);
+    } else if (slot != NULL && slot->goal == GOAL_REPLY && slot->conn == conn &&
+               slot->call_id == header->call_id) {
+        status = slot_receive(slot, conn, header);
+        slot->call_id = 0;
+        slot_finish(slot, status == 0 ? reply_result(slot) : status);
+        status = 0;
+    } else {
+        count_add(&poller->counters.late_replies, 1);
+    }
+    poller_unlock(poller);
+    conn_finish(conn, header->length, &poller->bells);
+    return status;
+}
+
+void callers_lost(struct shmrpc_poller *poller, struct conn *conn, int error)
+{
+    for (uint32_t i = 0; i < poller->slot_capacity; i++) {
+        struct shmrpc_slot *slot = poller->slots[i];
+        if (slot == NULL || slot->conn != conn ||
+            (slot->goal != GOAL_ROOM && (slot->goal != GOAL_REPLY || slot->call_id == 0)))
+            continue;
+        slot->message.outcome = conn_outcome(conn, slot->call_id, slot->position);
+        slot->call_id = 0;
+        slot_finish(slot, -error);
+    }
+}
+
+void callers_room(struct shmrpc_poller *poller, const struct conn *conn)
+{
+    poller_lock(poller);
+    for (uint32_t i = 0; i < poller->slot_capacity; i++) {
+        struct shmrpc_slot *slot = poller->slots[i];
+        if (slot != NULL && slot->goal == GOAL_ROOM && slot->conn == conn)
+            slot_finish(slot, 0);
+    }
+    poller_unlock(poller);
+}
+
+/* ---- leading and following ---- */
+
+/* With the lock held: come in, and take the role if nobody has it. */
+static bool enter(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
+{
+    slot->inside = true;
+    poller->inside++;
+    if (poller->leader != NULL)
+        return false;
+    poller->leader = slot;
+    return true;
+}
+
+/* With the lock held: go out, and hand the role on to a thread that is still inside. */
+static void leave(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
+{
+    slot->inside = false;
+    poller->inside--;
+    if (poller->leader != slot)
+        return;
+    poller->leader = NULL;
+    if (poller->inside == 0)
+        return;
+    for (uint32_t i = 1; i < poller->slot_capacity; i++) {
+        struct shmrpc_slot *next = poller->slots[(slot->index + i) % poller->slot_capacity];
+        if (next == NULL || !next->inside || load_acquire32(&next->state) == SLOT_DONE)
+            continue;
+        poller->leader = next;
+        slot_wake(next, SLOT_PROMOTED);
+        return;
+    }
+}
+
+enum { FOLLOWER_STEPS = 4 }; /* yields before a follower sleeps: its reply is often that near */
+
+/* Wait for the leader: 0 when the state has changed, or -errno. */
+static int64_t follow(struct shmrpc_slot *slot)
+{
+    for (uint32_t step = 0; step < FOLLOWER_STEPS; step++) {
+        if (load_acquire32(&slot->state) != SLOT_WAITING)
+            return 0;
+        spin_step(step, true);
+    }
+    if (poller_must_check_signals(slot))
+        return -EAGAIN;
+    if (!compare_exchange32(&slot->state, SLOT_WAITING, SLOT_SLEEPING))
+        return 0;
+    int status = slot_sleep(slot, slot->deadline_ns);
+    if (status < 0 && compare_exchange32(&slot->state, SLOT_SLEEPING, SLOT_WAITING))
+        return status;
+    return 0;
+}
+
+static int64_t wait_inside(struct shmrpc_poller *poller, struct shmrpc_slot *slot, bool leads)
+{
+    for (;;) {
+        if (leads) {
+            if (slot->conn != NULL && load_relaxed(&slot->conn->error) == 0)
+                poller_heat(poller, slot->conn); /* a reply is on its way: poll from the start */
+            return poller_lead(poller, slot);
+        }
+        int64_t status = follow(slot);
+        if (status < 0)
+            return status;
+        if (load_acquire32(&slot->state) == SLOT_DONE)
+            return slot->result;
+        leads = compare_exchange32(&slot->state, SLOT_PROMOTED, SLOT_WAITING);
+    }
+}
+
+static bool goes_on(int64_t result)
+{
+    return result == -EAGAIN || result == -EINTR || result == SHMRPC_EVENTS;
+}
+
+/* Wait until the slot's goal is met. */
+static int64_t wait_goal(struct shmrpc_poller *poller, struct shmrpc_slot *slot, bool leads)
+{
+    int64_t result = wait_inside(poller, slot, leads);
+    struct outgoing cancel = {.header = {.kind = SHMRPC_CANCEL}};
+    uint64_t position;
+
+    poller_lock(poller);
+    leave(poller, slot);
+    if (load_acquire32(&slot->state) == SLOT_DONE)
+        result = slot->result; /* it came while we gave up */
+    else
+        store_release32(&slot->state, SLOT_WAITING); /* also if promoted: leave handed that on */
+    if (result == -ETIMEDOUT && slot->goal == GOAL_REPLY)
+        cancel.header.call_id = slot->call_id;
+    if (!goes_on(result) || slot->goal == GOAL_EVENTS) {
+        slot->goal = GOAL_NONE;
+        slot->call_id = 0;
+    }
+    poller_unlock(poller);
+    if (cancel.header.call_id != 0)
+        poller_send(poller, slot->conn, &cancel, &position);
+    return result;
+}
+
+/* With the lock held: the slot waits from now on. */
+static void begin(struct shmrpc_slot *slot, enum slot_goal goal, uint64_t deadline_ns)
+{
+    slot->goal = goal;
+    slot->deadline_ns = deadline_ns;
+    slot->may_sleep = false;
+    store_release32(&slot->state, SLOT_WAITING);
+}
+
+/* ---- calls ---- */
+
+int poller_send(struct shmrpc_poller *poller, struct conn *conn, struct outgoing *message,
+                uint64_t *position)
+{
+    uint64_t bells = 0;
+    int status = conn_send(conn, message, position, &bells);
+
+    count_add(&poller->counters.wakeups_sent, bells);
+    if (status == 0 && load_relaxed(&poller->room_waiters) != 0)
+        callers_room(poller, conn);
+    if (status == -EPIPE || status == -EPROTO)
+        shutdown(conn->control_fd, SHUT_RDWR); /* the leader will see it and end the conn */
+    return status;
+}
+
+static void set_deadline(struct outgoing *message, const struct conn *conn, uint64_t deadline_ns)
+{
+    if (deadline_ns != 0 && conn->relative_deadlines) {
+        uint64_t now = clock_now_ns();
+        deadline_ns = deadline_ns > now ? deadline_ns - now : 1;
+    }
+    message->header.deadline_ns = deadline_ns;
+}
+
+int64_t shmrpc_call_with(shmrpc_slot *slot, const shmrpc_name *name, uint32_t flags,
+                         const char *metadata, size_t metadata_bytes, const char *body,
+                         size_t body_bytes, int64_t timeout_ns)
+{
+    struct shmrpc_poller *poller = slot->poller;
+    struct outgoing message = {
+        .header = {.kind = SHMRPC_REQUEST,
+                   .flags = (uint8_t)flags,
+                   .method_bytes = (uint16_t)name->bytes,
+                   .metadata_bytes = (uint32_t)metadata_bytes},
+        .parts = {{(void *)(uintptr_t)name->text, name->bytes},
+                  {(void *)(uintptr_t)metadata, metadata_bytes},
+                  {(void *)(uintptr_t)body, body_bytes}},
+    };
+
+    poller_lock(poller);
+    begin(slot, GOAL_REPLY, deadline_after(timeout_ns));
+    slot->position = UINT64_MAX; /* not sent */
+    slot->call_id = ++poller->call_sequence << 16 | slot->index;
+    message.header.call_id = slot->call_id;
+    bool leads = enter(poller, slot);
+    poller_unlock(poller);
+
+    if (slot->deadline_ns != 0)
+        set_deadline(&message, slot->conn, slot->deadline_ns);
+    int status = poller_send(poller, slot->conn, &message, &slot->position);
+    if (status >= 0)
+        return wait_goal(poller, slot, leads);
+
+    poller_lock(poller);
+    leave(poller, slot);
+    slot->goal = GOAL_NONE;
+    slot->call_id = 0;
+    slot->message.outcome = SHMRPC_NOT_SENT;
+    poller_unlock(poller);
+    return status;
+}
+
+int64_t shmrpc_call(shmrpc_slot *slot, const shmrpc_name *name, const char *body,
+                    size_t body_bytes, int64_t timeout_ns)
+{
+    return shmrpc_call_with(slot, name, 0, NULL, 0, body, body_bytes, timeout_ns);
+}
+
+int64_t shmrpc_wait(shmrpc_slot *slot)
+{
+    struct shmrpc_poller *poller = slot->poller;
+
+    poller_lock(poller);
+    slot->may_sleep = true;
+    bool leads = enter(poller, slot);
+    poller_unlock(poller);
+    return wait_goal(poller, slot, leads);
+}
+
+void shmrpc_abandon(shmrpc_slot *slot)
+{
+    struct shmrpc_poller *poller = slot->poller;
+    struct outgoing message = {.header = {.kind = SHMRPC_CANCEL}};
+    uint64_t position;
+
+    poller_lock(poller);
+    if (slot->goal == GOAL_REPLY)
+        message.header.call_id = slot->call_id;
+    slot->goal = GOAL_NONE;
+    if (slot->caller)
+        slot->call_id = 0;
+    poller_unlock(poller);
+    if (message.header.call_id != 0)
+        poller_send(poller, slot->conn, &message, &position);
+}
+
+int shmrpc_send(shmrpc_slot *slot, uint32_t kind, uint32_t flags, uint64_t call_id,
+                const shmrpc_name *name, uint32_t status, const char *metadata,
+                size_t metadata_bytes, const char *body, size_t body_bytes, uint64_t deadline_ns,
+                uint64_t *position)
+{
+    uint32_t name_bytes = name != NULL ? name->bytes : 0;
+    struct outgoing message = {
+        .header = {.kind = (uint8_t)kind,
+                   .flags = (uint8_t)flags,
+                   .method_bytes = (uint16_t)(name != NULL ? name_bytes : status),
+                   .call_id = call_id,
+                   .metadata_bytes = (uint32_t)metadata_bytes},
+        .parts = {{name != NULL ? (void *)(uintptr_t)name->text : NULL, name_bytes},
+                  {(void *)(uintptr_t)metadata, metadata_bytes},
+                  {(void *)(uintptr_t)body, body_bytes}},
+    };
+
+    set_deadline(&message, slot->conn, deadline_ns);
+    return poller_send(slot->poller, slot->conn, &message, position);
+}
+
+int64_t shmrpc_flush(shmrpc_slot *slot, int64_t timeout_ns)
+{
+    struct shmrpc_poller *poller = slot->poller;
+
+    poller_lock(poller);
+    begin(slot, GOAL_ROOM, deadline_after(timeout_ns));
+    store_relaxed(&poller->room_waiters, 1); /* stays set: flushing is rare, asking is not */
+    bool leads = enter(poller, slot);
+    poller_unlock(poller);
+    if (load_relaxed(&slot->conn->outbox_bytes) == 0) {
+        poller_lock(poller);
+        slot_finish(slot, -(int64_t)load_relaxed(&slot->conn->error));
+        poller_unlock(poller);
+    }
+    return wait_goal(poller, slot, leads);
+}
+
+int64_t shmrpc_wait_events(shmrpc_slot *slot, int64_t timeout_ns)
+{
+    struct shmrpc_poller *poller = slot->poller;
+
+    poller_lock(poller);
+    if (slot->poked) {
+        slot->poked = false;
+        poller_unlock(poller);
+        return 0;
+    }
+    begin(slot, GOAL_EVENTS, deadline_after(timeout_ns));
+    slot->may_sleep = slot->checked_signals;
+    slot->checked_signals = false;
+    bool leads = enter(poller, slot);
+    poller_unlock(poller);
+    int64_t result = wait_goal(poller, slot, leads);
+    slot->checked_signals = result == -EAGAIN;
+    return result;
+}
+
+void shmrpc_poke(shmrpc_slot *slot)
+{
+    struct shmrpc_poller *poller = slot->poller;
+
+    poller_lock(poller);
+    if (slot->goal != GOAL_EVENTS) {
+        slot->poked = true; /* it is out in Python: its next wait ends at once */
+    } else {
+        slot_finish(slot, 0);
+        if (poller->leader == slot)
+            poller_kick(poller);
+    }
+    poller_unlock(poller);
+}
+
+int shmrpc_take(shmrpc_slot *slot)
+{
+    struct shmrpc_poller *poller = slot->poller;
+
+    poller_lock(poller);
+    struct stored *stored = stored_pop(&poller->events);
+    if (stored != NULL) {
+        store_relaxed(&poller->event_count, load_relaxed(&poller->event_count) - 1);
+        slot_take(slot, stored);
+        stored_free(poller, stored);
+    }
+    poller_unlock(poller);
+    return stored != NULL;
+}

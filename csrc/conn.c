@@ -1,0 +1,505 @@
+/* conn.c - see conn.h. */
+#include "conn.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <unistd.h>
+
+#include "segment.h"
+
+void *shmrpc_segment_map(int fd, uint32_t ring_bytes)
+{
+    struct segment_shm *segment;
+    int status = segment_map_own(fd, ring_bytes, &segment);
+
+    if (status == 0)
+        return segment;
+    errno = -status;
+    return NULL;
+}
+
+void shmrpc_segment_unmap(void *segment, uint32_t ring_bytes)
+{
+    segment_unmap(segment, ring_bytes);
+}
+
+static void close_fd(int fd)
+{
+    if (fd >= 0)
+        close(fd);
+}
+
+/* ---- making and ending ---- */
+
+static int init_shm(struct conn *conn, const shmrpc_conn_options *options)
+{
+    struct segment_shm *own = options->own_segment;
+    const struct segment_shm *peer;
+    int status = segment_map_peer(options->peer_segment_fd, options->peer_ring_bytes,
+                                  options->peer_trusted != 0, &peer);
+
+    if (status < 0)
+        return status;
+    ring_producer_init(&conn->producer, own, peer, options->own_ring_bytes);
+    ring_consumer_init(&conn->consumer, own, peer, options->peer_ring_bytes);
+    conn->wake.own = own;
+    conn->wake.peer = peer;
+    conn->wake.epoch = 1; /* segment_map_own has left it armed */
+    conn->wake.bell_socket = options->peer_bell_fd < 0;
+    conn->wake.peer_bell = conn->wake.bell_socket ? options->control_fd : options->peer_bell_fd;
+    conn->frame_max = ring_frame_max(options->own_ring_bytes);
+    return 0;
+}
+
+static bool ring_size_valid(uint32_t bytes)
+{
+    return bytes >= RING_BYTES_MIN && bytes <= RING_BYTES_MAX && (bytes & (bytes - 1)) == 0;
+}
+
+int conn_init(struct conn *conn, const shmrpc_conn_options *options, int epoll_fd)
+{
+    int status;
+
+    *conn = (struct conn){
+        .is_shm = options->own_segment != NULL,
+        .control_fd = options->control_fd,
+        .own_bell_fd = options->own_bell_fd,
+        .own_ring_bytes = options->own_ring_bytes,
+        .peer_ring_bytes = options->peer_ring_bytes,
+        .max_message_bytes = options->max_message_bytes,
+        .peer_max_message_bytes = options->peer_max_message_bytes,
+        .relative_deadlines = options->relative_deadlines != 0,
+        .frame_max = STREAM_FRAME_MAX,
+        .epoll_fd = epoll_fd,
+        .references = 1,
+    };
+    if (conn->is_shm) {
+        if (!ring_size_valid(conn->own_ring_bytes) || !ring_size_valid(conn->peer_ring_bytes))
+            return -EINVAL;
+        status = init_shm(conn, options);
+    } else {
+        status = stream_init(&conn->stream, options->control_fd);
+    }
+    if (status < 0)
+        return status;
+    pthread_mutex_init(&conn->send_lock, NULL);
+    return 0;
+}
+
+void conn_destroy(struct conn *conn)
+{
+    close_fd(conn->own_bell_fd);
+    if (conn->is_shm && !conn->wake.bell_socket)
+        close_fd(conn->wake.peer_bell);
+    close_fd(conn->control_fd);
+    if (conn->is_shm)
+        segment_unmap(conn->wake.own, conn->own_ring_bytes);
+    conn_abandon(conn);
+}
+
+void conn_abandon(struct conn *conn)
+{
+    if (conn->is_shm)
+        segment_unmap(conn->wake.peer, conn->peer_ring_bytes);
+    stream_free(&conn->stream);
+    free(conn->outbox.frames);
+    free(conn->partial.payload);
+    pthread_mutex_destroy(&conn->send_lock);
+}
+
+/* ---- sending ---- */
+
+static int link_push(struct conn *conn, const struct frame_header *header,
+                     const struct iovec *parts, int part_count)
+{
+    int status = conn->is_shm ? ring_push(&conn->producer, header, parts, part_count)
+                              : stream_push(&conn->stream, header, parts, part_count);
+
+    if (status == 0)
+        conn->pushed += frame_span(header->length);
+    return status;
+}
+
+/* One frame of a message: the bytes [offset, offset + header.length) of its joined parts. */
+struct piece {
+    struct frame_header header;
+    struct iovec parts[3];
+    int part_count;
+};
+
+static void cut_piece(const struct conn *conn, const struct outgoing *message, uint32_t offset,
+                      struct piece *piece)
+{
+    uint32_t left = message->header.total_bytes - offset;
+    size_t skip = offset;
+    size_t count = left < conn->frame_max ? left : conn->frame_max;
+
+    piece->header = message->header;
+    piece->header.length = (uint32_t)count;
+    if (count < left)
+        piece->header.flags |= SHMRPC_FLAG_MORE;
+    if (offset != 0)
+        piece->header.kind = SHMRPC_CONTINUE;
+    piece->part_count = 0;
+    for (int i = 0; i < 3 && count != 0; i++) {
+        size_t length = message->parts[i].iov_len;
+        if (skip >= length) {
+            skip -= length;
+            continue;
+        }
+        length = length - skip < count ? length - skip : count;
+        piece->parts[piece->part_count++] =
+            (struct iovec){(uint8_t *)message->parts[i].iov_base + skip, length};
+        count -= length;
+        skip = 0;
+    }
+}
+
+static int outbox_reserve(struct outbox *outbox, size_t bytes)
+{
+    if (outbox->start != 0) {
+        memmove(outbox->frames, outbox->frames + outbox->start, outbox->end - outbox->start);
+        outbox->end -= outbox->start;
+        outbox->start = 0;
+    }
+    if (outbox->capacity - outbox->end >= bytes)
+        return 0;
+    size_t capacity = outbox->end + bytes;
+    capacity += capacity / 2 < (1u << 20) ? capacity / 2 : 1u << 20;
+    uint8_t *frames = realloc(outbox->frames, capacity);
+    if (frames == NULL)
+        return -ENOMEM;
+    outbox->frames = frames;
+    outbox->capacity = capacity;
+    return 0;
+}
+
+static void outbox_append(struct outbox *outbox, const struct piece *piece)
+{
+    memcpy(outbox->frames + outbox->end, &piece->header, FRAME_HEADER_BYTES);
+    outbox->end += FRAME_HEADER_BYTES;
+    for (int i = 0; i < piece->part_count; i++) {
+        memcpy(outbox->frames + outbox->end, piece->parts[i].iov_base, piece->parts[i].iov_len);
+        outbox->end += piece->parts[i].iov_len;
+    }
+    outbox->span += frame_span(piece->header.length);
+}
+
+/* Push frames of the outbox until it is empty or the link is full: 0, -EAGAIN, -EPIPE, -EPROTO. */
+static int outbox_push(struct conn *conn)
+{
+    struct outbox *outbox = &conn->outbox;
+    int status = conn->is_shm ? 0 : stream_flush(&conn->stream);
+
+    while (status == 0 && outbox->start != outbox->end) {
+        struct frame_header header;
+        memcpy(&header, outbox->frames + outbox->start, FRAME_HEADER_BYTES);
+        struct iovec payload = {outbox->frames + outbox->start + FRAME_HEADER_BYTES,
+                                header.length};
+        status = link_push(conn, &header, &payload, 1);
+        if (status == 0) {
+            outbox->start += FRAME_HEADER_BYTES + header.length;
+            outbox->span -= frame_span(header.length);
+        }
+    }
+    if (outbox->start == outbox->end && outbox->capacity != 0) {
+        free(outbox->frames);
+        *outbox = (struct outbox){0};
+    }
+    return status;
+}
+
+static bool output_waits(const struct conn *conn)
+{
+    return conn->outbox.start != conn->outbox.end ||
+           (!conn->is_shm && conn->stream.out_start != conn->stream.out_end);
+}
+
+/* Be told when there is room again: by the peer's bell, or by epoll. */
+static void want_room(struct conn *conn, bool want)
+{
+    if (conn->is_shm) {
+        if (want) /* A quarter of the ring: enough for the longest frame, and few bells a megabyte. */
+            wake_want_space(&conn->wake, conn->producer.head + conn->producer.bytes / 4);
+        else
+            wake_got_space(&conn->wake);
+    } else if (want != conn->wants_room) {
+        struct epoll_event event = {
+            .events = EPOLLIN | EPOLLRDHUP | (want ? (uint32_t)EPOLLOUT : 0),
+            .data.u64 = conn->id,
+        };
+        epoll_ctl(conn->epoll_fd, EPOLL_CTL_MOD, conn->control_fd, &event);
+    }
+    conn->wants_room = want;
+}
+
+/* Push what waits; if the link is full, arrange for a wake-up and look once more, because room
+ * that came in between rings nobody (fence H). 0, -EPIPE or -EPROTO. */
+static int push_waiting(struct conn *conn)
+{
+    int status = outbox_push(conn);
+
+    if (status == -EAGAIN) {
+        want_room(conn, true);
+        status = outbox_push(conn);
+    }
+    if (status == 0 && conn->wants_room)
+        want_room(conn, false);
+    store_relaxed(&conn->outbox_bytes, conn->outbox.end - conn->outbox.start +
+                                           (conn->stream.out_end - conn->stream.out_start));
+    return status == -EAGAIN ? 0 : status;
+}
+
+int conn_flush(struct conn *conn, uint64_t *bells)
+{
+    pthread_mutex_lock(&conn->send_lock);
+    uint64_t pushed = conn->pushed;
+    int status = output_waits(conn) ? push_waiting(conn) : 0;
+    pushed = conn->pushed - pushed;
+    pthread_mutex_unlock(&conn->send_lock);
+    if (pushed != 0 && conn->is_shm)
+        *bells += (uint64_t)wake_peer_for_data(&conn->wake);
+    return status;
+}
+
+/* Push pieces until one does not fit, queue the rest: all or nothing of it, so that a message is
+ * never cut short for want of memory. */
+static int send_pieces(struct conn *conn, const struct outgoing *message)
+{
+    const uint32_t total = message->header.total_bytes;
+    uint32_t offset = 0;
+    int status = conn->outbox.start == conn->outbox.end ? 0 : -EAGAIN;
+    struct piece piece;
+    bool whole = false;
+
+    while (status == 0 && !whole) {
+        cut_piece(conn, message, offset, &piece);
+        status = link_push(conn, &piece.header, piece.parts, piece.part_count);
+        if (status == 0)
+            offset += piece.header.length;
+        whole = status == 0 && offset == total;
+    }
+    if (status != -EAGAIN)
+        return status;
+    size_t pieces = (total - offset) / conn->frame_max + 1;
+    status = outbox_reserve(&conn->outbox, total - offset + pieces * FRAME_HEADER_BYTES);
+    if (status < 0)
+        return status; /* with offset != 0 the connection is of no use any more: conn_send */
+    do {
+        cut_piece(conn, message, offset, &piece);
+        outbox_append(&conn->outbox, &piece);
+        offset += piece.header.length;
+    } while (offset < total);
+    return push_waiting(conn);
+}
+
+/* Bytes of ring that the last frame of a message takes. */
+static uint64_t last_span(const struct conn *conn, uint32_t total)
+{
+    uint32_t rest = total % conn->frame_max;
+
+    return frame_span(rest == 0 && total != 0 ? conn->frame_max : rest);
+}
+
+int conn_send(struct conn *conn, struct outgoing *message, uint64_t *position, uint64_t *bells)
+{
+    size_t total = 0;
+    int status;
+
+    for (int i = 0; i < 3; i++)
+        total += message->parts[i].iov_len;
+    if (total > conn->peer_max_message_bytes)
+        return -EMSGSIZE;
+    message->header.total_bytes = (uint32_t)total;
+
+    pthread_mutex_lock(&conn->send_lock);
+    uint64_t pushed = conn->pushed;
+    status = -(int)load_relaxed(&conn->error);
+    if (status == 0)
+        status = send_pieces(conn, message);
+    /* The last frame's start, or that of the whole message when it is only one frame. */
+    *position = conn->pushed + conn->outbox.span - last_span(conn, (uint32_t)total);
+    pushed = conn->pushed - pushed;
+    bool waits = output_waits(conn);
+    if (waits)
+        store_relaxed(&conn->outbox_bytes, conn->outbox.end - conn->outbox.start +
+                                               (conn->stream.out_end - conn->stream.out_start));
+    if (status == -ENOMEM && pushed != 0)
+        status = -EPIPE; /* the peer has half a message: only closing is left */
+    pthread_mutex_unlock(&conn->send_lock);
+    if (pushed != 0 && conn->is_shm)
+        *bells += (uint64_t)wake_peer_for_data(&conn->wake);
+    return status < 0 ? status : waits;
+}
+
+/* ---- receiving ---- */
+
+static int link_peek(struct conn *conn, struct frame_header *header)
+{
+    if (conn->is_shm)
+        return ring_peek(&conn->consumer, header);
+    return stream_peek(&conn->stream, header);
+}
+
+static void link_read(const struct conn *conn, void *destination, uint64_t count)
+{
+    if (conn->is_shm)
+        ring_read(&conn->consumer, 0, destination, count);
+    else
+        stream_read(&conn->stream, 0, destination, count);
+}
+
+static void link_release(struct conn *conn, uint32_t length, uint64_t *bells)
+{
+    if (!conn->is_shm) {
+        stream_release(&conn->stream, length);
+        return;
+    }
+    ring_release(&conn->consumer, length);
+    *bells += (uint64_t)wake_peer_for_space(&conn->wake, conn->consumer.head);
+}
+
+/* What a first frame may say. Its length is checked against the ring already. */
+static int check_first(const struct conn *conn, const struct frame_header *header)
+{
+    bool request = header->kind == SHMRPC_REQUEST || header->kind == SHMRPC_NOTIFY;
+    uint64_t head = (uint64_t)header->metadata_bytes + (request ? header->method_bytes : 0);
+    bool more = (header->flags & SHMRPC_FLAG_MORE) != 0;
+
+    if (header->kind == SHMRPC_CONTINUE || (header->flags & ~SHMRPC_FLAG_ALL) != 0)
+        return -EPROTO;
+    if (header->total_bytes > conn->max_message_bytes || head > header->total_bytes)
+        return -EPROTO;
+    if (request && (header->method_bytes == 0 || header->method_bytes > SHMRPC_METHOD_MAX))
+        return -EPROTO;
+    if (more ? header->length >= header->total_bytes : header->length != header->total_bytes)
+        return -EPROTO;
+    return more && header->length == 0 ? -EPROTO : 0;
+}
+
+/* Memory grows with what has arrived, not with what the first frame announces. */
+static int append_piece(struct conn *conn, uint32_t length)
+{
+    struct partial *partial = &conn->partial;
+    uint32_t needed = partial->received + length;
+
+    if (needed > partial->capacity) {
+        uint64_t capacity = partial->capacity == 0 ? needed * 2ull : partial->capacity * 2ull;
+        if (capacity < needed)
+            capacity = needed;
+        if (capacity > partial->header.total_bytes)
+            capacity = partial->header.total_bytes;
+        uint8_t *payload = realloc(partial->payload, capacity);
+        if (payload == NULL)
+            return -ENOMEM;
+        partial->payload = payload;
+        partial->capacity = (uint32_t)capacity;
+    }
+    link_read(conn, partial->payload + partial->received, length);
+    partial->received += length;
+    return 0;
+}
+
+/* Take one piece; 1 when it was the last. */
+static int take_piece(struct conn *conn, const struct frame_header *header, uint64_t *bells)
+{
+    struct partial *partial = &conn->partial;
+    bool more = (header->flags & SHMRPC_FLAG_MORE) != 0;
+
+    if (partial->received == 0) {
+        partial->header = *header;
+    } else {
+        if (header->kind != SHMRPC_CONTINUE || header->call_id != partial->header.call_id ||
+            header->length == 0 || (header->flags & ~SHMRPC_FLAG_ALL) != 0)
+            return -EPROTO;
+    }
+    uint32_t left = partial->header.total_bytes - partial->received;
+    if (more ? header->length >= left : header->length != left)
+        return -EPROTO;
+    int status = append_piece(conn, header->length);
+    if (status < 0)
+        return status;
+    if (more)
+        link_release(conn, header->length, bells);
+    return !more;
+}
+
+int conn_receive(struct conn *conn, struct frame_header *header, uint64_t *bells)
+{
+    for (int i = 0; i < CONN_PIECES_MAX; i++) {
+        int status = link_peek(conn, header);
+        if (status <= 0)
+            return status;
+        if (conn->partial.received == 0) {
+            status = check_first(conn, header);
+            if (status < 0)
+                return status;
+            if ((header->flags & SHMRPC_FLAG_MORE) == 0)
+                return 1;
+        }
+        status = take_piece(conn, header, bells);
+        if (status < 0)
+            return status;
+        if (status > 0) {
+            /* The last piece stays unreleased: the message counts as taken in conn_finish. */
+            uint32_t last = header->length;
+            *header = conn->partial.header;
+            header->flags &= (uint8_t)~SHMRPC_FLAG_MORE;
+            header->length = last;
+            return 1;
+        }
+    }
+    return 0;
+}
+
+void conn_read(const struct conn *conn, uint32_t total, void *destination)
+{
+    if (conn->partial.received != 0)
+        memcpy(destination, conn->partial.payload, total);
+    else
+        link_read(conn, destination, total);
+}
+
+uint8_t *conn_take_payload(struct conn *conn)
+{
+    uint8_t *payload = conn->partial.payload;
+
+    conn->partial.payload = NULL;
+    conn->partial.capacity = 0;
+    return payload;
+}
+
+void conn_finish(struct conn *conn, uint32_t length, uint64_t *bells)
+{
+    free(conn->partial.payload);
+    conn->partial = (struct partial){0};
+    link_release(conn, length, bells);
+}
+
+/* ---- after the end ---- */
+
+static bool still_queued(const struct segment_shm *peer, uint64_t call_id)
+{
+    for (unsigned i = 0; i < LAYOUT_QUEUED_MAX; i++)
+        if (load_relaxed(&peer->queued[i]) == call_id)
+            return true;
+    return false;
+}
+
+int conn_outcome(struct conn *conn, uint64_t call_id, uint64_t position)
+{
+    pthread_mutex_lock(&conn->send_lock);
+    uint64_t pushed = conn->pushed;
+    pthread_mutex_unlock(&conn->send_lock);
+
+    if (position >= pushed)
+        return SHMRPC_NOT_SENT;
+    if (!conn->is_shm)
+        return SHMRPC_UNKNOWN;
+    uint64_t head = load_acquire(&conn->wake.peer->head); /* fence A, pairs with D */
+    if (head <= position || still_queued(conn->wake.peer, call_id))
+        return SHMRPC_NOT_STARTED;
+    return SHMRPC_UNKNOWN;
+}

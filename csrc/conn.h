@@ -1,0 +1,95 @@
+/* conn.h - one connection: rings or a stream underneath, messages above.
+ *
+ * Sending is for any thread (send_lock); receiving is for the thread that leads the poller.
+ * Sending never blocks: what does not fit now goes to the outbox, a queue of ready-made frames in
+ * private memory that whoever leads flushes when there is room.
+ */
+#ifndef SHMRPC_CONN_H
+#define SHMRPC_CONN_H
+
+#include <pthread.h>
+#include <stdbool.h>
+
+#include "ring.h"
+#include "shmrpc.h"
+#include "stream.h"
+#include "wake.h"
+
+struct outbox {
+    uint8_t *frames; /* [start, end): header and payload of each frame, no padding */
+    size_t start, end, capacity;
+    uint64_t span; /* what its frames will take in the ring */
+};
+
+/* A message that arrives in pieces. */
+struct partial {
+    struct frame_header header; /* of its first frame */
+    uint8_t *payload;
+    uint32_t received, capacity;
+};
+
+struct conn {
+    uint64_t id;
+    bool is_shm;
+    bool hot;    /* leader: in the poller's list of conns to poll */
+    bool hung_up; /* leader: the peer is gone, its last frames are still to be read */
+    atomic_u64 error; /* 0, or the errno that ended it */
+    uint32_t references; /* poller lock: registry, running and queued requests */
+    uint32_t queued;     /* poller lock: requests taken and not started */
+
+    struct ring_producer producer;
+    struct ring_consumer consumer;
+    struct wake wake;
+    struct stream stream;
+    struct partial partial;
+
+    pthread_mutex_t send_lock; /* producer, stream.out*, outbox */
+    struct outbox outbox;
+    atomic_u64 outbox_bytes; /* W: holder of send_lock. R: anyone, as a hint */
+
+    int control_fd, own_bell_fd;
+    uint32_t own_ring_bytes, peer_ring_bytes;
+    uint32_t max_message_bytes, peer_max_message_bytes;
+    uint32_t frame_max; /* longest payload of a frame that we send */
+    bool relative_deadlines;
+    bool wants_room; /* send_lock: asked to be woken when there is room */
+    uint64_t pushed; /* send_lock: ring space of all frames that left so far */
+    int epoll_fd;
+    uint64_t last_active_ns; /* leader */
+};
+
+/* What a message is made of, for sending. */
+struct outgoing {
+    struct frame_header header; /* length and total_bytes are filled in */
+    struct iovec parts[3];      /* method name, metadata, body */
+};
+
+int conn_init(struct conn *conn, const shmrpc_conn_options *options, int epoll_fd);
+/* Closes and unmaps. */
+void conn_destroy(struct conn *conn);
+/* The same for a conn that came to nothing: what the caller gave stays the caller's. */
+void conn_abandon(struct conn *conn);
+
+/* Send a message: 0 if it left, 1 if some of it waits in the outbox, -EMSGSIZE, -ENOMEM, -EPIPE,
+ * -EPROTO. *position (may be null) is where its last frame starts in the ring, see conn_outcome.
+ * Adds the bells it rang to *bells. */
+int conn_send(struct conn *conn, struct outgoing *message, uint64_t *position, uint64_t *bells);
+/* Send what waits in the outbox as far as there is room: 0, or -errno. */
+int conn_flush(struct conn *conn, uint64_t *bells);
+
+/* Next complete message: 1 with its header (length is that of its last frame), 0 if there is none yet, -EPROTO, -EPIPE. Its payload
+ * stays where it is until conn_finish. Takes at most CONN_PIECES_MAX pieces at a time. */
+int conn_receive(struct conn *conn, struct frame_header *header, uint64_t *bells);
+/* Copy the payload of the message just received. */
+void conn_read(const struct conn *conn, uint32_t total, void *destination);
+/* Take over the payload if it is in private memory already (it came in pieces), else null. */
+uint8_t *conn_take_payload(struct conn *conn);
+/* Consume it; on a ring the peer sees now that we took it. */
+void conn_finish(struct conn *conn, uint32_t length, uint64_t *bells);
+
+/* After the peer's death: what became of a call whose request ended at `position`. */
+int conn_outcome(struct conn *conn, uint64_t call_id, uint64_t position);
+
+enum { CONN_PIECES_MAX = 64 };
+
+#endif

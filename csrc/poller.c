@@ -1,0 +1,760 @@
+/* poller.c - the registry of conns, and leading: reading for all threads of the poller.
+ *
+ * The leader's loop:
+ *
+ *   poll every hot conn ---- found what its slot waits for ------------------> return
+ *     |  nothing new
+ *   spin (pauses, then yields) within the budget, poll again; look at epoll every LOOK_NS
+ *     |  budget used up
+ *   arm every hot conn, fence F, look once more; epoll_wait; the conns that rang are hot again
+ *
+ * Hot conns are disarmed and polled in user space; cold ones are armed and cost nothing until
+ * they ring. It is the way network drivers switch between polling and interrupts (NAPI).
+ */
+#define _GNU_SOURCE
+#include "poller.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+enum {
+    LOOK_NS = 50000,      /* while polling, cold conns and hang-ups are looked for this often */
+    COOL_NS = 1000000,    /* a conn quiet for so long is armed while others stay hot */
+    EPOLL_BATCH = 64,
+    POLL_BATCH = 64,      /* messages taken from one conn before the next has its turn */
+    INDEX_BITS = 20,      /* of a conn id; the rest counts how often the index was used */
+    EVENTS_MAX = 65536,   /* a peer that sends what nobody fetches is cut off there */
+};
+
+/* epoll's data.u64: a conn id, with the top bit for its control socket. 0 is the kick. */
+#define CONTROL_BIT ((uint64_t)1 << 63)
+
+void poller_lock(struct shmrpc_poller *poller)
+{
+    pthread_mutex_lock(&poller->lock);
+}
+
+void poller_unlock(struct shmrpc_poller *poller)
+{
+    pthread_mutex_unlock(&poller->lock);
+}
+
+/* ---- stored messages ---- */
+
+void stored_append(struct stored_list *list, struct stored *stored)
+{
+    stored->next = NULL;
+    if (list->first == NULL)
+        list->last = &list->first;
+    *list->last = stored;
+    list->last = &stored->next;
+}
+
+struct stored *stored_pop(struct stored_list *list)
+{
+    struct stored *stored = list->first;
+
+    if (stored != NULL)
+        list->first = stored->next;
+    return stored;
+}
+
+void stored_free(struct shmrpc_poller *poller, struct stored *stored)
+{
+    if (stored->conn != NULL)
+        poller_release_conn(poller, stored->conn);
+    free(stored->payload);
+    free(stored);
+}
+
+int poller_add_event(struct shmrpc_poller *poller, struct conn *conn,
+                     const shmrpc_message *message, uint8_t *payload)
+{
+    struct stored *stored = calloc(1, sizeof *stored);
+
+    if (stored == NULL || load_relaxed(&poller->event_count) >= EVENTS_MAX) {
+        free(stored);
+        free(payload);
+        return -ENOMEM;
+    }
+    stored->message = *message;
+    stored->message.conn_id = conn->id;
+    stored->payload = payload;
+    stored_append(&poller->events, stored);
+    store_relaxed(&poller->event_count, load_relaxed(&poller->event_count) + 1);
+    return 0;
+}
+
+/* ---- making and ending ---- */
+
+static int epoll_add(struct shmrpc_poller *poller, int fd, uint32_t events, uint64_t data)
+{
+    struct epoll_event event = {.events = events, .data.u64 = data};
+
+    return epoll_ctl(poller->epoll_fd, EPOLL_CTL_ADD, fd, &event) < 0 ? -errno : 0;
+}
+
+static int make_kick(struct shmrpc_poller *poller)
+{
+    poller->kick_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    if (poller->kick_fd < 0)
+        return -errno;
+    poller->kick_owned = true;
+    return epoll_add(poller, poller->kick_fd, EPOLLIN | EPOLLET, 0);
+}
+
+shmrpc_poller *shmrpc_poller_new(uint32_t workers, uint32_t max_concurrency, uint32_t mode,
+                                 uint32_t spin_budget_ns)
+{
+    struct shmrpc_poller *poller = calloc(1, sizeof *poller);
+
+    if (poller == NULL)
+        return NULL;
+    poller->kick_fd = -1;
+    poller->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+    if (poller->epoll_fd < 0 || (workers != 0 && make_kick(poller) < 0)) {
+        int error = errno;
+        shmrpc_poller_free(poller);
+        errno = error;
+        return NULL;
+    }
+    pthread_mutex_init(&poller->lock, NULL);
+    poller->workers = workers;
+    poller->max_concurrency = max_concurrency;
+    poller->policy.mode = mode;
+    poller->policy.budget_ns = spin_budget_ns != 0 ? spin_budget_ns : SPIN_BUDGET_NS;
+    poller->one_cpu = cpu_is_alone();
+    return poller;
+}
+
+static void free_list(struct shmrpc_poller *poller, struct stored_list *list)
+{
+    struct stored *stored;
+
+    while ((stored = stored_pop(list)) != NULL)
+        stored_free(poller, stored);
+}
+
+void shmrpc_poller_free(shmrpc_poller *poller)
+{
+    free_list(poller, &poller->queue);
+    free_list(poller, &poller->events);
+    for (uint32_t i = 0; i < poller->conn_capacity; i++) {
+        if (poller->conns[i] != NULL) {
+            conn_destroy(poller->conns[i]);
+            free(poller->conns[i]);
+        }
+    }
+    if (poller->kick_owned)
+        close(poller->kick_fd);
+    if (poller->epoll_fd >= 0)
+        close(poller->epoll_fd);
+    methods_free(&poller->methods);
+    free(poller->conns);
+    free(poller->conn_uses);
+    free(poller->slots);
+    free(poller->hot);
+    free(poller);
+}
+
+void poller_kick(struct shmrpc_poller *poller)
+{
+    static const uint64_t one = 1;
+    ssize_t written = write(poller->kick_fd, &one, sizeof one);
+
+    (void)written; /* at its limit the eventfd is readable anyway */
+}
+
+void shmrpc_poller_drain(shmrpc_poller *poller)
+{
+    store_release(&poller->draining, 1);
+}
+
+void shmrpc_poller_stop(shmrpc_poller *poller)
+{
+    poller_lock(poller);
+    store_release(&poller->stopping, 1);
+    workers_wake_all(poller);
+    poller_unlock(poller);
+    poller_kick(poller);
+}
+
+int shmrpc_method_add(shmrpc_poller *poller, const char *name, size_t bytes, int32_t index,
+                      int fast)
+{
+    poller_lock(poller);
+    int status = methods_add(&poller->methods, name, bytes, index, fast != 0);
+    poller_unlock(poller);
+    return status;
+}
+
+void shmrpc_poller_stats(shmrpc_poller *poller, shmrpc_stats *stats)
+{
+    struct counters *counters = &poller->counters;
+
+    poller_lock(poller);
+    *stats = (shmrpc_stats){
+        .spins_hit = load_relaxed(&counters->spins_hit),
+        .spins_missed = load_relaxed(&counters->spins_missed),
+        .yields = load_relaxed(&counters->yields),
+        .sleeps = load_relaxed(&counters->sleeps),
+        .wakeups_sent = load_relaxed(&counters->wakeups_sent),
+        .frames_received = load_relaxed(&counters->frames_received),
+        .frames_dropped = load_relaxed(&counters->frames_dropped),
+        .late_replies = load_relaxed(&counters->late_replies),
+        .calls_started = load_relaxed(&counters->calls_started),
+        .calls_refused = load_relaxed(&counters->calls_refused),
+        .calls_expired = load_relaxed(&counters->calls_expired),
+        .running = poller->running,
+        .queued = poller->queued,
+        .conns = poller->conn_count,
+    };
+    for (uint32_t i = 0; i < poller->conn_capacity; i++)
+        if (poller->conns[i] != NULL)
+            stats->outbox_bytes += load_relaxed(&poller->conns[i]->outbox_bytes);
+    poller_unlock(poller);
+}
+
+/* ---- the registry ---- */
+
+struct conn *poller_find(struct shmrpc_poller *poller, uint64_t conn_id)
+{
+    uint64_t index = conn_id & ((1u << INDEX_BITS) - 1);
+
+    if (index >= poller->conn_capacity || poller->conns[index] == NULL ||
+        poller->conns[index]->id != conn_id)
+        return NULL;
+    return poller->conns[index];
+}
+
+static int grow_registry(struct shmrpc_poller *poller)
+{
+    uint32_t capacity = poller->conn_capacity == 0 ? 1 : poller->conn_capacity * 2;
+
+    if (capacity > 1u << INDEX_BITS)
+        return -ENOMEM;
+    struct conn **conns = realloc(poller->conns, capacity * sizeof *conns);
+    if (conns == NULL)
+        return -ENOMEM;
+    poller->conns = conns;
+    uint64_t *uses = realloc(poller->conn_uses, capacity * sizeof *uses);
+    if (uses == NULL)
+        return -ENOMEM;
+    poller->conn_uses = uses;
+    for (uint32_t i = poller->conn_capacity; i < capacity; i++) {
+        conns[i] = NULL;
+        uses[i] = 0;
+    }
+    poller->conn_capacity = capacity;
+    return 0;
+}
+
+static int register_conn(struct shmrpc_poller *poller, struct conn *conn)
+{
+    uint32_t index = 0;
+
+    while (index < poller->conn_capacity && poller->conns[index] != NULL)
+        index++;
+    if (index == poller->conn_capacity) {
+        int status = grow_registry(poller);
+        if (status < 0)
+            return status;
+    }
+    poller->conns[index] = conn;
+    poller->conn_count++;
+    conn->id = ++poller->conn_uses[index] << INDEX_BITS | index;
+    return 0;
+}
+
+static void unregister_conn(struct shmrpc_poller *poller, const struct conn *conn)
+{
+    poller->conns[conn->id & ((1u << INDEX_BITS) - 1)] = NULL;
+    poller->conn_count--;
+}
+
+static int watch_conn(struct shmrpc_poller *poller, struct conn *conn)
+{
+    int status = epoll_add(poller, conn->control_fd, EPOLLIN | EPOLLRDHUP, conn->id | CONTROL_BIT);
+
+    if (status == 0 && conn->own_bell_fd >= 0)
+        status = epoll_add(poller, conn->own_bell_fd, EPOLLIN | EPOLLET, conn->id);
+    if (status == 0 && poller->kick_fd < 0) {
+        /* A client has one conn, whose bell wakes the leader as well as a kick of its own. */
+        poller->kick_fd = conn->own_bell_fd;
+        if (poller->kick_fd < 0)
+            status = make_kick(poller);
+    }
+    return status;
+}
+
+int64_t shmrpc_conn_add(shmrpc_poller *poller, const shmrpc_conn_options *options)
+{
+    struct conn *conn = calloc(1, sizeof *conn);
+
+    if (conn == NULL)
+        return -ENOMEM;
+    int status = conn_init(conn, options, poller->epoll_fd);
+    if (status < 0) {
+        free(conn);
+        return status;
+    }
+    poller_lock(poller);
+    status = register_conn(poller, conn);
+    if (status == 0) {
+        status = watch_conn(poller, conn);
+        if (status < 0)
+            unregister_conn(poller, conn);
+    }
+    int64_t id = (int64_t)conn->id;
+    poller_unlock(poller);
+    if (status == 0)
+        return id;
+    conn_abandon(conn);
+    free(conn);
+    return status;
+}
+
+void poller_release_conn(struct shmrpc_poller *poller, struct conn *conn)
+{
+    (void)poller;
+    if (--conn->references == 0) {
+        conn_destroy(conn);
+        free(conn);
+    }
+}
+
+int shmrpc_conn_shutdown(shmrpc_poller *poller, uint64_t conn_id)
+{
+    poller_lock(poller);
+    struct conn *conn = poller_find(poller, conn_id);
+    if (conn != NULL)
+        shutdown(conn->control_fd, SHUT_RDWR); /* epoll tells the leader, as if the peer did it */
+    poller_unlock(poller);
+    return conn != NULL ? 0 : -EPIPE;
+}
+
+int shmrpc_conn_status(shmrpc_poller *poller, uint64_t conn_id)
+{
+    poller_lock(poller);
+    const struct conn *conn = poller_find(poller, conn_id);
+    int status = conn != NULL ? -(int)load_relaxed(&conn->error) : -EPIPE;
+    poller_unlock(poller);
+    return status;
+}
+
+int shmrpc_outcome_of(shmrpc_poller *poller, uint64_t conn_id, uint64_t call_id, uint64_t position)
+{
+    poller_lock(poller);
+    struct conn *conn = poller_find(poller, conn_id);
+    int outcome = conn != NULL ? conn_outcome(conn, call_id, position) : SHMRPC_UNKNOWN;
+    poller_unlock(poller);
+    return outcome;
+}
+
+int shmrpc_poller_fds(shmrpc_poller *poller, int *fds, int count)
+{
+    int used = 0;
+
+    for (uint32_t i = 0; i < poller->conn_capacity; i++) {
+        const struct conn *conn = poller->conns[i];
+        if (conn == NULL)
+            continue;
+        const int all[] = {conn->control_fd, conn->own_bell_fd,
+                           conn->is_shm && !conn->wake.bell_socket ? conn->wake.peer_bell : -1};
+        for (int k = 0; k < 3; k++)
+            if (all[k] >= 0 && used < count)
+                fds[used++] = all[k];
+    }
+    if (poller->kick_owned && used < count)
+        fds[used++] = poller->kick_fd;
+    if (used < count)
+        fds[used++] = poller->epoll_fd;
+    return used;
+}
+
+/* ---- hot and cold ---- */
+
+void poller_heat(struct shmrpc_poller *poller, struct conn *conn)
+{
+    if (conn->hot)
+        return;
+    if (poller->hot_count == poller->hot_capacity) {
+        uint32_t capacity = poller->hot_capacity == 0 ? 4 : poller->hot_capacity * 2;
+        struct conn **hot = realloc(poller->hot, capacity * sizeof *hot);
+        if (hot == NULL)
+            return; /* it stays armed, and rings again with the next message */
+        poller->hot = hot;
+        poller->hot_capacity = capacity;
+    }
+    if (conn->is_shm) {
+        wake_disarm(&conn->wake);
+        poller->hot_rings++;
+    }
+    conn->hot = true;
+    conn->last_active_ns = poller->looked_ns;
+    poller->hot[poller->hot_count++] = conn;
+}
+
+static void remove_hot(struct shmrpc_poller *poller, uint32_t position)
+{
+    struct conn *conn = poller->hot[position];
+
+    conn->hot = false;
+    if (conn->is_shm)
+        poller->hot_rings--;
+    poller->hot[position] = poller->hot[--poller->hot_count];
+}
+
+/* Whether there is something to read or an end to notice. */
+static bool has_input(struct conn *conn)
+{
+    struct frame_header header;
+
+    if (conn->hung_up)
+        return true;
+    return (conn->is_shm ? ring_peek(&conn->consumer, &header)
+                         : stream_peek(&conn->stream, &header)) != 0;
+}
+
+/* End a conn: nobody waits for it any more, and Python is told. */
+static void fail_conn(struct shmrpc_poller *poller, struct conn *conn, int error)
+{
+    for (uint32_t i = 0; i < poller->hot_count; i++)
+        if (poller->hot[i] == conn)
+            remove_hot(poller, i);
+    epoll_ctl(poller->epoll_fd, EPOLL_CTL_DEL, conn->control_fd, NULL);
+    if (conn->own_bell_fd >= 0 && conn->own_bell_fd != poller->kick_fd)
+        epoll_ctl(poller->epoll_fd, EPOLL_CTL_DEL, conn->own_bell_fd, NULL);
+    shutdown(conn->control_fd, SHUT_RDWR);
+
+    poller_lock(poller);
+    store_release(&conn->error, (uint64_t)error);
+    callers_lost(poller, conn, error);
+    const shmrpc_message closed = {.kind = SHMRPC_CLOSED, .status = (uint32_t)error};
+    poller_add_event(poller, conn, &closed, NULL);
+    if (poller->workers != 0) { /* a client keeps its conn, to tell what became of its calls */
+        unregister_conn(poller, conn);
+        poller_release_conn(poller, conn);
+    }
+    poller_unlock(poller);
+}
+
+/* ---- polling ---- */
+
+static int dispatch(struct shmrpc_poller *poller, struct shmrpc_slot *slot, struct conn *conn,
+                    const struct frame_header *header)
+{
+    switch (header->kind) {
+    case SHMRPC_REPLY:
+        return callers_reply(poller, conn, header);
+    case SHMRPC_REQUEST:
+    case SHMRPC_NOTIFY:
+        workers_request(poller, slot, conn, header);
+        return 0;
+    case SHMRPC_PING:
+        conn_finish(conn, header->length, &poller->bells);
+        workers_answer(poller, conn, header->call_id, STATUS_OK);
+        return 0;
+    case SHMRPC_CANCEL:
+        conn_finish(conn, header->length, &poller->bells);
+        workers_cancel(poller, conn, header->call_id);
+        return 0;
+    default: /* of a later version: not ours to understand, nobody else's problem */
+        conn_finish(conn, header->length, &poller->bells);
+        count_add(&poller->counters.frames_dropped, 1);
+        return 0;
+    }
+}
+
+/* What the slot waits for is there: 1 and *result. */
+static int finished(struct shmrpc_poller *poller, struct shmrpc_slot *slot, int64_t *result)
+{
+    if (load_relaxed(&poller->stopping) != 0) {
+        *result = SHMRPC_STOPPED;
+        return 1;
+    }
+    if (load_acquire32(&slot->state) == SLOT_DONE) {
+        *result = slot->result;
+        return 1;
+    }
+    if (load_relaxed(&poller->event_count) != 0) {
+        *result = SHMRPC_EVENTS;
+        return 1;
+    }
+    if (slot->goal == GOAL_ROOM && load_relaxed(&slot->conn->outbox_bytes) == 0) {
+        *result = 0;
+        return 1;
+    }
+    return 0;
+}
+
+/* Take what a conn has, at most a batch. Returns how many messages, and stops at a request for
+ * the slot. A negative number: the conn has ended. */
+static int poll_conn(struct shmrpc_poller *poller, struct shmrpc_slot *slot, struct conn *conn)
+{
+    struct frame_header header;
+    int count = 0;
+    int status = 0;
+
+    while (count < POLL_BATCH && !workers_full(poller, conn)) {
+        status = conn_receive(conn, &header, &poller->bells);
+        if (status <= 0)
+            break;
+        count++;
+        status = dispatch(poller, slot, conn, &header);
+        if (status < 0)
+            break;
+        if (slot->goal == GOAL_REQUEST && load_acquire32(&slot->state) == SLOT_DONE)
+            break;
+    }
+    if (status >= 0 && load_relaxed(&conn->outbox_bytes) != 0) {
+        status = conn_flush(conn, &poller->bells);
+        if (status == 0 && load_relaxed(&conn->outbox_bytes) == 0)
+            callers_room(poller, conn);
+    }
+    if (status == 0 && conn->hung_up && count == 0)
+        status = -EPIPE;
+    if (status < 0) {
+        fail_conn(poller, conn, -status);
+        return -1;
+    }
+    count_add(&poller->counters.frames_received, (uint64_t)count);
+    return count;
+}
+
+/* One round over the hot conns, each next round starting with the next conn. Returns whether
+ * anything happened. */
+static bool poll_hot(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
+{
+    bool progress = false;
+
+    for (uint32_t i = 0; i < poller->hot_count; i++) {
+        uint32_t position = (poller->cursor + i) % poller->hot_count;
+        struct conn *conn = poller->hot[position];
+        int count = poll_conn(poller, slot, conn);
+
+        if (count < 0)
+            return true;
+        if (count == 0)
+            continue;
+        progress = true;
+        conn->last_active_ns = poller->looked_ns;
+        if (slot->goal == GOAL_REQUEST && load_acquire32(&slot->state) == SLOT_DONE) {
+            poller->cursor = position + 1;
+            break;
+        }
+    }
+    return progress;
+}
+
+/* Drop stream sockets with nothing left to read, and rings quiet for COOL_NS. */
+static void cool(struct shmrpc_poller *poller, bool rings)
+{
+    for (uint32_t i = poller->hot_count; i-- > 0;) {
+        struct conn *conn = poller->hot[i];
+        if (!conn->is_shm) {
+            if (!has_input(conn))
+                remove_hot(poller, i);
+        } else if (rings && poller->looked_ns - conn->last_active_ns > COOL_NS) {
+            wake_arm(&conn->wake);
+            wake_arm_fence();
+            if (has_input(conn))
+                wake_disarm(&conn->wake);
+            else
+                remove_hot(poller, i);
+        }
+    }
+}
+
+/* ---- epoll ---- */
+
+static void control_event(struct conn *conn)
+{
+    char bells[256];
+
+    if (!conn->is_shm) {
+        conn->stream.readable = true;
+        return;
+    }
+    /* Anything but the peer's bells (their number says nothing) or silence is its end. */
+    ssize_t received = recv(conn->control_fd, bells, sizeof bells, MSG_DONTWAIT);
+    if (received == 0 || (received < 0 && errno != EAGAIN && errno != EINTR))
+        conn->hung_up = true;
+}
+
+/* Wait for bells and control sockets: the number of events, or -errno. */
+static int look(struct shmrpc_poller *poller, int timeout_ms)
+{
+    struct epoll_event events[EPOLL_BATCH];
+    int count = epoll_wait(poller->epoll_fd, events, EPOLL_BATCH, timeout_ms);
+
+    if (count < 0)
+        return -errno;
+    if (count == 0)
+        return 0;
+    poller_lock(poller);
+    for (int i = 0; i < count; i++) {
+        uint64_t data = events[i].data.u64;
+        struct conn *conn = data != 0 ? poller_find(poller, data & ~CONTROL_BIT) : NULL;
+        if (conn == NULL || load_relaxed(&conn->error) != 0)
+            continue;
+        if ((data & CONTROL_BIT) != 0)
+            control_event(conn);
+        poller_heat(poller, conn);
+    }
+    poller_unlock(poller);
+    return count;
+}
+
+static int timeout_ms_until(uint64_t deadline_ns)
+{
+    if (deadline_ns == 0)
+        return -1;
+    uint64_t now = clock_now_ns();
+    if (deadline_ns <= now)
+        return 0;
+    uint64_t milliseconds = (deadline_ns - now + 999999) / 1000000;
+    return milliseconds < 1000000 ? (int)milliseconds : 1000000;
+}
+
+/* Arm what is hot, make sure that nothing came in meanwhile, and let it go cold. */
+static bool arm_all(struct shmrpc_poller *poller)
+{
+    bool input = false;
+
+    for (uint32_t i = 0; i < poller->hot_count; i++)
+        if (poller->hot[i]->is_shm)
+            wake_arm(&poller->hot[i]->wake);
+    wake_arm_fence();
+    for (uint32_t i = 0; i < poller->hot_count && !input; i++) {
+        struct conn *conn = poller->hot[i];
+        /* Room freed before we were armed rang nobody either: try to send once more. */
+        if (load_relaxed(&conn->outbox_bytes) != 0 && conn_flush(conn, &poller->bells) < 0)
+            conn->hung_up = true;
+        input = has_input(conn);
+    }
+    if (input) {
+        for (uint32_t i = 0; i < poller->hot_count; i++)
+            if (poller->hot[i]->is_shm)
+                wake_disarm(&poller->hot[i]->wake);
+        return false;
+    }
+    while (poller->hot_count != 0)
+        remove_hot(poller, poller->hot_count - 1);
+    return true;
+}
+
+static bool is_main_thread(void)
+{
+    static _Thread_local int known; /* 0 unknown, 1 main, 2 not */
+
+    if (known == 0)
+        known = syscall(SYS_gettid) == getpid() ? 1 : 2;
+    return known == 1;
+}
+
+bool poller_must_check_signals(struct shmrpc_slot *slot)
+{
+    if (!is_main_thread())
+        return false;
+    bool checked = slot->may_sleep;
+    slot->may_sleep = false;
+    return !checked;
+}
+
+/* Sleep until something rings: 0 to poll again, or the errno to return. */
+static int64_t sleep_once(struct shmrpc_poller *poller, struct shmrpc_slot *slot, bool spun)
+{
+    int64_t result;
+
+    if (poller_must_check_signals(slot))
+        return -EAGAIN;
+    if (!arm_all(poller) || finished(poller, slot, &result))
+        return 0;
+    uint64_t start = clock_now_ns();
+    int count = look(poller, timeout_ms_until(slot->deadline_ns));
+    poller->looked_ns = clock_now_ns();
+    count_add(&poller->counters.sleeps, 1);
+    spin_policy_slept(&poller->policy, spun, poller->looked_ns - start);
+    poller->one_cpu = cpu_is_alone();
+    if (count < 0 && count != -EINTR)
+        return count;
+    return count == -EINTR && is_main_thread() ? -EINTR : 0;
+}
+
+/* ---- leading ---- */
+
+struct spin {
+    uint64_t start_ns, budget_ns;
+    uint32_t step;
+    bool started;
+};
+
+/* One step of spinning; false when it is time to sleep. */
+static bool spin_on(struct shmrpc_poller *poller, struct spin *spin)
+{
+    if (!spin->started) {
+        spin->started = true;
+        spin->step = 0;
+        spin->start_ns = clock_now_ns();
+        spin->budget_ns = poller->hot_rings != 0 ? spin_policy_begin(&poller->policy) : 0;
+    }
+    if (spin->budget_ns == 0)
+        return false;
+    count_add(&poller->counters.yields, (uint64_t)spin_step(spin->step++, poller->one_cpu));
+    uint64_t now = clock_now_ns();
+    if (now - poller->looked_ns >= LOOK_NS) {
+        look(poller, 0);
+        poller->looked_ns = now;
+        cool(poller, true);
+    }
+    if (now - spin->start_ns < spin->budget_ns)
+        return true;
+    count_add(&poller->counters.spins_missed, 1);
+    return false;
+}
+
+static bool expired(const struct shmrpc_slot *slot)
+{
+    return slot->deadline_ns != 0 && clock_now_ns() >= slot->deadline_ns;
+}
+
+int64_t poller_lead(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
+{
+    struct spin spin = {0};
+    int64_t result = 0;
+
+    for (;;) {
+        bool progress = poll_hot(poller, slot);
+        if (finished(poller, slot, &result))
+            break;
+        if (progress) {
+            spin.started = false;
+            continue;
+        }
+        if (expired(slot)) {
+            result = -ETIMEDOUT;
+            break;
+        }
+        if (spin_on(poller, &spin))
+            continue;
+        cool(poller, false);
+        result = sleep_once(poller, slot, spin.budget_ns != 0);
+        if (result != 0)
+            break;
+        spin.started = false;
+    }
+    if (spin.started && spin.step != 0 && result >= 0) {
+        spin_policy_hit(&poller->policy);
+        count_add(&poller->counters.spins_hit, 1);
+    }
+    count_add(&poller->counters.wakeups_sent, poller->bells);
+    poller->bells = 0;
+    return result;
+}

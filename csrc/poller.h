@@ -1,0 +1,187 @@
+/* poller.h - what poller.c, callers.c and workers.c share. Not for users: see shmrpc.h.
+ *
+ *   poller.c    the registry of conns, and leading: polling hot conns, spinning, arming, sleeping
+ *   callers.c   threads that wait for a reply: send, lead or follow, hand the role on
+ *   workers.c   threads that run requests: admission, queue, standby
+ *
+ * Rule 1: one thread leads at a time. Fields marked "leader" belong to it; the role changes hands
+ *         only under `lock`.
+ * Rule 2: a slot's state changes under `lock`, except by its own thread going to sleep.
+ * Rule 3: lock order is poller->lock before conn->send_lock; nothing blocks while holding either.
+ */
+#ifndef SHMRPC_POLLER_H
+#define SHMRPC_POLLER_H
+
+#include "conn.h"
+#include "methods.h"
+
+/* gRPC status numbers that the core itself sends. */
+enum {
+    STATUS_OK = 0,
+    STATUS_DEADLINE_EXCEEDED = 4,
+    STATUS_RESOURCE_EXHAUSTED = 8,
+    STATUS_UNIMPLEMENTED = 12,
+    STATUS_UNAVAILABLE = 14
+};
+
+enum slot_goal { GOAL_NONE, GOAL_REPLY, GOAL_ROOM, GOAL_EVENTS, GOAL_REQUEST };
+
+enum slot_state {
+    SLOT_IDLE,     /* waits for nothing */
+    SLOT_WAITING,  /* its thread is awake, or out in Python */
+    SLOT_SLEEPING, /* its thread is in futex_wait on this word */
+    SLOT_DONE,     /* result is set */
+    SLOT_PROMOTED  /* its thread is to lead from now on */
+};
+
+/* Bytes before a slot's view: room for method name and metadata in front of the body, so that a
+ * short message is one copy and its body still lies where Python's memoryview is. */
+enum { SLOT_HEAD_BYTES = 512 };
+
+struct shmrpc_slot {
+    shmrpc_message message;
+    struct shmrpc_poller *poller;
+    struct conn *conn; /* caller: where its calls go. worker: of its request, with a reference */
+    uint8_t *base;     /* SLOT_HEAD_BYTES + the longest frame */
+    uint8_t *large;    /* malloc: a message that did not fit there */
+    atomic_u32 state;  /* enum slot_state; also the futex */
+    uint32_t index;    /* in poller->slots, and in the low 16 bits of its call ids */
+    enum slot_goal goal;
+    bool caller;    /* not a worker */
+    bool inside;    /* a thread waits in C with this slot */
+    bool may_sleep; /* main thread: Python has just checked for signals */
+    bool checked_signals; /* the same, between two shmrpc_wait_events */
+    bool poked;           /* lock: shmrpc_poke came while it was out in Python */
+    bool running;   /* worker: has a request that counts as running */
+    bool replied;   /* worker: its request needs no reply any more */
+    uint64_t call_id;
+    uint64_t position; /* of its request in the ring, see conn_outcome */
+    uint64_t deadline_ns;
+    int64_t result;
+    struct shmrpc_slot *next_idle;
+};
+
+/* A message that waits in private memory: an event for Python or a queued request. */
+struct stored {
+    struct stored *next;
+    struct conn *conn; /* with a reference; null if it has ended */
+    shmrpc_message message;
+    uint8_t *payload;
+    uint32_t queued_index; /* in the segment's queued table */
+};
+
+struct stored_list {
+    struct stored *first, **last;
+};
+
+struct counters {
+    atomic_u64 spins_hit, spins_missed, yields, sleeps, wakeups_sent;
+    atomic_u64 frames_received, frames_dropped, late_replies;
+    atomic_u64 calls_started, calls_refused, calls_expired;
+};
+
+struct shmrpc_poller {
+    pthread_mutex_t lock;
+    int epoll_fd, kick_fd;
+    bool kick_owned;
+    uint32_t workers, max_concurrency; /* workers == 0: a client */
+
+    struct conn **conns; /* lock: by index, null where free */
+    uint64_t *conn_uses; /* lock: by index, how often it was given out; part of the id */
+    uint32_t conn_capacity, conn_count;
+
+    struct shmrpc_slot **slots; /* lock: by index */
+    uint32_t slot_capacity, inside;
+    uint64_t call_sequence; /* lock */
+    struct shmrpc_slot *leader; /* lock */
+
+    bool away;             /* lock: the leader is in Python, with a request */
+    uint64_t away_count;   /* lock: how many times it went */
+    struct shmrpc_slot *standby, *idle; /* lock */
+    bool standby_parked;                /* lock */
+    uint32_t worker_threads, running, queued; /* lock */
+    uint64_t queued_bytes;                    /* lock */
+    struct stored_list queue, events;         /* lock */
+    atomic_u64 event_count;
+    atomic_u64 room_waiters; /* somebody has called shmrpc_flush */
+    struct methods methods;  /* lock */
+    atomic_u64 draining, stopping;
+
+    struct conn **hot; /* leader: conns to poll */
+    uint32_t hot_count, hot_capacity, cursor;
+    uint32_t hot_rings; /* leader: how many of them are worth spinning for */
+    struct spin_policy policy; /* leader */
+    bool one_cpu;              /* leader */
+    uint64_t looked_ns;        /* leader: when epoll was looked at last */
+    uint64_t bells;            /* leader: rung since they were counted last */
+    struct counters counters;
+};
+
+/* ---- poller.c ---- */
+
+/* Lead until the slot's goal is met. The caller holds the role and not the lock. */
+int64_t poller_lead(struct shmrpc_poller *poller, struct shmrpc_slot *slot);
+/* Poll this conn from now on; leader only. */
+void poller_heat(struct shmrpc_poller *poller, struct conn *conn);
+/* A main thread must go back to Python once before each sleep, to run signal handlers: a signal
+ * that came since it left Python would not interrupt the sleep. */
+bool poller_must_check_signals(struct shmrpc_slot *slot);
+/* Wake the leader out of epoll. */
+void poller_kick(struct shmrpc_poller *poller);
+void poller_lock(struct shmrpc_poller *poller);
+void poller_unlock(struct shmrpc_poller *poller);
+/* With the lock held: the conn with this id, or null. */
+struct conn *poller_find(struct shmrpc_poller *poller, uint64_t conn_id);
+/* With the lock held: give up a reference. */
+void poller_release_conn(struct shmrpc_poller *poller, struct conn *conn);
+/* With the lock held: the message, whose payload is taken over, for Python. */
+int poller_add_event(struct shmrpc_poller *poller, struct conn *conn,
+                     const shmrpc_message *message, uint8_t *payload);
+void stored_append(struct stored_list *list, struct stored *stored);
+struct stored *stored_pop(struct stored_list *list);
+void stored_free(struct shmrpc_poller *poller, struct stored *stored);
+uint64_t deadline_after(int64_t timeout_ns);
+
+/* ---- callers.c ---- */
+
+void message_from_header(shmrpc_message *message, const struct conn *conn,
+                         const struct frame_header *header);
+/* Copy the message that conn_receive has found into the slot. 0 or -ENOMEM. */
+int slot_receive(struct shmrpc_slot *slot, struct conn *conn, const struct frame_header *header);
+/* Move a stored message into the slot. */
+void slot_take(struct shmrpc_slot *slot, struct stored *stored);
+/* Whether the body lies in the view that Python has. */
+bool slot_in_view(const struct shmrpc_slot *slot);
+/* With the lock held: set result and wake the slot's thread. */
+void slot_finish(struct shmrpc_slot *slot, int64_t result);
+/* With the lock held: set the state and wake the slot's thread if it sleeps. */
+void slot_wake(struct shmrpc_slot *slot, uint32_t state);
+/* A REPLY has arrived: for a waiting slot, for Python, or too late. Consumes it. */
+int callers_reply(struct shmrpc_poller *poller, struct conn *conn,
+                  const struct frame_header *header);
+/* The outbox of this conn is empty: wake who waits for that. */
+void callers_room(struct shmrpc_poller *poller, const struct conn *conn);
+/* Send; rings, counts and wakes whom it concerns. As conn_send. */
+int poller_send(struct shmrpc_poller *poller, struct conn *conn, struct outgoing *message,
+                uint64_t *position);
+/* With the lock held: the conn has ended with this errno. */
+void callers_lost(struct shmrpc_poller *poller, struct conn *conn, int error);
+/* Sleep until *state is not SLOT_SLEEPING: 0, -ETIMEDOUT, -EINTR. */
+int slot_sleep(struct shmrpc_slot *slot, uint64_t deadline_ns);
+
+/* ---- workers.c ---- */
+
+/* A REQUEST or NOTIFY has arrived: start it in the leader's slot, queue or refuse it. Consumes
+ * it. */
+void workers_request(struct shmrpc_poller *poller, struct shmrpc_slot *slot, struct conn *conn,
+                    const struct frame_header *header);
+void workers_cancel(struct shmrpc_poller *poller, struct conn *conn, uint64_t call_id);
+/* Whether no more requests may be taken from this conn now. */
+bool workers_full(const struct shmrpc_poller *poller, const struct conn *conn);
+/* With the lock held: wake every worker, to see that the poller stops. */
+void workers_wake_all(struct shmrpc_poller *poller);
+/* Reply without a body from the core itself. */
+void workers_answer(struct shmrpc_poller *poller, struct conn *conn, uint64_t call_id,
+                    uint32_t status);
+
+#endif

@@ -1,0 +1,205 @@
+/* shmrpc.h - the public C API of shmrpc: calls between two processes over shared memory.
+ *
+ * Glossary
+ *   segment   memory that one side writes and the other only reads (layout.h)
+ *   frame     one header and payload in a ring or on a socket; a message is one frame or more
+ *   conn      one connection: two segments and doorbells, or one stream socket
+ *   poller    the place where threads wait for one or many conns; one of them leads, that is,
+ *             reads for all, the others follow
+ *   slot      what one thread needs to wait: a buffer for the message it receives, its state
+ *   bell      the eventfd (or socket) by which one side wakes the other
+ *
+ * Functions return 0, a count or a handle, or -errno:
+ *   -EAGAIN     nothing yet, and the thread would sleep now: check for signals, then shmrpc_wait
+ *   -EINTR      a signal interrupted the sleep: run its handlers, then shmrpc_wait
+ *   -ETIMEDOUT  the deadline passed
+ *   -EPIPE      the peer is gone; -EPROTO: the peer broke the protocol; both end the connection
+ *   -EMSGSIZE   larger than the peer accepts
+ *   -ENOMEM     no memory, or a fixed table is full
+ * or one of enum shmrpc_result. No function touches errno's meaning, logs or aborts.
+ *
+ * Threads: a poller and its conns may be used by any number of threads; a slot by one at a time.
+ * Forks: nothing here may be used in a forked child but shmrpc_poller_fds, to close them.
+ */
+#ifndef SHMRPC_H
+#define SHMRPC_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* cffi: begin */
+
+enum shmrpc_kind {
+    SHMRPC_REQUEST = 1,  /* a call that wants one reply */
+    SHMRPC_REPLY = 2,    /* its end: status, metadata, result or error */
+    SHMRPC_NOTIFY = 3,   /* a call that wants none */
+    SHMRPC_CONTINUE = 4, /* next piece of the message before */
+    SHMRPC_CANCEL = 5,   /* the caller of call_id no longer waits */
+    SHMRPC_PING = 6,     /* answered by the reader itself with an empty REPLY */
+    SHMRPC_CLOSED = 100  /* never on the wire: this conn has ended */
+};
+
+enum shmrpc_flag {
+    SHMRPC_FLAG_MORE = 1,     /* CONTINUE frames follow */
+    SHMRPC_FLAG_KEYWORDS = 2, /* the body is [positional, keywords], not the positional list */
+    SHMRPC_FLAG_ALL = 3
+};
+
+/* Results of waiting that are neither a count nor an errno. */
+enum shmrpc_result {
+    SHMRPC_MESSAGE = -1001, /* the slot's message needs a look at its fields */
+    SHMRPC_EVENTS = -1002,  /* messages that no slot waits for: shmrpc_take them */
+    SHMRPC_SPAWN = -1003,   /* this worker leads now and none stands by: start another */
+    SHMRPC_STOPPED = -1004  /* the poller was stopped */
+};
+
+/* What became of a call whose connection ended. */
+enum shmrpc_outcome {
+    SHMRPC_UNKNOWN = 0,    /* it may have run */
+    SHMRPC_NOT_SENT = 1,   /* it never left this process */
+    SHMRPC_NOT_STARTED = 2 /* the peer's own segment shows that it never started it */
+};
+
+enum { SHMRPC_METHOD_MAX = 255, SHMRPC_PYTHON_INDEX = 65535 };
+
+typedef struct shmrpc_poller shmrpc_poller;
+typedef struct shmrpc_slot shmrpc_slot;
+
+/* A received message, copied out of shared memory. Valid until the slot receives the next. */
+typedef struct shmrpc_message {
+    uint64_t call_id;
+    uint64_t conn_id;
+    uint64_t deadline_ns; /* absolute CLOCK_MONOTONIC; 0 = none */
+    uint64_t body_bytes;
+    const uint8_t *head; /* method name, then metadata */
+    const uint8_t *body;
+    uint32_t kind;
+    uint32_t flags;
+    uint32_t status; /* replies: gRPC status number. CLOSED: errno */
+    uint32_t method_bytes;
+    uint32_t metadata_bytes;
+    int32_t method;  /* requests: index given by shmrpc_method_add */
+    int32_t outcome;    /* after -EPIPE or -EPROTO: enum shmrpc_outcome */
+    uint32_t cancelled; /* requests: set while the handler runs if the caller gave up */
+} shmrpc_message;
+
+/* Map a new segment of ours for writing, before it is sealed and its descriptor goes to the peer.
+ * Null and errno if that fails. */
+void *shmrpc_segment_map(int fd, uint32_t ring_bytes);
+void shmrpc_segment_unmap(void *segment, uint32_t ring_bytes);
+
+/* How to reach the peer. When shmrpc_conn_add succeeds, control_fd, the bells and own_segment
+ * belong to the poller; peer_segment_fd stays the caller's, who can close it. */
+typedef struct shmrpc_conn_options {
+    int control_fd;       /* stream socket to the peer */
+    int own_bell_fd;      /* shm: eventfd that the peer rings; -1 = it rings by control_fd */
+    int peer_bell_fd;     /* shm: eventfd that we ring; -1 = ring by control_fd */
+    void *own_segment;    /* shm: from shmrpc_segment_map; stream: null */
+    int peer_segment_fd;  /* shm: is mapped; stream: -1 */
+    uint32_t own_ring_bytes;
+    uint32_t peer_ring_bytes;
+    uint32_t max_message_bytes;      /* that we accept */
+    uint32_t peer_max_message_bytes; /* that the peer accepts */
+    int peer_trusted;       /* same uid: its segment need not be sealed */
+    int relative_deadlines; /* the peer's clock is not ours (tcp) */
+} shmrpc_conn_options;
+
+typedef struct shmrpc_stats {
+    uint64_t spins_hit, spins_missed, yields, sleeps, wakeups_sent;
+    uint64_t frames_received, frames_dropped, late_replies;
+    uint64_t calls_started, calls_refused, calls_expired;
+    uint64_t running, queued, conns, outbox_bytes;
+} shmrpc_stats;
+
+/* A method name as it goes into requests. */
+typedef struct shmrpc_name {
+    uint32_t bytes;
+    char text[256];
+} shmrpc_name;
+
+/* Poller. `workers` = 0 for a client; else the number of requests that may run at a time, and
+ * `max_concurrency` how many may run or queue before the next is refused. `mode`: 0 auto, 1 spin,
+ * 2 block. Null and errno if it can't be made. */
+shmrpc_poller *shmrpc_poller_new(uint32_t workers, uint32_t max_concurrency, uint32_t mode,
+                                 uint32_t spin_budget_ns);
+/* No thread may be inside or come later. Closes and unmaps everything. */
+void shmrpc_poller_free(shmrpc_poller *poller);
+/* Refuse new requests with UNAVAILABLE from now on; those running and queued go on. */
+void shmrpc_poller_drain(shmrpc_poller *poller);
+/* End every wait with SHMRPC_STOPPED, now and later. */
+void shmrpc_poller_stop(shmrpc_poller *poller);
+void shmrpc_poller_stats(shmrpc_poller *poller, shmrpc_stats *stats);
+/* Requests for `name` get message.method = index and, if fast, a count instead of SHMRPC_MESSAGE. */
+int shmrpc_method_add(shmrpc_poller *poller, const char *name, size_t bytes, int32_t index,
+                      int fast);
+
+/* Conn: its id (never 0), or -errno; on error the descriptors are still the caller's. */
+int64_t shmrpc_conn_add(shmrpc_poller *poller, const shmrpc_conn_options *options);
+/* End it as if the peer had hung up. Waiters get -EPIPE, the leader sees SHMRPC_CLOSED. */
+int shmrpc_conn_shutdown(shmrpc_poller *poller, uint64_t conn_id);
+/* The descriptors a poller holds (at most `count` are written): for a forked child to close. */
+int shmrpc_poller_fds(shmrpc_poller *poller, int *fds, int count);
+/* 0 while it lives, else the -errno that ended it. */
+int shmrpc_conn_status(shmrpc_poller *poller, uint64_t conn_id);
+
+/* Slot of one thread; conn_id is the conn that its calls go to (0: a server's worker). */
+shmrpc_slot *shmrpc_slot_new(shmrpc_poller *poller, uint64_t conn_id);
+void shmrpc_slot_free(shmrpc_slot *slot);
+shmrpc_message *shmrpc_slot_message(shmrpc_slot *slot);
+/* Where bodies of short messages always lie, and how long they may be. */
+uint8_t *shmrpc_slot_view(shmrpc_slot *slot);
+uint64_t shmrpc_slot_view_bytes(shmrpc_slot *slot);
+
+/* Send a request and wait for its reply. Returns the body's length if it has status OK, no
+ * metadata and lies in the slot's view; SHMRPC_MESSAGE for any other reply. timeout_ns < 0: none. */
+int64_t shmrpc_call(shmrpc_slot *slot, const shmrpc_name *name, const char *body,
+                    size_t body_bytes, int64_t timeout_ns);
+/* The same with flags and metadata. */
+int64_t shmrpc_call_with(shmrpc_slot *slot, const shmrpc_name *name, uint32_t flags,
+                         const char *metadata, size_t metadata_bytes, const char *body,
+                         size_t body_bytes, int64_t timeout_ns);
+/* Go on waiting after -EAGAIN, -EINTR or SHMRPC_EVENTS. */
+int64_t shmrpc_wait(shmrpc_slot *slot);
+/* Give up waiting; the peer is told. The reply, if it still comes, is dropped and counted. */
+void shmrpc_abandon(shmrpc_slot *slot);
+
+/* Send without waiting for a reply. `call_id` with SHMRPC_PYTHON_INDEX in its low 16 bits brings
+ * the reply as an event. *position says where the frame lies, for shmrpc_outcome_of. Returns 0, or
+ * 1 if part of it waits in this process for room. */
+int shmrpc_send(shmrpc_slot *slot, uint32_t kind, uint32_t flags, uint64_t call_id,
+                const shmrpc_name *name, uint32_t status, const char *metadata,
+                size_t metadata_bytes, const char *body, size_t body_bytes, uint64_t deadline_ns,
+                uint64_t *position);
+/* Wait until what was sent has left this process: 0 or -errno as shmrpc_call. */
+int64_t shmrpc_flush(shmrpc_slot *slot, int64_t timeout_ns);
+/* Wait until there are events: SHMRPC_EVENTS, or 0 after shmrpc_poke, or -errno. timeout_ns 0
+ * looks once. */
+int64_t shmrpc_wait_events(shmrpc_slot *slot, int64_t timeout_ns);
+/* End the wait of another thread's slot in shmrpc_wait_events with 0. */
+void shmrpc_poke(shmrpc_slot *slot);
+/* Next event into the slot: 1, or 0 if there is none. */
+int shmrpc_take(shmrpc_slot *slot);
+int shmrpc_outcome_of(shmrpc_poller *poller, uint64_t conn_id, uint64_t call_id,
+                      uint64_t position);
+
+/* Worker: wait for the next request. Returns its body's length with message.method set if the
+ * method is fast; SHMRPC_MESSAGE for other requests, notifications and CLOSED. */
+int64_t shmrpc_next(shmrpc_slot *slot);
+/* Reply OK to the slot's request, then shmrpc_next. -EMSGSIZE: not sent, reply otherwise. */
+int64_t shmrpc_reply_next(shmrpc_slot *slot, const char *body, size_t body_bytes);
+/* Reply to the slot's request; once. */
+int shmrpc_reply(shmrpc_slot *slot, uint32_t status, const char *metadata, size_t metadata_bytes,
+                 const char *body, size_t body_bytes);
+
+/* Bare rings, without calls, threads or sleeping: the floor that benchmarks compare with. The
+ * memory holds two segments; side 0 or 1. */
+typedef struct shmrpc_bare shmrpc_bare;
+size_t shmrpc_bare_bytes(uint32_t ring_bytes);
+shmrpc_bare *shmrpc_bare_new(void *memory, uint32_t ring_bytes, int side);
+void shmrpc_bare_free(shmrpc_bare *bare);
+int shmrpc_bare_send(shmrpc_bare *bare, const char *body, size_t body_bytes);
+int64_t shmrpc_bare_receive(shmrpc_bare *bare, uint8_t *body, size_t capacity);
+
+/* cffi: end */
+
+#endif

@@ -1,0 +1,414 @@
+/* workers.c - threads that run requests, and who reads while they do.
+ *
+ *   leader    reads; runs what it reads itself, and stays leader meanwhile ("away")
+ *   standby   looks every TICK_NS whether the leader is away with the same request as at the last
+ *             tick; if so it takes the role, and another thread stands by. Parked while the leader
+ *             is reading or asleep; a leader that goes away wakes it
+ *   running   lost the role while away; replies, then takes from the queue, stands by or idles
+ *   idle      waits to stand by
+ *
+ * So a short handler costs no thread switch at all, and one that takes long or blocks keeps the
+ * others waiting for two ticks at most. `workers` requests run at a time; one thread more exists,
+ * which then reads on: it queues, refuses, answers pings and takes note of cancellations.
+ */
+#define _GNU_SOURCE
+#include "poller.h"
+
+#include <errno.h>
+#include <stdlib.h>
+
+enum {
+    TICK_NS = 1000000,
+    OUTBOX_MAX = 1 << 20,    /* a peer that does not fetch its replies is not read any more */
+    QUEUED_BYTES_MAX = 64 << 20,
+};
+
+/* ---- admission ---- */
+
+void workers_answer(struct shmrpc_poller *poller, struct conn *conn, uint64_t call_id,
+                    uint32_t status)
+{
+    struct outgoing message = {.header = {
+                                   .kind = SHMRPC_REPLY,
+                                   .method_bytes = (uint16_t)status,
+                                   .call_id = call_id,
+                               }};
+    uint64_t position;
+
+    poller_send(poller, conn, &message, &position);
+}
+
+bool workers_full(const struct shmrpc_poller *poller, const struct conn *conn)
+{
+    (void)poller;
+    return conn->queued == LAYOUT_QUEUED_MAX || load_relaxed(&conn->outbox_bytes) > OUTBOX_MAX;
+}
+
+/* With the lock held: whether it may run or queue; STATUS_OK or why not. */
+static uint32_t admit(struct shmrpc_poller *poller, const struct frame_header *header,
+                      uint64_t deadline_ns)
+{
+    if (load_relaxed(&poller->draining) != 0 && header->kind == SHMRPC_REQUEST)
+        return STATUS_UNAVAILABLE;
+    if (deadline_ns != 0 && clock_now_ns() >= deadline_ns) {
+        count_add(&poller->counters.calls_expired, 1);
+        return STATUS_DEADLINE_EXCEEDED;
+    }
+    if (poller->workers == 0)
+        return STATUS_UNIMPLEMENTED;
+    if (poller->running + poller->queued >= poller->max_concurrency ||
+        poller->queued_bytes + header->total_bytes > QUEUED_BYTES_MAX) {
+        count_add(&poller->counters.calls_refused, 1);
+        return STATUS_RESOURCE_EXHAUSTED;
+    }
+    return STATUS_OK;
+}
+
+/* With the lock held: the slot's message is a request that starts now. Tells by -ENOENT that
+ * nobody knows its method, by 0 that it may start. */
+static int find_method(struct shmrpc_poller *poller, struct shmrpc_slot *slot, bool *fast)
+{
+    shmrpc_message *message = &slot->message;
+    const struct method *method =
+        methods_find(&poller->methods, message->head, message->method_bytes);
+
+    if (method == NULL)
+        return -ENOENT;
+    message->method = method->index;
+    *fast = method->fast && message->kind == SHMRPC_REQUEST && message->flags == 0 &&
+            slot_in_view(slot);
+    return 0;
+}
+
+/* With the lock held. */
+static void start(struct shmrpc_poller *poller, struct shmrpc_slot *slot, struct conn *conn,
+                  bool fast)
+{
+    conn->references++;
+    slot->conn = conn;
+    slot->running = true;
+    slot->replied = slot->message.kind != SHMRPC_REQUEST;
+    slot->call_id = slot->message.call_id;
+    poller->running++;
+    count_add(&poller->counters.calls_started, 1);
+    slot_finish(slot, fast ? (int64_t)slot->message.body_bytes : SHMRPC_MESSAGE);
+}
+
+/* With the lock held: say in our segment that this call is taken but not started, before the
+ * peer can see that it is taken. */
+static uint32_t mark_queued(struct conn *conn, uint64_t call_id)
+{
+    uint32_t i = 0;
+
+    conn->queued++;
+    if (!conn->is_shm)
+        return 0;
+    while (i < LAYOUT_QUEUED_MAX && load_relaxed(&conn->wake.own->queued[i]) != 0)
+        i++;
+    if (i < LAYOUT_QUEUED_MAX)
+        store_relaxed(&conn->wake.own->queued[i], call_id);
+    return i;
+}
+
+static void unmark_queued(struct conn *conn, uint32_t index)
+{
+    conn->queued--;
+    if (conn->is_shm && index < LAYOUT_QUEUED_MAX)
+        store_release(&conn->wake.own->queued[index], 0);
+}
+
+/* With the lock held. */
+static int enqueue(struct shmrpc_poller *poller, struct conn *conn,
+                   const struct frame_header *header)
+{
+    struct stored *stored = calloc(1, sizeof *stored);
+
+    if (stored == NULL)
+        return -ENOMEM;
+    stored->payload = conn_take_payload(conn);
+    if (stored->payload == NULL) {
+        stored->payload = malloc(header->total_bytes + 1u);
+        if (stored->payload == NULL) {
+            free(stored);
+            return -ENOMEM;
+        }
+        conn_read(conn, header->total_bytes, stored->payload);
+    }
+    message_from_header(&stored->message, conn, header);
+    stored->conn = conn;
+    conn->references++;
+    stored->queued_index = mark_queued(conn, header->call_id);
+    poller->queued++;
+    poller->queued_bytes += header->total_bytes;
+    stored_append(&poller->queue, stored);
+    return 0;
+}
+
+/* With the lock held: the leader returns to Python, and somebody has to keep an eye on that. */
+static void go_away(struct shmrpc_poller *poller)
+{
+    poller->away = true;
+    poller->away_count++;
+    if (poller->standby_parked)
+        slot_wake(poller->standby, SLOT_WAITING);
+}
+
+/* With the lock held: take the message into the slot and start it, or queue it. Returns a status
+ * to answer with; the message is consumed in any case. */
+static uint32_t take_request(struct shmrpc_poller *poller, struct shmrpc_slot *slot,
+                             struct conn *conn, const struct frame_header *header)
+{
+    bool starts = slot->goal == GOAL_REQUEST && poller->running < poller->workers;
+    bool fast = false;
+    int result = starts ? slot_receive(slot, conn, header) : enqueue(poller, conn, header);
+
+    if (result == 0 && starts)
+        result = find_method(poller, slot, &fast);
+    /* Taken, for the peer's eyes, before anything of it runs: see conn_outcome. */
+    conn_finish(conn, header->length, &poller->bells);
+    if (result == -ENOENT)
+        return STATUS_UNIMPLEMENTED;
+    if (result < 0) {
+        count_add(&poller->counters.calls_refused, 1);
+        return STATUS_RESOURCE_EXHAUSTED;
+    }
+    if (starts) {
+        start(poller, slot, conn, fast);
+        go_away(poller);
+    }
+    return STATUS_OK;
+}
+
+void workers_request(struct shmrpc_poller *poller, struct shmrpc_slot *slot, struct conn *conn,
+                     const struct frame_header *header)
+{
+    uint64_t deadline_ns = header->deadline_ns;
+
+    if (deadline_ns != 0 && conn->relative_deadlines)
+        deadline_ns = 0; /* it began to count when it arrived here */
+    poller_lock(poller);
+    uint32_t status = admit(poller, header, deadline_ns);
+    if (status == STATUS_OK)
+        status = take_request(poller, slot, conn, header);
+    else
+        conn_finish(conn, header->length, &poller->bells);
+    poller_unlock(poller);
+    if (status == STATUS_OK)
+        return;
+    if (header->kind == SHMRPC_REQUEST)
+        workers_answer(poller, conn, header->call_id, status);
+    else
+        count_add(&poller->counters.frames_dropped, 1);
+}
+
+void workers_cancel(struct shmrpc_poller *poller, struct conn *conn, uint64_t call_id)
+{
+    poller_lock(poller);
+    for (uint32_t i = 0; i < poller->slot_capacity; i++) {
+        struct shmrpc_slot *slot = poller->slots[i];
+        if (slot != NULL && slot->running && slot->conn == conn && slot->call_id == call_id)
+            slot->message.cancelled = 1;
+    }
+    for (struct stored *stored = poller->queue.first; stored != NULL; stored = stored->next)
+        if (stored->conn == conn && stored->message.call_id == call_id)
+            stored->message.cancelled = 1; /* dropped when its turn comes */
+    poller_unlock(poller);
+}
+
+/* ---- the queue ---- */
+
+/* With the lock held (and given up for moments): start the next queued request that is still
+ * wanted. */
+static bool start_queued(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
+{
+    struct stored *stored;
+
+    while (poller->running < poller->workers && (stored = stored_pop(&poller->queue)) != NULL) {
+        struct conn *conn = stored->conn;
+        shmrpc_message *message = &stored->message;
+        bool call = message->kind == SHMRPC_REQUEST;
+        bool late = message->deadline_ns != 0 && clock_now_ns() >= message->deadline_ns;
+        bool gone = call && (load_relaxed(&conn->error) != 0 || message->cancelled != 0);
+        bool fast;
+
+        poller->queued--;
+        poller->queued_bytes -=
+            message->body_bytes + message->method_bytes + message->metadata_bytes;
+        unmark_queued(conn, stored->queued_index);
+        slot_take(slot, stored);
+        uint32_t status = STATUS_OK;
+        if (late || gone) {
+            count_add(&poller->counters.calls_expired, 1);
+            status = STATUS_DEADLINE_EXCEEDED;
+        } else if (find_method(poller, slot, &fast) < 0) {
+            status = STATUS_UNIMPLEMENTED;
+        }
+        if (status == STATUS_OK) {
+            start(poller, slot, conn, false);
+        } else if (call) {
+            poller_unlock(poller); /* the reference in `stored` keeps the conn */
+            workers_answer(poller, conn, slot->message.call_id, status);
+            poller_lock(poller);
+        }
+        stored_free(poller, stored);
+        if (status == STATUS_OK)
+            return true;
+    }
+    return false;
+}
+
+/* ---- roles ---- */
+
+/* With the lock held on entry and exit: sleep until woken or until the deadline. */
+static void doze(struct shmrpc_poller *poller, struct shmrpc_slot *slot, uint64_t deadline_ns)
+{
+    store_release32(&slot->state, SLOT_SLEEPING);
+    poller_unlock(poller);
+    slot_sleep(slot, deadline_ns);
+    poller_lock(poller);
+    store_release32(&slot->state, SLOT_WAITING);
+}
+
+/* With the lock held: watch the leader until its role is free or it stays away too long. */
+static void stand_by(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
+{
+    uint64_t seen = poller->away_count;
+
+    poller->standby = slot;
+    while (load_relaxed(&poller->stopping) == 0 && poller->leader != NULL) {
+        if (!poller->away && poller->away_count == seen) {
+            poller->standby_parked = true;
+            doze(poller, slot, 0);
+            poller->standby_parked = false;
+            seen = poller->away_count;
+            continue;
+        }
+        bool away = poller->away;
+        seen = poller->away_count;
+        doze(poller, slot, clock_now_ns() + TICK_NS);
+        if (away && poller->away && poller->away_count == seen)
+            break;
+    }
+    poller->standby = NULL;
+}
+
+static void idle(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
+{
+    slot->next_idle = poller->idle;
+    poller->idle = slot;
+    doze(poller, slot, 0);
+}
+
+static void wake_idle(struct shmrpc_poller *poller)
+{
+    struct shmrpc_slot *slot = poller->idle;
+
+    if (slot != NULL) {
+        poller->idle = slot->next_idle;
+        slot_wake(slot, SLOT_WAITING);
+    }
+}
+
+void workers_wake_all(struct shmrpc_poller *poller)
+{
+    while (poller->idle != NULL)
+        wake_idle(poller);
+    if (poller->standby != NULL)
+        slot_wake(poller->standby, SLOT_WAITING);
+}
+
+/* With the lock held: the slot's request is over. */
+static void finish_request(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
+{
+    if (!slot->running)
+        return;
+    slot->running = false;
+    poller->running--;
+    poller_release_conn(poller, slot->conn);
+    slot->conn = NULL;
+}
+
+/* With the lock held: find something to run for this worker. */
+static int64_t find_work(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
+{
+    for (;;) {
+        if (load_relaxed(&poller->stopping) != 0) {
+            if (poller->leader == slot)
+                poller->leader = NULL;
+            return SHMRPC_STOPPED;
+        }
+        if (start_queued(poller, slot)) {
+            if (poller->leader == slot)
+                go_away(poller);
+            return slot->result;
+        }
+        if (poller->leader == slot || poller->leader == NULL) {
+            poller->leader = slot;
+            poller->away = false;
+            poller_unlock(poller);
+            int64_t result = poller_lead(poller, slot);
+            poller_lock(poller);
+            if (result == SHMRPC_EVENTS)
+                go_away(poller);
+            if (result != SHMRPC_STOPPED)
+                return result;
+        } else if (poller->standby == NULL) {
+            stand_by(poller, slot);
+            if (load_relaxed(&poller->stopping) != 0)
+                continue;
+            poller->leader = slot;
+            poller->away = false;
+            if (poller->idle == NULL && poller->worker_threads <= poller->workers) {
+                go_away(poller);
+                return SHMRPC_SPAWN;
+            }
+            wake_idle(poller);
+        } else {
+            idle(poller, slot);
+        }
+    }
+}
+
+/* ---- the public calls ---- */
+
+int64_t shmrpc_next(shmrpc_slot *slot)
+{
+    struct shmrpc_poller *poller = slot->poller;
+
+    poller_lock(poller);
+    finish_request(poller, slot);
+    slot->goal = GOAL_REQUEST;
+    store_release32(&slot->state, SLOT_WAITING);
+    int64_t result = find_work(poller, slot);
+    poller_unlock(poller);
+    return result;
+}
+
+int shmrpc_reply(shmrpc_slot *slot, uint32_t status, const char *metadata, size_t metadata_bytes,
+                 const char *body, size_t body_bytes)
+{
+    struct outgoing message = {
+        .header = {.kind = SHMRPC_REPLY,
+                   .method_bytes = (uint16_t)status,
+                   .call_id = slot->call_id,
+                   .metadata_bytes = (uint32_t)metadata_bytes},
+        .parts = {{(void *)(uintptr_t)metadata, metadata_bytes},
+                  {(void *)(uintptr_t)body, body_bytes}},
+    };
+    uint64_t position;
+
+    if (!slot->running || slot->replied)
+        return 0;
+    int result = poller_send(slot->poller, slot->conn, &message, &position);
+    slot->replied = result != -EMSGSIZE && result != -ENOMEM;
+    return result < 0 ? result : 0;
+}
+
+int64_t shmrpc_reply_next(shmrpc_slot *slot, const char *body, size_t body_bytes)
+{
+    int status = shmrpc_reply(slot, STATUS_OK, NULL, 0, body, body_bytes);
+
+    if (status == -EMSGSIZE || status == -ENOMEM)
+        return status;
+    return shmrpc_next(slot);
+}

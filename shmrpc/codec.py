@@ -1,0 +1,59 @@
+"""Values to bytes and back. msgpack's types by default, never pickle.
+
+A codec is any object with the two methods of ``Codec``; client and server have to use the same.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import msgpack
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Codec", "MsgpackCodec", "explain_arguments"]
+
+
+class Codec(Protocol):
+    """How values travel. ``decode`` may be used by many threads, an encoder by one at a time."""
+
+    def encoder(self) -> Callable[[Any], bytes]:
+        """Return a new function that packs one value; it raises TypeError or ValueError."""
+
+    def decode(self, data: memoryview | bytes) -> Any:
+        """Unpack one value; raises ValueError if the bytes are not one. Copies what it keeps."""
+
+
+class MsgpackCodec:
+    """None, bool, int (64 bit), float, str, bytes, list/tuple, dict; tuples arrive as lists."""
+
+    def encoder(self) -> Callable[[Any], bytes]:
+        """Return a packer of its own: packing re-uses its buffer."""
+        pack: Callable[[Any], bytes] = msgpack.Packer().pack
+        return pack
+
+    def decode(self, data: memoryview | bytes) -> Any:
+        """Unpack; map keys may be of any hashable type."""
+        try:
+            return msgpack.unpackb(data, strict_map_key=False)
+        except (ValueError, TypeError, UnicodeDecodeError) as error:
+            msg = f"not a msgpack value: {error}"
+            raise ValueError(msg) from error
+
+
+def explain_arguments(
+    codec: Codec, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception
+) -> Exception:
+    """Say which argument could not be packed, after packing all of them failed with ``error``."""
+    for label, value in [*enumerate(args, 1), *kwargs.items()]:
+        try:
+            codec.encoder()(value)
+        except (TypeError, ValueError, OverflowError, RecursionError) as reason:
+            kind = type(value)
+            msg = (
+                f"argument {label!r} of {method!r} can't be sent: {reason} "
+                f"(the value is of type {kind.__module__}.{kind.__qualname__})"
+            )
+            return (TypeError if isinstance(reason, TypeError) else ValueError)(msg)
+    return error

@@ -1,0 +1,181 @@
+"""Listening sockets and finding them: the directory, stale sockets, one server to a name.
+
+A socket file outlives its server. What says that a server lives is an exclusive lock on the file
+``<socket>.lock``, which the kernel gives up with the process, however it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import stat
+import struct
+from dataclasses import dataclass, replace
+
+from .address import Address, rendezvous_directory
+from .errors import ConnectError
+
+__all__ = ["Credentials", "Listener", "open_socket", "peer_credentials"]
+
+_BACKLOG = 1024
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """Who is at the other end of a Unix socket, as the kernel says; -1 on tcp."""
+
+    pid: int = -1
+    uid: int = -1
+    gid: int = -1
+
+
+def peer_credentials(sock: socket.socket) -> Credentials:
+    """SO_PEERCRED of a connected Unix socket; unknown for any other."""
+    if sock.family != socket.AF_UNIX:
+        return Credentials()
+    size = struct.calcsize("3i")
+    return Credentials(
+        *struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
+    )
+
+
+def prepare_directory(path: str) -> None:
+    """Make the rendezvous directory, or check that it is ours and closed to others."""
+    try:
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        status = os.lstat(path)
+    except OSError as error:
+        msg = f"can't make the rendezvous directory {path}: {error.strerror}; set SHMRPC_DIR"
+        raise ConnectError(msg) from error
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+        msg = f"rendezvous directory {path} is not a directory of uid {os.geteuid()}; set SHMRPC_DIR"
+        raise ConnectError(msg)
+    explicit = os.environ.get("SHMRPC_DIR")
+    if not explicit and stat.S_IMODE(status.st_mode) & 0o077:
+        os.chmod(path, 0o700)
+
+
+def _lock(path: str, address: Address) -> int:
+    """Take the lock of a socket, or raise with the pid that has it."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = os.pread(fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            os.close(fd)
+            if error.errno != errno.EWOULDBLOCK:
+                raise
+            msg = f"address {address} is in use by a live server, pid {owner}"
+            raise ConnectError(msg) from error
+        with contextlib.suppress(FileNotFoundError):
+            # A server that stopped may have removed the file between our open and lock.
+            if os.path.samestat(os.fstat(fd), os.stat(path)):
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, b"%d\n" % os.getpid(), 0)
+                return fd
+        os.close(fd)
+
+
+class Listener:
+    """One listening socket. Not for use after a fork but to ``close_inherited``."""
+
+    def __init__(self, address: Address) -> None:
+        """Listen at ``address``; ``ConnectError`` if it is taken or can't be had."""
+        self.address = address
+        self._lock_fd = -1
+        try:
+            if address.transport == "tcp":
+                self.socket = self._listen_tcp(address)
+            else:
+                self.socket = self._listen_unix(address)
+        except OSError as error:
+            self._unlock()
+            msg = f"can't listen at {address}: {error.strerror or error}"
+            raise ConnectError(msg) from error
+        self.socket.setblocking(False)
+
+    def _listen_unix(self, address: Address) -> socket.socket:
+        if os.path.dirname(address.path) == rendezvous_directory():
+            prepare_directory(os.path.dirname(address.path))
+        self._lock_fd = _lock(f"{address.path}.lock", address)
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISSOCK(os.lstat(address.path).st_mode):
+                raise OSError(errno.EEXIST, f"{address.path} exists and is not a socket")
+            os.unlink(address.path)  # left by a server that died: we have its lock
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.bind(address.path)
+            sock.listen(_BACKLOG)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    def _listen_tcp(self, address: Address) -> socket.socket:
+        family, kind, protocol, _, place = socket.getaddrinfo(
+            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(place)
+            sock.listen(_BACKLOG)
+        except BaseException:
+            sock.close()
+            raise
+        self.address = replace(address, port=sock.getsockname()[1])
+        return sock
+
+    def _unlock(self) -> None:
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
+    def close(self) -> None:
+        """Stop listening and remove the socket and its lock."""
+        if self._lock_fd >= 0:
+            for path in (self.address.path, f"{self.address.path}.lock"):
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+        self.socket.close()
+        self._unlock()
+
+    def close_inherited(self) -> None:
+        """In a forked child: let go, without taking anything from the parent."""
+        self.socket.close()
+        self._unlock()
+
+
+def open_socket(address: Address, timeout: float) -> socket.socket:
+    """Connect a socket to a listener; ``ConnectError`` says why not and what to do."""
+    try:
+        if address.transport == "tcp":
+            sock = socket.create_connection((address.host, address.port), timeout)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        else:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                sock.settimeout(timeout)
+                sock.connect(address.path)
+            except BaseException:
+                sock.close()
+                raise
+    except TimeoutError as error:
+        msg = f"can't connect to {address}: no answer within {timeout:g} s"
+        raise ConnectError(msg) from error
+    except OSError as error:
+        hint = {
+            errno.ENOENT: f"no server has made {address.path}; start it, or check the name",
+            errno.ECONNREFUSED: "nobody listens there; start the server",
+            errno.EACCES: "permission denied; the server's directory is for its own user",
+            errno.EMFILE: "no descriptors are left (ulimit -n)",
+            errno.EAGAIN: "the server's queue of new connections is full",
+        }.get(error.errno or 0, error.strerror or str(error))
+        msg = f"can't connect to {address}: {hint}"
+        raise ConnectError(msg) from error
+    sock.setblocking(False)
+    return sock
