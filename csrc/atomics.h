@@ -44,6 +44,12 @@ static inline void store_release(atomic_u64 *word, uint64_t value)
     atomic_store_explicit(word, value, memory_order_release);
 }
 
+/* A statistics counter of which one thread at a time is the writer. */
+static inline void count_own(atomic_u64 *word, uint64_t value)
+{
+    store_relaxed(word, load_relaxed(word) + value);
+}
+
 /* A statistics counter that any thread may add to. */
 static inline void count_add(atomic_u64 *word, uint64_t value)
 {

@@ -56,6 +56,7 @@ shmrpc_slot *shmrpc_slot_new(shmrpc_poller *poller, uint64_t conn_id)
     if (usable) {
         slot->index = index;
         poller->slots[index] = slot;
+        poller->references++;
     } else {
         poller->worker_threads -= conn_id == 0;
     }
@@ -74,6 +75,7 @@ void shmrpc_slot_free(shmrpc_slot *slot)
     slot->poller->slots[slot->index] = NULL;
     slot->poller->worker_threads -= slot->caller ? 0 : 1;
     poller_unlock(slot->poller);
+    poller_unref(slot->poller);
     free(slot->large);
     free(slot->base);
     free(slot);
@@ -251,7 +253,7 @@ int callers_reply(struct shmrpc_poller *poller, struct conn *conn,
         slot_finish(slot, status == 0 ? reply_result(slot) : status);
         status = 0;
     } else {
-        count_add(&poller->counters.late_replies, 1);
+        count_own(&poller->counters.late_replies, 1);
     }
     poller_unlock(poller);
     conn_finish(conn, header->length, &poller->bells);
@@ -431,6 +433,8 @@ int64_t shmrpc_call_with(shmrpc_slot *slot, const shmrpc_name *name, uint32_t fl
                   {(void *)(uintptr_t)body, body_bytes}},
     };
 
+    if (conn_hung_up(slot->conn))
+        return -ENOTCONN;
     poller_lock(poller);
     begin(slot, GOAL_REPLY, deadline_after(timeout_ns));
     slot->position = UINT64_MAX; /* not sent */
@@ -505,6 +509,8 @@ int shmrpc_send(shmrpc_slot *slot, uint32_t kind, uint32_t flags, uint64_t call_
                   {(void *)(uintptr_t)body, body_bytes}},
     };
 
+    if (slot->caller && conn_hung_up(slot->conn))
+        return -ENOTCONN;
     set_deadline(&message, slot->conn, deadline_ns);
     return poller_send(slot->poller, slot->conn, &message, position);
 }
@@ -518,9 +524,10 @@ int64_t shmrpc_flush(shmrpc_slot *slot, int64_t timeout_ns)
     store_relaxed(&poller->room_waiters, 1); /* stays set: flushing is rare, asking is not */
     bool leads = enter(poller, slot);
     poller_unlock(poller);
-    if (load_relaxed(&slot->conn->outbox_bytes) == 0) {
+    int64_t error = (int64_t)load_relaxed(&slot->conn->error);
+    if (error != 0 || load_relaxed(&slot->conn->outbox_bytes) == 0) {
         poller_lock(poller);
-        slot_finish(slot, -(int64_t)load_relaxed(&slot->conn->error));
+        slot_finish(slot, -error);
         poller_unlock(poller);
     }
     return wait_goal(poller, slot, leads);

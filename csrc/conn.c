@@ -1,7 +1,9 @@
 /* conn.c - see conn.h. */
+#define _GNU_SOURCE
 #include "conn.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
@@ -24,6 +26,10 @@ void shmrpc_segment_unmap(void *segment, uint32_t ring_bytes)
 {
     segment_unmap(segment, ring_bytes);
 }
+
+/* A consumer looks whether its peer waits for space each time it has freed one part in so many of
+ * the ring; the peer asks for two parts. See want_room and link_release. */
+enum { SPACE_STEP = 8 };
 
 static void close_fd(int fd)
 {
@@ -217,22 +223,40 @@ static bool output_waits(const struct conn *conn)
            (!conn->is_shm && conn->stream.out_start != conn->stream.out_end);
 }
 
+static void watch_socket(struct conn *conn, bool output, bool ignore_input)
+{
+    struct epoll_event event = {
+        .events = (output ? (uint32_t)EPOLLOUT : 0) |
+                  (ignore_input ? 0 : (uint32_t)(EPOLLIN | EPOLLRDHUP)),
+        .data.u64 = conn->epoll_data,
+    };
+
+    epoll_ctl(conn->epoll_fd, EPOLL_CTL_MOD, conn->control_fd, &event);
+}
+
 /* Be told when there is room again: by the peer's bell, or by epoll. */
 static void want_room(struct conn *conn, bool want)
 {
     if (conn->is_shm) {
-        if (want) /* A quarter of the ring: enough for the longest frame, and few bells a megabyte. */
-            wake_want_space(&conn->wake, conn->producer.head + conn->producer.bytes / 4);
+        if (want) /* Two steps of the consumer's looking: enough for the longest frame. */
+            wake_want_space(&conn->wake,
+                            conn->producer.head + 2 * conn->producer.bytes / SPACE_STEP);
         else
             wake_got_space(&conn->wake);
     } else if (want != conn->wants_room) {
-        struct epoll_event event = {
-            .events = EPOLLIN | EPOLLRDHUP | (want ? (uint32_t)EPOLLOUT : 0),
-            .data.u64 = conn->id,
-        };
-        epoll_ctl(conn->epoll_fd, EPOLL_CTL_MOD, conn->control_fd, &event);
+        watch_socket(conn, want, conn->ignores_input);
     }
     conn->wants_room = want;
+}
+
+void conn_watch_input(struct conn *conn, bool watch)
+{
+    pthread_mutex_lock(&conn->send_lock);
+    if (!conn->is_shm && conn->ignores_input == watch) {
+        watch_socket(conn, conn->wants_room, !watch);
+        conn->ignores_input = !watch;
+    }
+    pthread_mutex_unlock(&conn->send_lock);
 }
 
 /* Push what waits; if the link is full, arrange for a wake-up and look once more, because room
@@ -240,10 +264,14 @@ static void want_room(struct conn *conn, bool want)
 static int push_waiting(struct conn *conn)
 {
     int status = outbox_push(conn);
+    uint64_t head;
 
-    if (status == -EAGAIN) {
+    while (status == -EAGAIN) {
+        head = conn->producer.head;
         want_room(conn, true);
         status = outbox_push(conn);
+        if (conn->producer.head == head)
+            break; /* asked for space beyond what the peer had freed when we looked last */
     }
     if (status == 0 && conn->wants_room)
         want_room(conn, false);
@@ -334,6 +362,21 @@ int conn_send(struct conn *conn, struct outgoing *message, uint64_t *position, u
     return status < 0 ? status : waits;
 }
 
+bool conn_hung_up(struct conn *conn)
+{
+    /* A look costs a system call. While calls follow each other closely the leader's own looks
+     * are enough; after a pause (the coarse clock has moved) nobody may have looked for hours. */
+    uint64_t tick = clock_coarse_ns();
+
+    if (load_relaxed(&conn->error) != 0)
+        return true;
+    if (tick == load_relaxed(&conn->last_send_tick))
+        return false;
+    store_relaxed(&conn->last_send_tick, tick);
+    struct pollfd control = {.fd = conn->control_fd, .events = POLLRDHUP};
+    return poll(&control, 1, 0) > 0 && (control.revents & (POLLRDHUP | POLLHUP | POLLERR)) != 0;
+}
+
 /* ---- receiving ---- */
 
 static int link_peek(struct conn *conn, struct frame_header *header)
@@ -358,7 +401,13 @@ static void link_release(struct conn *conn, uint32_t length, uint64_t *bells)
         return;
     }
     ring_release(&conn->consumer, length);
-    *bells += (uint64_t)wake_peer_for_space(&conn->wake, conn->consumer.head);
+    /* The look costs a fence, on the way of every message: it is enough to look once in
+     * SPACE_STEP of a ring, because a sender asks for twice that much (see want_room). */
+    if (conn->consumer.head - conn->space_checked < conn->consumer.bytes / SPACE_STEP)
+        return;
+    conn->space_checked = conn->consumer.head;
+    *bells += (uint64_t)wake_peer_for_space(&conn->wake, conn->consumer.head,
+                                            conn->consumer.bytes / SPACE_STEP);
 }
 
 /* What a first frame may say. Its length is checked against the ring already. */

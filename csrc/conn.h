@@ -39,6 +39,7 @@ struct conn {
 
     struct ring_producer producer;
     struct ring_consumer consumer;
+    uint64_t space_checked; /* leader: our head when we last looked whether the peer wants space */
     struct wake wake;
     struct stream stream;
     struct partial partial;
@@ -52,10 +53,14 @@ struct conn {
     uint32_t max_message_bytes, peer_max_message_bytes;
     uint32_t frame_max; /* longest payload of a frame that we send */
     bool relative_deadlines;
-    bool wants_room; /* send_lock: asked to be woken when there is room */
+    bool wants_room;   /* send_lock: asked to be woken when there is room */
+    bool ignores_input; /* send_lock: a stream that is full: its input does not wake us */
+    bool resumed;      /* poller lock: was full of queued requests, and is not any more */
     uint64_t pushed; /* send_lock: ring space of all frames that left so far */
     int epoll_fd;
-    uint64_t last_active_ns; /* leader */
+    uint64_t epoll_data; /* of control_fd in epoll */
+    uint64_t last_active_ns;   /* leader */
+    atomic_u64 last_send_tick; /* coarse clock at the last conn_hung_up */
 };
 
 /* What a message is made of, for sending. */
@@ -70,12 +75,17 @@ void conn_destroy(struct conn *conn);
 /* The same for a conn that came to nothing: what the caller gave stays the caller's. */
 void conn_abandon(struct conn *conn);
 
+/* Whether the peer is known or, after a pause of some milliseconds, found to have hung up. */
+bool conn_hung_up(struct conn *conn);
 /* Send a message: 0 if it left, 1 if some of it waits in the outbox, -EMSGSIZE, -ENOMEM, -EPIPE,
  * -EPROTO. *position (may be null) is where its last frame starts in the ring, see conn_outcome.
  * Adds the bells it rang to *bells. */
 int conn_send(struct conn *conn, struct outgoing *message, uint64_t *position, uint64_t *bells);
 /* Send what waits in the outbox as far as there is room: 0, or -errno. */
 int conn_flush(struct conn *conn, uint64_t *bells);
+
+/* Streams: whether input wakes the leader. Not while we don't read it: epoll would never sleep. */
+void conn_watch_input(struct conn *conn, bool watch);
 
 /* Next complete message: 1 with its header (length is that of its last frame), 0 if there is none yet, -EPROTO, -EPIPE. Its payload
  * stays where it is until conn_finish. Takes at most CONN_PIECES_MAX pieces at a time. */

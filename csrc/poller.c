@@ -24,6 +24,7 @@
 #include <unistd.h>
 
 enum {
+    CLOCK_STEPS = 16,     /* short spin steps between two looks at the clock */
     LOOK_NS = 50000,      /* while polling, cold conns and hang-ups are looked for this often */
     COOL_NS = 1000000,    /* a conn quiet for so long is armed while others stay hot */
     EPOLL_BATCH = 64,
@@ -116,7 +117,9 @@ shmrpc_poller *shmrpc_poller_new(uint32_t workers, uint32_t max_concurrency, uin
 
     if (poller == NULL)
         return NULL;
+    poller->references = 1;
     poller->kick_fd = -1;
+    pthread_mutex_init(&poller->lock, NULL);
     poller->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     if (poller->epoll_fd < 0 || (workers != 0 && make_kick(poller) < 0)) {
         int error = errno;
@@ -124,7 +127,6 @@ shmrpc_poller *shmrpc_poller_new(uint32_t workers, uint32_t max_concurrency, uin
         errno = error;
         return NULL;
     }
-    pthread_mutex_init(&poller->lock, NULL);
     poller->workers = workers;
     poller->max_concurrency = max_concurrency;
     poller->policy.mode = mode;
@@ -141,7 +143,7 @@ static void free_list(struct shmrpc_poller *poller, struct stored_list *list)
         stored_free(poller, stored);
 }
 
-void shmrpc_poller_free(shmrpc_poller *poller)
+static void destroy(struct shmrpc_poller *poller)
 {
     free_list(poller, &poller->queue);
     free_list(poller, &poller->events);
@@ -155,12 +157,27 @@ void shmrpc_poller_free(shmrpc_poller *poller)
         close(poller->kick_fd);
     if (poller->epoll_fd >= 0)
         close(poller->epoll_fd);
+    pthread_mutex_destroy(&poller->lock);
     methods_free(&poller->methods);
     free(poller->conns);
     free(poller->conn_uses);
     free(poller->slots);
     free(poller->hot);
     free(poller);
+}
+
+void poller_unref(struct shmrpc_poller *poller)
+{
+    poller_lock(poller);
+    bool last = --poller->references == 0;
+    poller_unlock(poller);
+    if (last)
+        destroy(poller);
+}
+
+void shmrpc_poller_free(shmrpc_poller *poller)
+{
+    poller_unref(poller);
 }
 
 void poller_kick(struct shmrpc_poller *poller)
@@ -280,7 +297,8 @@ static void unregister_conn(struct shmrpc_poller *poller, const struct conn *con
 
 static int watch_conn(struct shmrpc_poller *poller, struct conn *conn)
 {
-    int status = epoll_add(poller, conn->control_fd, EPOLLIN | EPOLLRDHUP, conn->id | CONTROL_BIT);
+    conn->epoll_data = conn->id | CONTROL_BIT;
+    int status = epoll_add(poller, conn->control_fd, EPOLLIN | EPOLLRDHUP, conn->epoll_data);
 
     if (status == 0 && conn->own_bell_fd >= 0)
         status = epoll_add(poller, conn->own_bell_fd, EPOLLIN | EPOLLET, conn->id);
@@ -411,15 +429,26 @@ static void remove_hot(struct shmrpc_poller *poller, uint32_t position)
     poller->hot[position] = poller->hot[--poller->hot_count];
 }
 
-/* Whether there is something to read or an end to notice. */
-static bool has_input(struct conn *conn)
+/* Whether there is something that we would read, or an end to notice. */
+static bool has_input(struct shmrpc_poller *poller, struct conn *conn)
 {
     struct frame_header header;
 
     if (conn->hung_up)
         return true;
+    if (workers_full(poller, conn))
+        return false;
     return (conn->is_shm ? ring_peek(&conn->consumer, &header)
                          : stream_peek(&conn->stream, &header)) != 0;
+}
+
+/* The last look after arming (fence F): for input, and for room that was freed before we were armed
+ * and therefore rang nobody. */
+static bool must_stay_up(struct shmrpc_poller *poller, struct conn *conn)
+{
+    if (load_relaxed(&conn->outbox_bytes) != 0 && conn_flush(conn, &poller->bells) < 0)
+        conn->hung_up = true;
+    return has_input(poller, conn);
 }
 
 /* End a conn: nobody waits for it any more, and Python is told. */
@@ -467,7 +496,7 @@ static int dispatch(struct shmrpc_poller *poller, struct shmrpc_slot *slot, stru
         return 0;
     default: /* of a later version: not ours to understand, nobody else's problem */
         conn_finish(conn, header->length, &poller->bells);
-        count_add(&poller->counters.frames_dropped, 1);
+        count_own(&poller->counters.frames_dropped, 1);
         return 0;
     }
 }
@@ -524,7 +553,7 @@ static int poll_conn(struct shmrpc_poller *poller, struct shmrpc_slot *slot, str
         fail_conn(poller, conn, -status);
         return -1;
     }
-    count_add(&poller->counters.frames_received, (uint64_t)count);
+    count_own(&poller->counters.frames_received, (uint64_t)count);
     return count;
 }
 
@@ -559,12 +588,14 @@ static void cool(struct shmrpc_poller *poller, bool rings)
     for (uint32_t i = poller->hot_count; i-- > 0;) {
         struct conn *conn = poller->hot[i];
         if (!conn->is_shm) {
-            if (!has_input(conn))
+            if (!has_input(poller, conn)) {
+                conn_watch_input(conn, !workers_full(poller, conn));
                 remove_hot(poller, i);
+            }
         } else if (rings && poller->looked_ns - conn->last_active_ns > COOL_NS) {
             wake_arm(&conn->wake);
             wake_arm_fence();
-            if (has_input(conn))
+            if (must_stay_up(poller, conn))
                 wake_disarm(&conn->wake);
             else
                 remove_hot(poller, i);
@@ -588,6 +619,22 @@ static void control_event(struct conn *conn)
         conn->hung_up = true;
 }
 
+/* With the lock held: poll those again that were full of queued requests. */
+static void resume(struct shmrpc_poller *poller)
+{
+    if (!poller->resumes)
+        return;
+    poller->resumes = false;
+    for (uint32_t i = 0; i < poller->conn_capacity; i++) {
+        struct conn *conn = poller->conns[i];
+        if (conn == NULL || !conn->resumed)
+            continue;
+        conn->resumed = false;
+        conn->stream.readable = true;
+        poller_heat(poller, conn);
+    }
+}
+
 /* Wait for bells and control sockets: the number of events, or -errno. */
 static int look(struct shmrpc_poller *poller, int timeout_ms)
 {
@@ -599,6 +646,7 @@ static int look(struct shmrpc_poller *poller, int timeout_ms)
     if (count == 0)
         return 0;
     poller_lock(poller);
+    resume(poller);
     for (int i = 0; i < count; i++) {
         uint64_t data = events[i].data.u64;
         struct conn *conn = data != 0 ? poller_find(poller, data & ~CONTROL_BIT) : NULL;
@@ -632,13 +680,8 @@ static bool arm_all(struct shmrpc_poller *poller)
         if (poller->hot[i]->is_shm)
             wake_arm(&poller->hot[i]->wake);
     wake_arm_fence();
-    for (uint32_t i = 0; i < poller->hot_count && !input; i++) {
-        struct conn *conn = poller->hot[i];
-        /* Room freed before we were armed rang nobody either: try to send once more. */
-        if (load_relaxed(&conn->outbox_bytes) != 0 && conn_flush(conn, &poller->bells) < 0)
-            conn->hung_up = true;
-        input = has_input(conn);
-    }
+    for (uint32_t i = 0; i < poller->hot_count && !input; i++)
+        input = must_stay_up(poller, poller->hot[i]);
     if (input) {
         for (uint32_t i = 0; i < poller->hot_count; i++)
             if (poller->hot[i]->is_shm)
@@ -680,7 +723,7 @@ static int64_t sleep_once(struct shmrpc_poller *poller, struct shmrpc_slot *slot
     uint64_t start = clock_now_ns();
     int count = look(poller, timeout_ms_until(slot->deadline_ns));
     poller->looked_ns = clock_now_ns();
-    count_add(&poller->counters.sleeps, 1);
+    count_own(&poller->counters.sleeps, 1);
     spin_policy_slept(&poller->policy, spun, poller->looked_ns - start);
     poller->one_cpu = cpu_is_alone();
     if (count < 0 && count != -EINTR)
@@ -707,7 +750,11 @@ static bool spin_on(struct shmrpc_poller *poller, struct spin *spin)
     }
     if (spin->budget_ns == 0)
         return false;
-    count_add(&poller->counters.yields, (uint64_t)spin_step(spin->step++, poller->one_cpu));
+    uint32_t step = spin->step++;
+    bool yielded = spin_step(step, poller->one_cpu) != 0;
+    if (!yielded && step % CLOCK_STEPS != CLOCK_STEPS - 1)
+        return true; /* too short a step to look at the clock for */
+    count_own(&poller->counters.yields, yielded);
     uint64_t now = clock_now_ns();
     if (now - poller->looked_ns >= LOOK_NS) {
         look(poller, 0);
@@ -716,7 +763,7 @@ static bool spin_on(struct shmrpc_poller *poller, struct spin *spin)
     }
     if (now - spin->start_ns < spin->budget_ns)
         return true;
-    count_add(&poller->counters.spins_missed, 1);
+    count_own(&poller->counters.spins_missed, 1);
     return false;
 }
 
@@ -728,6 +775,7 @@ static bool expired(const struct shmrpc_slot *slot)
 int64_t poller_lead(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
 {
     struct spin spin = {0};
+    bool looked = false;
     int64_t result = 0;
 
     for (;;) {
@@ -739,8 +787,13 @@ int64_t poller_lead(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
             continue;
         }
         if (expired(slot)) {
-            result = -ETIMEDOUT;
-            break;
+            if (looked) {
+                result = -ETIMEDOUT;
+                break;
+            }
+            look(poller, 0); /* what came with the deadline, or by the first look, still counts */
+            looked = true;
+            continue;
         }
         if (spin_on(poller, &spin))
             continue;
@@ -752,7 +805,7 @@ int64_t poller_lead(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
     }
     if (spin.started && spin.step != 0 && result >= 0) {
         spin_policy_hit(&poller->policy);
-        count_add(&poller->counters.spins_hit, 1);
+        count_own(&poller->counters.spins_hit, 1);
     }
     count_add(&poller->counters.wakeups_sent, poller->bells);
     poller->bells = 0;

@@ -90,6 +90,7 @@ struct shmrpc_poller {
     uint64_t *conn_uses; /* lock: by index, how often it was given out; part of the id */
     uint32_t conn_capacity, conn_count;
 
+    uint32_t references; /* lock: the owner and every slot */
     struct shmrpc_slot **slots; /* lock: by index */
     uint32_t slot_capacity, inside;
     uint64_t call_sequence; /* lock */
@@ -101,6 +102,7 @@ struct shmrpc_poller {
     bool standby_parked;                /* lock */
     uint32_t worker_threads, running, queued; /* lock */
     uint64_t queued_bytes;                    /* lock */
+    bool resumes;                             /* lock: a conn has its `resumed` set */
     struct stored_list queue, events;         /* lock */
     atomic_u64 event_count;
     atomic_u64 room_waiters; /* somebody has called shmrpc_flush */
@@ -121,6 +123,8 @@ struct shmrpc_poller {
 
 /* Lead until the slot's goal is met. The caller holds the role and not the lock. */
 int64_t poller_lead(struct shmrpc_poller *poller, struct shmrpc_slot *slot);
+/* Give up a reference; the last one frees it. */
+void poller_unref(struct shmrpc_poller *poller);
 /* Poll this conn from now on; leader only. */
 void poller_heat(struct shmrpc_poller *poller, struct conn *conn);
 /* A main thread must go back to Python once before each sleep, to run signal handlers: a signal

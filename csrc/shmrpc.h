@@ -10,9 +10,11 @@
  *   bell      the eventfd (or socket) by which one side wakes the other
  *
  * Functions return 0, a count or a handle, or -errno:
- *   -EAGAIN     nothing yet, and the thread would sleep now: check for signals, then shmrpc_wait
- *   -EINTR      a signal interrupted the sleep: run its handlers, then shmrpc_wait
+ *   -EAGAIN     nothing yet, and the thread would sleep now: check for signals, then go on by
+ *               shmrpc_wait (after shmrpc_wait_events by calling that again)
+ *   -EINTR      a signal interrupted the sleep: run its handlers, then go on likewise
  *   -ETIMEDOUT  the deadline passed
+ *   -ENOTCONN   the peer was gone before anything was sent: connect again and repeat
  *   -EPIPE      the peer is gone; -EPROTO: the peer broke the protocol; both end the connection
  *   -EMSGSIZE   larger than the peer accepts
  *   -ENOMEM     no memory, or a fixed table is full
@@ -122,7 +124,8 @@ typedef struct shmrpc_name {
  * 2 block. Null and errno if it can't be made. */
 shmrpc_poller *shmrpc_poller_new(uint32_t workers, uint32_t max_concurrency, uint32_t mode,
                                  uint32_t spin_budget_ns);
-/* No thread may be inside or come later. Closes and unmaps everything. */
+/* Give the poller up. It closes and unmaps everything now, or with the last of its slots: so the
+ * order in which a garbage collector frees them does not matter. */
 void shmrpc_poller_free(shmrpc_poller *poller);
 /* Refuse new requests with UNAVAILABLE from now on; those running and queued go on. */
 void shmrpc_poller_drain(shmrpc_poller *poller);

@@ -54,12 +54,12 @@ int wake_peer_for_data(struct wake *wake)
     return ring_if_asleep(wake);
 }
 
-int wake_peer_for_space(struct wake *wake, uint64_t head)
+int wake_peer_for_space(struct wake *wake, uint64_t head, uint64_t slack)
 {
     full_fence(); /* fence G, pairs with H: our head before the peer's space and arm */
     uint64_t space = load_relaxed(&wake->peer->space);
 
-    if ((space & 1) == 0 || (int64_t)(head - (space >> 1)) < 0)
+    if ((space & 1) == 0 || (int64_t)(head + slack - (space >> 1)) < 0)
         return 0;
     return ring_if_asleep(wake);
 }
@@ -106,23 +106,18 @@ void spin_policy_slept(struct spin_policy *policy, bool spun, uint64_t slept_ns)
 
 _Static_assert(1u << 6 == SPIN_SKIP_MAX, "the shift in spin_policy_slept stops there");
 
-/* Pauses first, while an answer within a microsecond is likely; from then on a yield with every
- * few pauses: it costs 0.1 us when nobody else wants the CPU and gives it away when somebody does,
- * which is what keeps spinning harmless with more processes than CPUs. */
-enum { STEPS_WITHOUT_YIELD = 8, PAUSES_A_STEP = 16 };
+enum { PAUSES_A_SHORT_STEP = 1, PAUSES_A_YIELD = 8 };
 
 int spin_step(uint32_t step, bool one_cpu)
 {
-    if (one_cpu) {
-        sched_yield();
-        return 1;
-    }
-    for (int i = 0; i < PAUSES_A_STEP; i++)
+    bool yields = one_cpu || step >= SPIN_SHORT_STEPS;
+    int pauses = one_cpu ? 0 : yields ? PAUSES_A_YIELD : PAUSES_A_SHORT_STEP;
+
+    for (int i = 0; i < pauses; i++)
         cpu_pause();
-    if (step < STEPS_WITHOUT_YIELD)
-        return 0;
-    sched_yield();
-    return 1;
+    if (yields)
+        sched_yield();
+    return yields;
 }
 
 uint64_t clock_now_ns(void)
@@ -130,6 +125,14 @@ uint64_t clock_now_ns(void)
     struct timespec now;
 
     clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+uint64_t clock_coarse_ns(void)
+{
+    struct timespec now;
+
+    clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
     return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 

@@ -49,8 +49,9 @@ void wake_disarm(struct wake *wake);
 
 /* After ring_push: rings if the peer sleeps. Returns 1 if it rang. */
 int wake_peer_for_data(struct wake *wake);
-/* After ring_release up to `head`: rings if the peer sleeps and waits for this much space. */
-int wake_peer_for_space(struct wake *wake, uint64_t head);
+/* After ring_release up to `head`: rings if the peer sleeps and waits for space up to there, or
+ * not more than `slack` further: where we might not look again. */
+int wake_peer_for_space(struct wake *wake, uint64_t head, uint64_t slack);
 /* Ask for a doorbell when the peer's head reaches `position`. Returns after fence H; the caller
  * must try to send once more. */
 void wake_want_space(struct wake *wake, uint64_t position);
@@ -81,11 +82,16 @@ uint64_t spin_policy_begin(struct spin_policy *policy);
 void spin_policy_hit(struct spin_policy *policy);
 void spin_policy_slept(struct spin_policy *policy, bool spun, uint64_t slept_ns);
 
-/* One step of a spin loop: a few pauses, then a yield. `step` counts from 0 within a wait. With
- * one CPU the peer can't run while we pause, so every step is a yield. Returns 1 if it yielded. */
+/* One step of a spin loop; `step` counts from 0 within a wait. The first SPIN_SHORT_STEPS are a
+ * pause or two, while an answer within two microseconds is likely; from then on each is a few
+ * pauses and a yield, which costs 0.1 us when nobody else wants the CPU and gives it away when
+ * somebody does: that keeps spinning harmless with more processes than CPUs. With one CPU the peer
+ * can't run while we pause, so every step is a yield. Returns 1 if it yielded. */
+enum { SPIN_SHORT_STEPS = 64 };
 int spin_step(uint32_t step, bool one_cpu);
 
 uint64_t clock_now_ns(void); /* CLOCK_MONOTONIC */
+uint64_t clock_coarse_ns(void); /* the same, some milliseconds late, for a few nanoseconds */
 bool cpu_is_alone(void);     /* this thread may run on one CPU only */
 
 #endif

@@ -40,7 +40,8 @@ void workers_answer(struct shmrpc_poller *poller, struct conn *conn, uint64_t ca
 
 bool workers_full(const struct shmrpc_poller *poller, const struct conn *conn)
 {
-    (void)poller;
+    if (poller->workers == 0)
+        return false; /* a caller reads always, or two sides that only send would wait for ever */
     return conn->queued == LAYOUT_QUEUED_MAX || load_relaxed(&conn->outbox_bytes) > OUTBOX_MAX;
 }
 
@@ -51,14 +52,15 @@ static uint32_t admit(struct shmrpc_poller *poller, const struct frame_header *h
     if (load_relaxed(&poller->draining) != 0 && header->kind == SHMRPC_REQUEST)
         return STATUS_UNAVAILABLE;
     if (deadline_ns != 0 && clock_now_ns() >= deadline_ns) {
-        count_add(&poller->counters.calls_expired, 1);
+        count_own(&poller->counters.calls_expired, 1);
         return STATUS_DEADLINE_EXCEEDED;
     }
     if (poller->workers == 0)
         return STATUS_UNIMPLEMENTED;
+    bool waits = poller->running >= poller->workers && poller->queued != 0;
     if (poller->running + poller->queued >= poller->max_concurrency ||
-        poller->queued_bytes + header->total_bytes > QUEUED_BYTES_MAX) {
-        count_add(&poller->counters.calls_refused, 1);
+        (waits && poller->queued_bytes + header->total_bytes > QUEUED_BYTES_MAX)) {
+        count_own(&poller->counters.calls_refused, 1);
         return STATUS_RESOURCE_EXHAUSTED;
     }
     return STATUS_OK;
@@ -90,7 +92,7 @@ static void start(struct shmrpc_poller *poller, struct shmrpc_slot *slot, struct
     slot->replied = slot->message.kind != SHMRPC_REQUEST;
     slot->call_id = slot->message.call_id;
     poller->running++;
-    count_add(&poller->counters.calls_started, 1);
+    count_own(&poller->counters.calls_started, 1);
     slot_finish(slot, fast ? (int64_t)slot->message.body_bytes : SHMRPC_MESSAGE);
 }
 
@@ -169,7 +171,7 @@ static uint32_t take_request(struct shmrpc_poller *poller, struct shmrpc_slot *s
     if (result == -ENOENT)
         return STATUS_UNIMPLEMENTED;
     if (result < 0) {
-        count_add(&poller->counters.calls_refused, 1);
+        count_own(&poller->counters.calls_refused, 1);
         return STATUS_RESOURCE_EXHAUSTED;
     }
     if (starts) {
@@ -234,11 +236,16 @@ static bool start_queued(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
         poller->queued--;
         poller->queued_bytes -=
             message->body_bytes + message->method_bytes + message->metadata_bytes;
+        if (workers_full(poller, conn)) {
+            conn->resumed = true;
+            poller->resumes = true;
+            poller_kick(poller);
+        }
         unmark_queued(conn, stored->queued_index);
         slot_take(slot, stored);
         uint32_t status = STATUS_OK;
         if (late || gone) {
-            count_add(&poller->counters.calls_expired, 1);
+            count_own(&poller->counters.calls_expired, 1);
             status = STATUS_DEADLINE_EXCEEDED;
         } else if (find_method(poller, slot, &fast) < 0) {
             status = STATUS_UNIMPLEMENTED;
@@ -264,7 +271,8 @@ static void doze(struct shmrpc_poller *poller, struct shmrpc_slot *slot, uint64_
 {
     store_release32(&slot->state, SLOT_SLEEPING);
     poller_unlock(poller);
-    slot_sleep(slot, deadline_ns);
+    while (slot_sleep(slot, deadline_ns) == -EINTR)
+        ; /* signals are the main thread's business */
     poller_lock(poller);
     store_release32(&slot->state, SLOT_WAITING);
 }

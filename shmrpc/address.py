@@ -64,7 +64,7 @@ def _parse_tcp(text: str, rest: str) -> Address:
 
 def parse(text: str) -> Address:
     """Understand an address; ``ConnectError`` says what is wrong with one that is none."""
-    if not isinstance(text, str) or not text:
+    if not text or not isinstance(text, str):
         msg = f"address {text!r}: expected a name such as 'calc', shm://, unix:// or tcp://"
         raise ConnectError(msg)
     scheme, separator, rest = text.partition("://")

@@ -6,7 +6,7 @@ unpacks the result; everything else here is what to do when that is not the whol
 
 from __future__ import annotations
 
-import itertools
+import errno
 import os
 import threading
 import time
@@ -18,6 +18,7 @@ from ._native import ffi, lib
 from .codec import Codec, MsgpackCodec, explain_arguments
 from .errors import (
     STATUS_NAMES,
+    Cancelled,
     ConnectError,
     ConnectionLost,
     DeadlineExceeded,
@@ -31,14 +32,22 @@ from .errors import (
 )
 from .futures import CallFuture, Futures
 from .handshake import Terms
-from .link import Link, Slot, Wait, check_options, make_name
+from .link import (
+    FOREVER,
+    Link,
+    Slot,
+    Wait,
+    check_options,
+    check_timeout,
+    make_name,
+    nanoseconds_until,
+)
 from .proxy import Proxy, make_proxy
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from types import TracebackType
 
-    from .address import Address
     from .segments import Backing
 
 __all__ = ["Client", "connect"]
@@ -48,12 +57,13 @@ T = TypeVar("T")
 _NAMES_MAX = 4096
 _BACKOFF_FIRST = 0.002
 _BACKOFF_MAX = 0.2
-_FLAG_KEYWORDS = 2
 
 _call = lib.shmrpc_call
 _MESSAGE = lib.SHMRPC_MESSAGE
 _EVENTS = lib.SHMRPC_EVENTS
-_EAGAIN, _EINTR, _EPIPE, _EPROTO, _EMSGSIZE, _ETIMEDOUT, _ENOMEM = -11, -4, -32, -71, -90, -110, -12
+_EINTR, _EAGAIN, _ENOMEM, _EPIPE = -errno.EINTR, -errno.EAGAIN, -errno.ENOMEM, -errno.EPIPE
+_EPROTO, _EMSGSIZE, _ENOTCONN = -errno.EPROTO, -errno.EMSGSIZE, -errno.ENOTCONN
+_ETIMEDOUT = -errno.ETIMEDOUT
 
 
 def connect(
@@ -115,9 +125,7 @@ class Client:
     ) -> None:
         """Connect; see ``connect`` for the parameters."""
         check_options(max_message_bytes, backing, wait, spin_budget)
-        if timeout <= 0:
-            msg = f"timeout must be positive seconds, not {timeout!r}"
-            raise ValueError(msg)
+        check_timeout(timeout)
         uids = frozenset(allow_uids)
         self._terms = [
             Terms(addresses.parse(text), max_message_bytes, backing=backing, allow_uids=uids)
@@ -134,7 +142,6 @@ class Client:
         self._closed = False
         self._forked = False
         self._reconnects = -1
-        self._call_ids = itertools.count(1)
         # The pool of the current link's free slots. Empty when there is no link, so that the
         # path of every call needs to look at nothing else.
         self._slots: list[Slot] = []
@@ -205,7 +212,7 @@ class Client:
             raise ForkedError(msg)
         if self._closed:
             msg = f"this client of {self._terms[0].address} is closed"
-            raise Error(msg)
+            raise Cancelled(msg)
 
     def _slot(self, timeout: float | None = None) -> Slot:
         """A free slot of a live link."""
@@ -216,7 +223,7 @@ class Client:
         patience = self._timeout if timeout is None else min(timeout, self._timeout)
         return Slot(self._current_link(time.monotonic() + patience), self._codec)
 
-    def _name(self, method: str) -> Any:
+    def _name(self, method: Any) -> Any:
         if not isinstance(method, str):
             msg = f"the method's name must be a str, not {type(method).__name__}"
             raise TypeError(msg)
@@ -228,9 +235,7 @@ class Client:
 
     # ---- calls ----
 
-    def call(
-        self, method: str, /, *args: Any, timeout: float | None = None, **kwargs: Any
-    ) -> Any:
+    def call(self, method: str, /, *args: Any, timeout: float | None = None, **kwargs: Any) -> Any:
         """Call a method and return its result.
 
         ``timeout`` in seconds bounds the whole call; None waits as long as the server lives.
@@ -239,46 +244,53 @@ class Client:
         ``ConnectionLost``, ``ConnectError``, and TypeError or ValueError for arguments that can't
         be sent. Interrupting it (Ctrl-C) cancels the call.
         """
+        if kwargs or timeout is not None:
+            return self._call_with(method, args, kwargs, timeout)
         try:
             slot = self._slots.pop()
         except IndexError:
-            slot = self._slot(timeout)
+            slot = self._slot()
         try:
             name = self._names[method]
         except (KeyError, TypeError):
             name = self._name(method)
-        if kwargs or timeout is not None:
-            return self._call_with(slot, method, name, args, kwargs, timeout)
         try:
             body = slot.pack(args)
         except Exception as error:
             raise self._unpackable(slot, method, args, kwargs, error) from error
         count = _call(slot.c, name, body, len(body), -1)
         if count < 0:
+            if count == _ENOTCONN:
+                self._drop(slot.link)
+                return self.call(method, *args)
             return self._finish(slot, method, count)
-        result = self._decode(slot.view[:count])
+        try:
+            result = self._decode(slot.view[:count])
+        except (ValueError, TypeError) as error:
+            raise self._undecodable(slot, method, error) from error
         slot.link.slots.append(slot)
         return result
 
     def _call_with(
-        self,
-        slot: Slot,
-        method: str,
-        name: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        timeout: float | None,
+        self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout: float | None
     ) -> Any:
-        timeout_ns = -1 if timeout is None else _nanoseconds(timeout)
-        try:
-            body = slot.pack([args, kwargs] if kwargs else args)
-        except Exception as error:
-            raise self._unpackable(slot, method, args, kwargs, error) from error
-        flags = _FLAG_KEYWORDS if kwargs else 0
-        count = lib.shmrpc_call_with(
-            slot.c, name, flags, ffi.NULL, 0, body, len(body), timeout_ns
-        )
-        return self._finish(slot, method, count)
+        """Call with keyword arguments or a timeout, which includes connecting again."""
+        deadline = FOREVER if timeout is None else time.monotonic() + check_timeout(timeout)
+        while True:
+            slot = self._slot(None if timeout is None else max(0.0, deadline - time.monotonic()))
+            name = self._names.get(method) or self._name(method)
+            try:
+                body = slot.pack([args, kwargs] if kwargs else args)
+            except Exception as error:
+                raise self._unpackable(slot, method, args, kwargs, error) from error
+            left_ns = nanoseconds_until(deadline)
+            flags = lib.SHMRPC_FLAG_KEYWORDS if kwargs else 0
+            status = lib.shmrpc_call_with(
+                slot.c, name, flags, ffi.NULL, 0, body, len(body), left_ns
+            )
+            if status != _ENOTCONN:
+                return self._finish(slot, method, status)
+            self._drop(slot.link)
 
     def _unpackable(
         self,
@@ -291,6 +303,10 @@ class Client:
         slot.pack = self._codec.encoder()  # the old one may hold half a message
         slot.link.slots.append(slot)
         return explain_arguments(self._codec, method, args, kwargs, error)
+
+    def _undecodable(self, slot: Slot, method: str, error: Exception) -> ProtocolError:
+        slot.link.slots.append(slot)
+        return ProtocolError(f"{slot.link.peer} sent a result of {method!r} that is none: {error}")
 
     def _finish(self, slot: Slot, method: str, status: int) -> Any:
         """Bring a call to its end whose C call returned anything but a plain result."""
@@ -306,22 +322,21 @@ class Client:
             raise
         if status < 0 and status != _MESSAGE:
             raise self._failure(slot, method, status)
+        body: memoryview | bytes
         if status >= 0:
-            result = self._decode(slot.view[:status])
-            link.slots.append(slot)
-            return result
+            body = slot.view[:status]
+        else:
+            body = slot.body() if slot.message.body_bytes else b""
+            if slot.message.status != 0:
+                failure = self._remote_error(link, method, slot.message.status, bytes(body))
+                link.slots.append(slot)
+                raise failure
         try:
-            return self._reply(slot, method)
-        finally:
-            link.slots.append(slot)
-
-    def _reply(self, slot: Slot, method: str) -> Any:
-        """The result in a reply that is not of the plain kind, or its error raised."""
-        message = slot.message
-        body = slot.body() if message.body_bytes else memoryview(b"")
-        if message.status == 0:
-            return self._decode(body)
-        raise self._remote_error(slot.link, method, message.status, bytes(body))
+            result = self._decode(body)
+        except (ValueError, TypeError) as error:
+            raise self._undecodable(slot, method, error) from error
+        link.slots.append(slot)
+        return result
 
     def _remote_error(self, link: Link, method: str, status: int, body: bytes) -> Error:
         code = STATUS_NAMES[status] if status < len(STATUS_NAMES) else "UNKNOWN"
@@ -372,7 +387,8 @@ class Client:
             return MemoryError(f"no memory to send the request of {method!r} to {link.peer}")
         if status in (_EPIPE, _EPROTO):
             self._drop(link)
-            self._check_usable()
+            if self._closed:
+                return Cancelled(f"{method!r} on {link.peer}: the client was closed meanwhile")
             return link.lost(status, slot.message.outcome, method)
         return Error(f"waiting for {method!r} on {link.peer} failed: {os.strerror(-status)}")
 
@@ -384,31 +400,7 @@ class Client:
         Returns once the message has left this process: with a server that does not keep up it
         waits for room, at most ``timeout`` seconds. Raises as ``call``, but nothing remote.
         """
-        slot = self._slot(timeout)
-        name = self._names.get(method) or self._name(method)
-        timeout_ns = -1 if timeout is None else _nanoseconds(timeout)
-        try:
-            body = slot.pack([args, kwargs] if kwargs else args)
-        except Exception as error:
-            raise self._unpackable(slot, method, args, kwargs, error) from error
-        flags = _FLAG_KEYWORDS if kwargs else 0
-        position = ffi.new("uint64_t *")
-        status = lib.shmrpc_send(
-            slot.c, lib.SHMRPC_NOTIFY, flags, 0, name, 0, ffi.NULL, 0, body, len(body), 0, position
-        )
-        if status > 0:
-            status = lib.shmrpc_flush(slot.c, timeout_ns)
-            while status in (_EAGAIN, _EINTR, _EVENTS):
-                if status == _EVENTS:
-                    self._pump().dispatch(slot.link)
-                status = lib.shmrpc_wait(slot.c)
-        if status < 0:
-            if status in (_EPIPE, _EPROTO):
-                slot.message.outcome = lib.shmrpc_outcome_of(
-                    slot.link.poller, slot.link.conn_id, 0, position[0]
-                )
-            raise self._failure(slot, method, status)
-        slot.link.slots.append(slot)
+        self._pump().notify(method, args, kwargs, timeout)
 
     def submit(
         self, method: str, /, *args: Any, timeout: float | None = None, **kwargs: Any
@@ -449,7 +441,7 @@ class Client:
         return self._pump().ping(self._timeout if timeout is None else timeout)
 
     def stats(self) -> dict[str, int]:
-        """Counters of the current connection: spins, sleeps, wake-ups sent, frames, late replies."""
+        """Counters of the current connection: spins, sleeps, wake-ups, frames, late replies."""
         link = self._current_link(time.monotonic() + self._timeout)
         counters = ffi.new("shmrpc_stats *")
         lib.shmrpc_poller_stats(link.poller, counters)
@@ -505,19 +497,12 @@ class Client:
         self._slots = []
 
 
-def _nanoseconds(timeout: float) -> int:
-    if not timeout >= 0:
-        msg = f"timeout must be seconds from 0 on, not {timeout!r}"
-        raise ValueError(msg)
-    return int(min(timeout, 1e9) * 1e9)
-
-
 _clients: weakref.WeakSet[Client] = weakref.WeakSet()
 
 
 def _after_fork_in_child() -> None:
     for client in list(_clients):
-        client._forget()  # noqa: SLF001
+        client._forget()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

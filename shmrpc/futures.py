@@ -9,6 +9,7 @@ the reading while such futures are pending.
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import threading
 import time
@@ -16,8 +17,8 @@ from concurrent.futures import Future, InvalidStateError
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ._native import ffi, lib
-from .errors import DeadlineExceeded, Error
-from .link import Link, Slot
+from .errors import DeadlineExceeded, Error, ProtocolError
+from .link import FOREVER, Link, Slot, check_timeout, nanoseconds_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CallFuture", "Futures", "Host"]
 
-_EAGAIN, _EINTR, _ETIMEDOUT = -11, -4, -110
-_NEVER = float("inf")
+_EAGAIN, _EINTR, _ETIMEDOUT = -errno.EAGAIN, -errno.EINTR, -errno.ETIMEDOUT
+_EPIPE, _EPROTO, _ENOTCONN = -errno.EPIPE, -errno.EPROTO, -errno.ENOTCONN
 
 
 class Host(Protocol):
@@ -37,6 +38,7 @@ class Host(Protocol):
 
     def _slot(self, timeout: float | None = None) -> Slot: ...
     def _check_usable(self) -> None: ...
+    def _drop(self, link: Link) -> None: ...
     def _name(self, method: str) -> Any: ...
     def _failure(self, slot: Slot, method: str, status: int) -> Exception: ...
     def _remote_error(self, link: Link, method: str, status: int, body: bytes) -> Error: ...
@@ -69,7 +71,7 @@ class CallFuture(Future[Any]):
         super().__init__()
         self._waiters = _Waiters(self)
         self.futures = futures
-        self.link = link
+        self.peer = link.peer
         self.method = method
         self.call_id = 0
         self.position = 0
@@ -128,8 +130,11 @@ class CallFuture(Future[Any]):
     def _read_until_done(self, timeout: float | None) -> None:
         if super().done():
             return
-        until = _NEVER if timeout is None else time.monotonic() + timeout
-        slot = self.futures.slot_of(self.link)
+        until = FOREVER if timeout is None else time.monotonic() + timeout
+        link = self.futures.link_of(self)
+        if link is None:
+            return  # finished, or about to be by the thread that took it
+        slot = self.futures.slot_of(link)
         self.readers.append(slot)
         try:
             while not super().done():
@@ -140,7 +145,7 @@ class CallFuture(Future[Any]):
                         return
         finally:
             self.readers.remove(slot)
-        self.link.slots.append(slot)
+        link.slots.append(slot)
 
 
 class Futures:
@@ -148,7 +153,7 @@ class Futures:
 
     def __init__(self, host: Host) -> None:
         self._host = host
-        self._pending: dict[int, CallFuture] = {}
+        self._pending: dict[int, tuple[CallFuture, Link]] = {}
         self._ids = itertools.count(1)
         self._wanted = threading.Condition()
         self._reader: threading.Thread | None = None
@@ -160,42 +165,77 @@ class Futures:
         self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout: float | None
     ) -> CallFuture:
         """Send a request; see ``Client.submit``."""
-        name = self._host._name(method)  # noqa: SLF001
-        if timeout is not None and not timeout >= 0:
-            msg = f"timeout must be seconds from 0 on, not {timeout!r}"
-            raise ValueError(msg)
-        slot = self._host._slot(timeout)  # noqa: SLF001
-        try:
-            body = slot.pack([args, kwargs] if kwargs else args)
-        except Exception as error:
-            raise self._host._unpackable(slot, method, args, kwargs, error) from error  # noqa: SLF001
-        flags = lib.SHMRPC_FLAG_KEYWORDS if kwargs else 0
-        return self._send(slot, lib.SHMRPC_REQUEST, method, name, flags, body, timeout)
+        deadline = FOREVER if timeout is None else time.monotonic() + check_timeout(timeout)
+        return self._send(lib.SHMRPC_REQUEST, method, args, kwargs, deadline)
+
+    def notify(
+        self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout: float | None
+    ) -> None:
+        """Send a notification; see ``Client.notify``."""
+        deadline = FOREVER if timeout is None else time.monotonic() + check_timeout(timeout)
+        self._send(lib.SHMRPC_NOTIFY, method, args, kwargs, deadline)
 
     def ping(self, timeout: float) -> float:
         """See ``Client.ping``."""
         start = time.perf_counter()
-        slot = self._host._slot(timeout)  # noqa: SLF001
-        self._send(slot, lib.SHMRPC_PING, "ping", ffi.NULL, 0, b"", timeout).result()
+        deadline = time.monotonic() + check_timeout(timeout)
+        self._send(lib.SHMRPC_PING, "ping", (), {}, deadline).result()
         return time.perf_counter() - start
 
     def _send(
         self,
-        slot: Slot,
         kind: int,
         method: str,
-        name: Any,
-        flags: int,
-        body: bytes,
-        timeout: float | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        deadline: float,
     ) -> CallFuture:
-        deadline = _NEVER if timeout is None else time.monotonic() + timeout
-        deadline_ns = 0 if timeout is None else int(min(deadline, 1e9) * 1e9)
-        future = CallFuture(self, slot.link, method, deadline)
-        future.call_id = next(self._ids) << 16 | lib.SHMRPC_PYTHON_INDEX
-        self._pending[future.call_id] = future
+        """Send a message, over a new connection if the old one turns out to be gone."""
+        while True:
+            left = None if deadline == FOREVER else max(0.0, deadline - time.monotonic())
+            slot = self._host._slot(left)
+            future = CallFuture(self, slot.link, method, deadline)
+            if kind != lib.SHMRPC_NOTIFY:
+                future.call_id = next(self._ids) << 16 | lib.SHMRPC_PYTHON_INDEX
+                self._pending[future.call_id] = (future, slot.link)
+            status = self._send_once(slot, kind, future, args, kwargs)
+            if status > 0:  # the ring is full: wait for room here, and read meanwhile
+                status = self._flush(slot, deadline)
+            if status == 0:
+                slot.link.slots.append(slot)
+                return future
+            self._pending.pop(future.call_id, None)
+            if status == _ENOTCONN:
+                self._host._drop(slot.link)
+                continue
+            if status in (_EPIPE, _EPROTO):
+                slot.message.outcome = lib.shmrpc_outcome_of(
+                    slot.link.poller, slot.link.conn_id, future.call_id, future.position
+                )
+            raise self._host._failure(slot, method, status)
+
+    def _send_once(
+        self,
+        slot: Slot,
+        kind: int,
+        future: CallFuture,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> int:
+        name, body, flags = ffi.NULL, b"", 0
+        if kind != lib.SHMRPC_PING:
+            name = self._host._name(future.method)
+            try:
+                body = slot.pack([args, kwargs] if kwargs else args)
+            except Exception as error:
+                self._pending.pop(future.call_id, None)
+                raise self._host._unpackable(slot, future.method, args, kwargs, error) from error
+            flags = lib.SHMRPC_FLAG_KEYWORDS if kwargs else 0
+        deadline_ns = 0
+        if kind == lib.SHMRPC_REQUEST and future.deadline != FOREVER:
+            deadline_ns = int(min(future.deadline, 9e9) * 1e9)
         position = ffi.new("uint64_t *")
-        status = lib.shmrpc_send(
+        status: int = lib.shmrpc_send(
             slot.c,
             kind,
             flags,
@@ -210,19 +250,10 @@ class Futures:
             position,
         )
         future.position = position[0]
-        if status > 0:  # the ring is full: wait for room here, and read meanwhile
-            status = self._flush(slot, deadline)
-        if status < 0 and status != _ETIMEDOUT:
-            self._pending.pop(future.call_id, None)
-            slot.message.outcome = lib.shmrpc_outcome_of(
-                slot.link.poller, slot.link.conn_id, future.call_id, future.position
-            )
-            raise self._host._failure(slot, method, status)  # noqa: SLF001
-        slot.link.slots.append(slot)
-        return future
+        return status
 
     def _flush(self, slot: Slot, deadline: float) -> int:
-        status: int = lib.shmrpc_flush(slot.c, _nanoseconds_until(deadline))
+        status: int = lib.shmrpc_flush(slot.c, nanoseconds_until(deadline))
         while status in (_EAGAIN, _EINTR, lib.SHMRPC_EVENTS):
             if status == lib.SHMRPC_EVENTS:
                 self.dispatch(slot.link)
@@ -231,17 +262,23 @@ class Futures:
 
     # ---- reading ----
 
+    def link_of(self, future: CallFuture) -> Link | None:
+        """The link that a pending future's reply will come by."""
+        self._host._check_usable()
+        entry = self._pending.get(future.call_id)
+        return entry[1] if entry is not None else None
+
     def slot_of(self, link: Link) -> Slot:
         """A free slot of this link, which may be another than the client's current one."""
-        self._host._check_usable()  # noqa: SLF001
+        self._host._check_usable()
         try:
             return link.slots.pop()
         except IndexError:
-            return Slot(link, self._host._codec)  # noqa: SLF001
+            return Slot(link, self._host._codec)
 
     def read(self, slot: Slot, until: float) -> bool:
         """Wait for something to happen; False when the time (``time.monotonic()``) is up."""
-        status = lib.shmrpc_wait_events(slot.c, _nanoseconds_until(until))
+        status = lib.shmrpc_wait_events(slot.c, nanoseconds_until(until))
         if status == lib.SHMRPC_EVENTS:
             self.dispatch(slot.link)
         elif status < 0 and status not in (_EAGAIN, _EINTR):
@@ -256,9 +293,9 @@ class Futures:
         message = slot.message
         while lib.shmrpc_take(slot.c):
             if message.kind == lib.SHMRPC_REPLY:
-                future = self._pending.pop(message.call_id, None)
-                if future is not None:
-                    self._settle(future, slot)
+                entry = self._pending.pop(message.call_id, None)
+                if entry is not None:
+                    self._settle(entry[0], slot)
             elif message.kind == lib.SHMRPC_CLOSED:
                 self._lose(link, -message.status)
         link.slots.append(slot)
@@ -267,15 +304,14 @@ class Futures:
         message = slot.message
         body = slot.body() if message.body_bytes else memoryview(b"")
         if message.status != 0:
-            error = self._host._remote_error(  # noqa: SLF001
-                slot.link, future.method, message.status, bytes(body)
-            )
+            error = self._host._remote_error(slot.link, future.method, message.status, bytes(body))
             future.finish(None, error)
             return
         try:
-            result = self._host._codec.decode(body) if body else None  # noqa: SLF001
-        except ValueError as reason:
-            future.finish(None, reason)
+            result = self._host._codec.decode(body) if body else None
+        except (ValueError, TypeError) as reason:
+            msg = f"{slot.link.peer} sent a result of {future.method!r} that is none: {reason}"
+            future.finish(None, ProtocolError(msg))
         else:
             future.finish(result)
 
@@ -283,24 +319,23 @@ class Futures:
 
     def _lose(self, link: Link, status: int) -> None:
         """The link has ended: tell each of its futures what became of its call."""
-        for call_id, future in list(self._pending.items()):
-            if future.link is link and self._pending.pop(call_id, None) is not None:
-                outcome = lib.shmrpc_outcome_of(
-                    link.poller, link.conn_id, call_id, future.position
-                )
+        for call_id, (future, carrier) in list(self._pending.items()):
+            if carrier is link and self._pending.pop(call_id, None) is not None:
+                outcome = lib.shmrpc_outcome_of(link.poller, link.conn_id, call_id, future.position)
                 future.finish(None, link.lost(status, outcome, future.method))
 
     def expire(self, future: CallFuture) -> None:
         """Its deadline has passed."""
-        msg = f"{future.method!r} on {future.link.peer} took longer than its timeout"
+        msg = f"{future.method!r} on {future.peer} took longer than its timeout"
         self.forget(future)
         future.finish(None, DeadlineExceeded(msg))
 
     def forget(self, future: CallFuture) -> None:
         """Take no reply for it any more, and tell the server."""
-        if self._pending.pop(future.call_id, None) is None:
+        entry = self._pending.pop(future.call_id, None)
+        if entry is None:
             return
-        slot = self.slot_of(future.link)
+        slot = self.slot_of(entry[1])
         lib.shmrpc_send(
             slot.c,
             lib.SHMRPC_CANCEL,
@@ -315,13 +350,13 @@ class Futures:
             0,
             ffi.new("uint64_t *"),
         )
-        future.link.slots.append(slot)
+        slot.link.slots.append(slot)
 
     def close(self) -> None:
         """The client is closing: nobody will read any more."""
         self._closed = True
-        for future in list(self._pending.values()):
-            self._lose(future.link, -32)
+        for _, link in list(self._pending.values()):
+            self._lose(link, _EPIPE)
         with self._wanted:
             self._wanted.notify_all()
 
@@ -339,28 +374,26 @@ class Futures:
 
     def _read_for_all(self) -> None:
         while not self._closed:
-            future = next(iter(list(self._pending.values())), None)
-            if future is None:
-                with self._wanted:
-                    if not self._pending and not self._closed:
-                        self._wanted.wait()
+            if self._pending:
+                self._read_once()
                 continue
-            slot = self.slot_of(future.link)
-            future.readers.append(slot)
-            until = min((other.deadline for other in list(self._pending.values())), default=_NEVER)
-            self.read(slot, until)
-            with contextlib.suppress(ValueError):
-                future.readers.remove(slot)
-            future.link.slots.append(slot)
-            now = time.monotonic()
-            for other in list(self._pending.values()):
-                if now >= other.deadline:
-                    self.expire(other)
+            with self._wanted:
+                if not self._pending and not self._closed:
+                    self._wanted.wait()
 
-
-def _nanoseconds_until(deadline: float) -> int:
-    if deadline == _NEVER:
-        return -1
-    return max(0, int((deadline - time.monotonic()) * 1e9))
-
-
+    def _read_once(self) -> None:
+        """Wait for something to happen to any pending future, and expire those that are due."""
+        pending = list(self._pending.values())
+        if not pending:
+            return
+        future, link = pending[0]
+        slot = self.slot_of(link)
+        future.readers.append(slot)
+        self.read(slot, min(other.deadline for other, _ in pending))
+        with contextlib.suppress(ValueError):
+            future.readers.remove(slot)
+        link.slots.append(slot)
+        now = time.monotonic()
+        for other, _ in list(self._pending.values()):
+            if now >= other.deadline:
+                self.expire(other)

@@ -30,7 +30,7 @@ from .errors import ConnectError
 from .rendezvous import Credentials, peer_credentials
 
 if TYPE_CHECKING:
-    from .address import Address, Transport
+    from .address import Address
 
 __all__ = ["MESSAGE_BYTES_MAX", "VERSION", "Agreement", "Terms", "client_side", "server_side"]
 
@@ -261,9 +261,7 @@ def _read(sock: socket.socket, count: int, fds: list[int]) -> Generator[None, No
     return data
 
 
-def _receive(
-    sock: socket.socket, transport: str, expected: int
-) -> Generator[None, None, _Message]:
+def _receive(sock: socket.socket, transport: str, expected: int) -> Generator[None, None, _Message]:
     """Receive the message of this kind, or raise with what came instead."""
     fds: list[int] = []
     try:
@@ -316,9 +314,7 @@ def client_side(sock: socket.socket, terms: Terms) -> Steps:
     agreement = Agreement(sock, terms)
     try:
         _check_uid(agreement)
-        ours = _Message(
-            _HELLO, number, os.getpid(), terms.ring_bytes, terms.max_message_bytes
-        )
+        ours = _Message(_HELLO, number, os.getpid(), terms.ring_bytes, terms.max_message_bytes)
         _send(sock, ours)
         welcome = yield from _receive(sock, transport, _WELCOME)
         try:

@@ -6,9 +6,9 @@ is freed with the last slot, so a thread that still waits in C keeps what it wai
 
 from __future__ import annotations
 
+import errno
 import os
 import select
-import threading
 import time
 import weakref
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,12 +25,15 @@ if TYPE_CHECKING:
     from .codec import Codec
 
 __all__ = [
+    "FOREVER",
     "Link",
     "Slot",
     "Wait",
     "check_options",
+    "check_timeout",
     "forget_descriptors",
     "make_name",
+    "nanoseconds_until",
     "new_poller",
 ]
 
@@ -44,7 +47,8 @@ def check_options(
 ) -> None:
     """Refuse options that make no sense, with a ``ValueError`` that names what is allowed."""
     if not 1024 <= max_message_bytes <= handshake.MESSAGE_BYTES_MAX:
-        msg = f"max_message_bytes must be from 1024 to {handshake.MESSAGE_BYTES_MAX}, not {max_message_bytes}"
+        most = handshake.MESSAGE_BYTES_MAX
+        msg = f"max_message_bytes must be from 1024 to {most}, not {max_message_bytes}"
         raise ValueError(msg)
     if backing not in ("auto", "shm", "memfd"):
         msg = f"backing must be 'auto', 'shm' or 'memfd', not {backing!r}"
@@ -55,6 +59,25 @@ def check_options(
     if spin_budget is not None and not 0 < spin_budget <= 1:
         msg = f"spin_budget must be between 0 and 1 second, not {spin_budget!r}"
         raise ValueError(msg)
+
+
+def check_timeout(timeout: Any) -> float:
+    """Refuse a timeout that is no number of seconds from 0 on."""
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout >= 0:
+        msg = f"timeout must be seconds from 0 on, not {timeout!r}"
+        raise ValueError(msg)
+    return timeout
+
+
+def nanoseconds_until(deadline: float) -> int:
+    """What is left until a ``time.monotonic()`` deadline; -1 if that is ``FOREVER``."""
+    if deadline > _SECONDS_MAX:
+        return -1
+    return max(0, int((deadline - time.monotonic()) * 1e9))
+
+
+FOREVER = float("inf")
+_SECONDS_MAX = 9e9  # the core counts nanoseconds in 64 bits
 
 
 def make_name(method: str) -> Any:
@@ -82,8 +105,13 @@ def new_poller(workers: int, max_concurrency: int, wait: Wait, spin_budget: floa
 
 
 def forget_descriptors(poller: Any) -> None:
-    """In a forked child: close the parent's descriptors, so that its death can still be noticed."""
-    count = 4096
+    """In a forked child: give up the parent's poller.
+
+    Its descriptors are closed, so that the parent's death can still be noticed by its peers; its
+    memory stays as it is, because its locks may be held by threads that the child does not have.
+    """
+    ffi.gc(poller, None)
+    count = 1 << 18
     fds = ffi.new("int[]", count)
     for fd in fds[0 : lib.shmrpc_poller_fds(poller, fds, count)]:
         os.close(fd)
@@ -117,9 +145,9 @@ class Slot:
         if slot == ffi.NULL:
             msg = "no memory for another waiting thread"
             raise ConnectError(msg)
-        # The destructor holds the poller: it must outlive the slot.
-        self.c = ffi.gc(slot, _slot_destructor(link.poller))
+        self.c = ffi.gc(slot, lib.shmrpc_slot_free)
         self.link = link
+        link.all_slots.add(self)
         self.message = lib.shmrpc_slot_message(slot)
         size = lib.shmrpc_slot_view_bytes(slot)
         self.view = memoryview(ffi.buffer(lib.shmrpc_slot_view(slot), size))
@@ -137,14 +165,6 @@ class Slot:
             return b"", b""
         head = bytes(ffi.buffer(message.head, size))
         return head[: message.method_bytes], head[message.method_bytes :]
-
-
-def _slot_destructor(poller: Any) -> Callable[[Any], None]:
-    def free(slot: Any) -> None:
-        lib.shmrpc_slot_free(slot)
-        _ = poller
-
-    return free
 
 
 _links: weakref.WeakSet[Link] = weakref.WeakSet()
@@ -182,7 +202,7 @@ class Link:
             agreement.close()
             raise
         self.slots: list[Slot] = []
-        self.lock = threading.Lock()
+        self.all_slots: weakref.WeakSet[Slot] = weakref.WeakSet()
         _links.add(self)
 
     @property
@@ -191,8 +211,13 @@ class Link:
         return describe_peer(self.address, self.peer_pid)
 
     def shutdown(self) -> None:
-        """Hang up. Threads that wait get ``ConnectionLost``; memory goes with the last slot."""
+        """Hang up. Threads that wait get ``ConnectionLost``.
+
+        Descriptors and memory go with the last reference to the link, that is, at once unless
+        somebody still waits.
+        """
         lib.shmrpc_conn_shutdown(self.poller, self.conn_id)
+        self.slots.clear()
 
     def lost(self, status: int, outcome: int, method: str) -> ConnectionLost | ProtocolError:
         """The error for a call that ended with this -errno."""
@@ -208,11 +233,14 @@ class Link:
         return ConnectionLost(f"lost {self.peer} during {method!r}: {advice}", name)
 
 
-_EPROTO = 71
+_EPROTO = errno.EPROTO
 
 
 def _after_fork_in_child() -> None:
     for link in list(_links):
+        # Their locks may be held by threads that the child does not have: never touch them again.
+        for slot in list(link.all_slots):
+            ffi.gc(slot.c, None)
         forget_descriptors(link.poller)
     _links.clear()
 

@@ -6,6 +6,7 @@ A socket file outlives its server. What says that a server lives is an exclusive
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import fcntl
@@ -51,7 +52,9 @@ def prepare_directory(path: str) -> None:
         msg = f"can't make the rendezvous directory {path}: {error.strerror}; set SHMRPC_DIR"
         raise ConnectError(msg) from error
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
-        msg = f"rendezvous directory {path} is not a directory of uid {os.geteuid()}; set SHMRPC_DIR"
+        msg = (
+            f"rendezvous directory {path} is not a directory of uid {os.geteuid()}; set SHMRPC_DIR"
+        )
         raise ConnectError(msg)
     explicit = os.environ.get("SHMRPC_DIR")
     if not explicit and stat.S_IMODE(status.st_mode) & 0o077:
@@ -97,6 +100,7 @@ class Listener:
             msg = f"can't listen at {address}: {error.strerror or error}"
             raise ConnectError(msg) from error
         self.socket.setblocking(False)
+        _listeners.add(self)
 
     def _listen_unix(self, address: Address) -> socket.socket:
         if os.path.dirname(address.path) == rendezvous_directory():
@@ -137,6 +141,7 @@ class Listener:
 
     def close(self) -> None:
         """Stop listening and remove the socket and its lock."""
+        _listeners.discard(self)
         if self._lock_fd >= 0:
             for path in (self.address.path, f"{self.address.path}.lock"):
                 with contextlib.suppress(OSError):
@@ -146,8 +151,19 @@ class Listener:
 
     def close_inherited(self) -> None:
         """In a forked child: let go, without taking anything from the parent."""
+        _listeners.discard(self)
         self.socket.close()
         self._unlock()
+
+
+_listeners: set[Listener] = set()
+
+
+@atexit.register
+def _close_listeners() -> None:
+    """Remove the sockets of servers that nobody stopped before the interpreter ends."""
+    for listener in list(_listeners):
+        listener.close()
 
 
 def open_socket(address: Address, timeout: float) -> socket.socket:

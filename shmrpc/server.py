@@ -9,6 +9,7 @@ acceptor, makes new connections; a client that is slow at it holds up nobody.
 from __future__ import annotations
 
 import contextlib
+import errno
 import inspect
 import logging
 import os
@@ -28,8 +29,8 @@ from .codec import Codec, MsgpackCodec
 from .context import CallContext, enter_worker
 from .errors import STATUS_NUMBERS, ConnectError, Error, ForkedError, RemoteError
 from .link import Wait, check_options, forget_descriptors, make_name, new_poller
-from .rendezvous import Credentials, Listener
 from .proxy import public_methods
+from .rendezvous import Credentials, Listener
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -46,7 +47,7 @@ _log = logging.getLogger("shmrpc.server")
 _HANDSHAKE_SECONDS = 5.0
 _HANDSHAKES_MAX = 1024
 _ACCEPT_PAUSE = 0.05
-_EMSGSIZE = -90
+_EMSGSIZE = -errno.EMSGSIZE
 _TRACEBACK_MAX = 32768
 
 _next = lib.shmrpc_next
@@ -77,7 +78,7 @@ class Server:
         spin_budget: float | None = None,
         codec: Codec | None = None,
     ) -> None:
-        """Make a server; it listens from ``start`` on. Raises ``ConnectError`` for a bad address."""
+        """Make a server that listens from ``start`` on; ``ConnectError`` for a bad address."""
         check_options(max_message_bytes, backing, wait, spin_budget)
         if not address:
             msg = "Server() needs at least one address, such as Server('calc')"
@@ -120,15 +121,14 @@ class Server:
         Registering a name again replaces the method.
         """
         if function is None:
-            return lambda wrapped: self.method(wrapped, name=name) if name is None else (
-                self._add(wrapped, name)
-            )
-        return self._add(function, function.__name__)
+            return lambda wrapped: self._add(wrapped, name)
+        return self._add(function, name)
 
-    def _add(self, function: F, name: str) -> F:
+    def _add(self, function: Any, name: str | None) -> Any:
         if not callable(function):
             msg = f"a method must be callable, not {function!r}"
             raise TypeError(msg)
+        name = function.__name__ if name is None else name
         if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
             msg = f"method {name!r} is async; a synchronous Server can't run it"
             raise TypeError(msg)
@@ -163,7 +163,7 @@ class Server:
         return self._acceptor.addresses if self._acceptor is not None else []
 
     def start(self) -> None:
-        """Listen and serve in threads of its own. Raises ``ConnectError`` if an address is taken."""
+        """Listen and serve in threads of its own; ``ConnectError`` if an address is taken."""
         self._check_usable()
         with self._lock:
             if self._poller is not None:
@@ -331,6 +331,8 @@ def _wait_for_signal() -> None:
 
 # ---- workers ----
 
+_NOT_YET: Any = object()  # what a request has not come to when it fails
+
 
 class _Worker:
     """One thread that runs handlers."""
@@ -365,11 +367,13 @@ class _Worker:
         status = _next(slot)
         while True:
             if status >= 0:
+                args = result = _NOT_YET
                 try:
-                    result = functions[message.method](*decode(view[:status]))
+                    args = decode(view[:status])
+                    result = functions[message.method](*args)
                     body = pack(result)
-                except BaseException as error:  # noqa: BLE001 - whatever it is, the caller waits
-                    status = self._fail(error)
+                except BaseException as error:
+                    status = self._fail(error, args, result)
                     pack = self._pack
                     continue
                 status = _reply_next(slot, body, len(body))
@@ -402,38 +406,42 @@ class _Worker:
         size = message.body_bytes
         body = memoryview(ffi.buffer(message.body, size)) if size else memoryview(b"")
         function = self._server.functions[message.method]
+        args = result = _NOT_YET
         try:
-            values = self._server.codec.decode(body)
+            args = self._server.codec.decode(body)
             if message.flags & lib.SHMRPC_FLAG_KEYWORDS:
-                args, kwargs = values
-                result = function(*args, **kwargs)
+                result = function(*args[0], **args[1])
             else:
-                result = function(*values)
+                result = function(*args)
             if message.kind == lib.SHMRPC_NOTIFY:
                 return int(_next(self._slot))
             reply = self._pack(result)
-        except BaseException as error:  # noqa: BLE001 - whatever it is, the caller waits
-            return self._fail(error)
+        except BaseException as error:
+            return self._fail(error, args, result)
         return int(_reply_next(self._slot, reply, len(reply)))
 
-    def _fail(self, error: BaseException) -> int:
-        """Reply with what the handler raised, or what kept it from running."""
+    def _fail(self, error: BaseException, args: Any, result: Any) -> int:
+        """Reply with what the handler raised, or what kept it from running or replying."""
         message = self._message
+        self._pack = self._server.codec.encoder()  # the old one may hold half a message
         if message.kind == lib.SHMRPC_NOTIFY:
             _log.error("notification %r failed", self._method_name(), exc_info=error)
             return int(_next(self._slot))
-        frames = error.__traceback__.tb_next if error.__traceback__ is not None else None
         kind = type(error)
         name = kind.__qualname__
         if kind.__module__ not in ("builtins", "__main__"):
             name = f"{kind.__module__}.{name}"
-        if isinstance(error, RemoteError):
+        frames = error.__traceback__.tb_next if error.__traceback__ is not None else None
+        if args is _NOT_YET:
+            text = f"the arguments of {self._method_name()!r} can't be read: {error}"
+            self._reply_error(name, text, "INVALID_ARGUMENT")
+        elif result is not _NOT_YET:
+            text = f"{self._method_name()!r} returned what can't be sent: {error}"
+            self._reply_error(name, text, "INTERNAL")
+        elif isinstance(error, RemoteError):
             self._reply_error(error.type, error.message, error.code, error.details)
-        elif frames is None or self._in_codec(frames):
-            # Raised by the call itself or by packing, not in the handler: no use in a traceback.
-            self._pack = self._server.codec.encoder()
-            text, code = self._explain(error)
-            self._reply_error(name, text, code)
+        elif frames is None:  # raised by calling it: the arguments do not fit its signature
+            self._reply_error(name, str(error), "INVALID_ARGUMENT")
         else:
             shown = ""
             if self._server.shows_tracebacks(message.conn_id):
@@ -442,18 +450,6 @@ class _Worker:
             code = error.code if isinstance(error, Error) else "UNKNOWN"
             self._reply_error(name, str(error), code, shown=shown)
         return int(_next(self._slot))
-
-    def _in_codec(self, frames: Any) -> bool:
-        """Whether the first frame below ours is the codec's or the packer's."""
-        module = frames.tb_frame.f_globals.get("__name__", "")
-        return module == type(self._server.codec).__module__ or module.startswith("msgpack")
-
-    def _explain(self, error: BaseException) -> tuple[str, str]:
-        method = self._method_name()
-        text = str(error)
-        if isinstance(error, TypeError) and "serialize" not in text:
-            return text, "INVALID_ARGUMENT"
-        return f"{method!r} returned what can't be sent: {text}", "INTERNAL"
 
     def _method_name(self) -> str:
         message = self._message
@@ -501,7 +497,8 @@ class _Worker:
         message = self._message
         if (message.conn_id, message.call_id) != (context.conn_id, context.call_id):
             return False
-        return bool(message.cancelled) or lib.shmrpc_conn_status(self._poller, message.conn_id) != 0
+        gone = lib.shmrpc_conn_status(self._poller, message.conn_id) != 0
+        return gone or bool(message.cancelled)
 
 
 # ---- accepting ----
@@ -639,7 +636,7 @@ _servers: weakref.WeakSet[Server] = weakref.WeakSet()
 
 def _after_fork_in_child() -> None:
     for server in list(_servers):
-        server._forget()  # noqa: SLF001
+        server._forget()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -17,8 +17,9 @@
  * of one word stay in order. (Loads are still in order and never speculated: what that leaves out is
  * said in README.md.)
  *
- * The including model defines: WORDS, CPUS, CPU (index of the executing process's buffer) and
- * MEMORY_FLUSH / MEMORY_REORDER, the lists of FLUSH(c) and REORDER(c, word).
+ * The including model defines WORDS, CPUS and CPU (index of the executing process's buffer), and ends with
+ *	active proctype memory() { byte w, v; end: do FLUSH(0) ... REORDER(0, word) ... od }
+ * with a FLUSH for each CPU and a REORDER for each word that a CPU may STORE.
  */
 #ifndef SB
 #define SB 2

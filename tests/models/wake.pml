@@ -47,7 +47,9 @@
 #ifndef N
 #define N 3
 #endif
+#ifndef SB
 #define SB 3
+#endif
 
 #define W_TAIL	0
 #define W_ARM	1

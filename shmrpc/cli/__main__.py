@@ -1,0 +1,5 @@
+"""``python -m shmrpc.cli`` is the ``shmrpc`` command."""
+
+from . import main
+
+main()

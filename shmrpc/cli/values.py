@@ -1,0 +1,103 @@
+"""Values as JSON, also those that JSON has no notation for.
+
+    {"$bytes": "aGVsbG8="}          bytes, in base64
+    {"$float": "nan"}               nan, inf and -inf
+    {"$map": [[1, "a"], [2, "b"]]}  a map with keys that are no strings
+
+A map that looks like one of these, one key that starts with a dollar, is shown as ``$map`` itself,
+so that reading what was shown gives the same value again.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import math
+from typing import Any, NoReturn
+
+__all__ = ["parse_json", "show_json"]
+
+_FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+def show_json(value: Any, *, ascii_only: bool = False) -> str:
+    """Return a value as one line of JSON."""
+    return json.dumps(_to_json(value), ensure_ascii=ascii_only, allow_nan=False)
+
+
+def parse_json(text: str) -> Any:
+    """Return the value of a JSON text; ``ValueError`` says what is wrong with it, and where."""
+    try:
+        return json.loads(text, object_hook=_from_object, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        msg = f"{error.msg[:1].lower()}{error.msg[1:]} at character {error.pos + 1}"
+        raise ValueError(msg) from error
+    except RecursionError:
+        msg = "nested too deeply"
+        raise ValueError(msg) from None
+
+
+def _to_json(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"$float": str(value)}
+    if isinstance(value, bytes):
+        return {"$bytes": base64.b64encode(value).decode("ascii")}
+    if isinstance(value, (list, tuple)):
+        return [_to_json(item) for item in value]
+    if isinstance(value, dict):
+        if _is_plain(value):
+            return {key: _to_json(item) for key, item in value.items()}
+        return {"$map": [[_to_json(key), _to_json(item)] for key, item in value.items()]}
+    return str(value)  # msgpack's timestamps
+
+
+def _is_plain(value: dict[Any, Any]) -> bool:
+    """Whether a map can be a JSON object that is not taken for one of the notations above."""
+    if not all(isinstance(key, str) for key in value):
+        return False
+    return len(value) != 1 or not next(iter(value)).startswith("$")
+
+
+def _from_object(fields: dict[str, Any]) -> Any:
+    if len(fields) != 1:
+        return fields
+    [(key, content)] = fields.items()
+    if key == "$bytes":
+        return _bytes(content)
+    if key == "$float":
+        return _float(content)
+    if key == "$map":
+        return _map(content)
+    return fields
+
+
+def _bytes(content: Any) -> bytes:
+    try:
+        return base64.b64decode(content, validate=True)
+    except (binascii.Error, TypeError, ValueError) as error:
+        msg = f'{{"$bytes": ...}} takes base64 text: {error}'
+        raise ValueError(msg) from error
+
+
+def _float(content: Any) -> float:
+    if content not in ("nan", "inf", "-inf"):
+        msg = '{"$float": ...} takes "nan", "inf" or "-inf"'
+        raise ValueError(msg)
+    return _FLOATS[content]
+
+
+def _map(content: Any) -> dict[Any, Any]:
+    try:
+        return {key: item for key, item in content}  # noqa: C416 - dict() also takes "ab" for a pair
+    except (TypeError, ValueError) as error:
+        msg = f'{{"$map": ...}} takes a list of [key, value]: {error}'
+        raise ValueError(msg) from error
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    word = {"NaN": "nan", "Infinity": "inf", "-Infinity": "-inf"}[name]
+    msg = f'{name} is no JSON; write {{"$float": "{word}"}}'
+    raise ValueError(msg)
