@@ -138,7 +138,8 @@ void message_from_header(shmrpc_message *message, const struct conn *conn,
 static void set_payload(shmrpc_message *message, const uint8_t *payload)
 {
     message->head = payload;
-    message->body = payload + message->method_bytes + message->metadata_bytes;
+    message->body =
+        payload == NULL ? NULL : payload + message->method_bytes + message->metadata_bytes;
 }
 
 int slot_receive(struct shmrpc_slot *slot, struct conn *conn, const struct frame_header *header)
@@ -267,7 +268,7 @@ void callers_lost(struct shmrpc_poller *poller, struct conn *conn, int error)
         if (slot == NULL || slot->conn != conn ||
             (slot->goal != GOAL_ROOM && (slot->goal != GOAL_REPLY || slot->call_id == 0)))
             continue;
-        slot->message.outcome = conn_outcome(conn, slot->call_id, slot->position);
+        slot->message.outcome = conn_outcome(conn, slot->call_id, load_relaxed(&slot->position));
         slot->call_id = 0;
         slot_finish(slot, -error);
     }
@@ -437,7 +438,7 @@ int64_t shmrpc_call_with(shmrpc_slot *slot, const shmrpc_name *name, uint32_t fl
         return -ENOTCONN;
     poller_lock(poller);
     begin(slot, GOAL_REPLY, deadline_after(timeout_ns));
-    slot->position = UINT64_MAX; /* not sent */
+    store_relaxed(&slot->position, UINT64_MAX); /* not sent */
     slot->call_id = ++poller->call_sequence << 16 | slot->index;
     message.header.call_id = slot->call_id;
     bool leads = enter(poller, slot);
@@ -445,7 +446,9 @@ int64_t shmrpc_call_with(shmrpc_slot *slot, const shmrpc_name *name, uint32_t fl
 
     if (slot->deadline_ns != 0)
         set_deadline(&message, slot->conn, slot->deadline_ns);
-    int status = poller_send(poller, slot->conn, &message, &slot->position);
+    uint64_t position;
+    int status = poller_send(poller, slot->conn, &message, &position);
+    store_relaxed(&slot->position, position);
     if (status >= 0)
         return wait_goal(poller, slot, leads);
 

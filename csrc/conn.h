@@ -35,7 +35,7 @@ struct conn {
     bool hung_up; /* leader: the peer is gone, its last frames are still to be read */
     atomic_u64 error; /* 0, or the errno that ended it */
     uint32_t references; /* poller lock: registry, running and queued requests */
-    uint32_t queued;     /* poller lock: requests taken and not started */
+    atomic_u64 queued;   /* W: under the poller's lock: requests taken and not started */
 
     struct ring_producer producer;
     struct ring_consumer consumer;

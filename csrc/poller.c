@@ -25,8 +25,11 @@
 
 enum {
     CLOCK_STEPS = 16,     /* short spin steps between two looks at the clock */
+    ROUNDS_A_LOOK = 16,   /* rounds with progress between two looks at the clock */
+    SIGNALS_NS = 50000000, /* a main thread that does not sleep goes to Python this often */
     LOOK_NS = 50000,      /* while polling, cold conns and hang-ups are looked for this often */
     COOL_NS = 1000000,    /* a conn quiet for so long is armed while others stay hot */
+    COUNT_NS = 1000000000, /* taskset may change the CPUs that we have: count them this often */
     EPOLL_BATCH = 64,
     POLL_BATCH = 64,      /* messages taken from one conn before the next has its turn */
     INDEX_BITS = 20,      /* of a conn id; the rest counts how often the index was used */
@@ -442,11 +445,21 @@ static bool has_input(struct shmrpc_poller *poller, struct conn *conn)
                          : stream_peek(&conn->stream, &header)) != 0;
 }
 
+static int flush(struct shmrpc_poller *poller, struct conn *conn)
+{
+    if (load_relaxed(&conn->outbox_bytes) == 0)
+        return 0;
+    int status = conn_flush(conn, &poller->bells);
+    if (status == 0 && load_relaxed(&conn->outbox_bytes) == 0)
+        callers_room(poller, conn);
+    return status;
+}
+
 /* The last look after arming (fence F): for input, and for room that was freed before we were armed
  * and therefore rang nobody. */
 static bool must_stay_up(struct shmrpc_poller *poller, struct conn *conn)
 {
-    if (load_relaxed(&conn->outbox_bytes) != 0 && conn_flush(conn, &poller->bells) < 0)
+    if (flush(poller, conn) < 0)
         conn->hung_up = true;
     return has_input(poller, conn);
 }
@@ -542,11 +555,8 @@ static int poll_conn(struct shmrpc_poller *poller, struct shmrpc_slot *slot, str
         if (slot->goal == GOAL_REQUEST && load_acquire32(&slot->state) == SLOT_DONE)
             break;
     }
-    if (status >= 0 && load_relaxed(&conn->outbox_bytes) != 0) {
-        status = conn_flush(conn, &poller->bells);
-        if (status == 0 && load_relaxed(&conn->outbox_bytes) == 0)
-            callers_room(poller, conn);
-    }
+    if (status >= 0)
+        status = flush(poller, conn);
     if (status == 0 && conn->hung_up && count == 0)
         status = -EPIPE;
     if (status < 0) {
@@ -725,85 +735,116 @@ static int64_t sleep_once(struct shmrpc_poller *poller, struct shmrpc_slot *slot
     poller->looked_ns = clock_now_ns();
     count_own(&poller->counters.sleeps, 1);
     spin_policy_slept(&poller->policy, spun, poller->looked_ns - start);
-    poller->one_cpu = cpu_is_alone();
+    if (poller->looked_ns - poller->counted_ns > COUNT_NS) {
+        poller->counted_ns = poller->looked_ns;
+        poller->one_cpu = cpu_is_alone();
+    }
     if (count < 0 && count != -EINTR)
         return count;
     return count == -EINTR && is_main_thread() ? -EINTR : 0;
 }
 
-/* ---- leading ---- */
-
-struct spin {
-    uint64_t start_ns, budget_ns;
-    uint32_t step;
-    bool started;
-};
-
-/* One step of spinning; false when it is time to sleep. */
-static bool spin_on(struct shmrpc_poller *poller, struct spin *spin)
+/* While there is always something to do, nobody sleeps and nobody would look at epoll: for cold
+ * conns, hang-ups, kicks. Look at the clock in every ROUNDS_A_LOOK rounds, or when the coarse clock
+ * has moved because the rounds are long. Returns the time if it looked at that, else 0. */
+static uint64_t keep_looking(struct shmrpc_poller *poller)
 {
-    if (!spin->started) {
-        spin->started = true;
-        spin->step = 0;
-        spin->start_ns = clock_now_ns();
-        spin->budget_ns = poller->hot_rings != 0 ? spin_policy_begin(&poller->policy) : 0;
-    }
-    if (spin->budget_ns == 0)
-        return false;
-    uint32_t step = spin->step++;
-    bool yielded = spin_step(step, poller->one_cpu) != 0;
-    if (!yielded && step % CLOCK_STEPS != CLOCK_STEPS - 1)
-        return true; /* too short a step to look at the clock for */
-    count_own(&poller->counters.yields, yielded);
+    uint64_t coarse = clock_coarse_ns();
+
+    if (++poller->rounds % ROUNDS_A_LOOK != 0 && coarse == poller->coarse_ns)
+        return 0;
+    poller->coarse_ns = coarse;
     uint64_t now = clock_now_ns();
     if (now - poller->looked_ns >= LOOK_NS) {
         look(poller, 0);
         poller->looked_ns = now;
         cool(poller, true);
     }
-    if (now - spin->start_ns < spin->budget_ns)
+    return now;
+}
+
+/* ---- leading ---- */
+
+struct lead {
+    uint64_t entered_ns; /* the first time that the clock was read */
+    uint64_t spin_start_ns, spin_budget_ns;
+    uint32_t spin_step;
+    bool spinning;
+    bool looked; /* at epoll, since the deadline */
+};
+
+/* One step of spinning; false when it is time to sleep. *now is the time, if it was read. */
+static bool spin_on(struct shmrpc_poller *poller, struct lead *lead, uint64_t *now)
+{
+    if (!lead->spinning) {
+        lead->spinning = true;
+        lead->spin_step = 0;
+        lead->spin_start_ns = *now = clock_now_ns();
+        lead->spin_budget_ns = poller->hot_rings != 0 ? spin_policy_begin(&poller->policy) : 0;
+    }
+    if (lead->spin_budget_ns == 0)
+        return false;
+    uint32_t step = lead->spin_step++;
+    bool yielded = spin_step(step, poller->one_cpu) != 0;
+    if (!yielded && step % CLOCK_STEPS != CLOCK_STEPS - 1)
+        return true; /* too short a step to look at the clock for */
+    count_own(&poller->counters.yields, yielded);
+    *now = clock_now_ns();
+    if (*now - poller->looked_ns >= LOOK_NS) {
+        look(poller, 0);
+        poller->looked_ns = *now;
+        cool(poller, true);
+    }
+    if (*now - lead->spin_start_ns < lead->spin_budget_ns)
         return true;
     count_own(&poller->counters.spins_missed, 1);
     return false;
 }
 
-static bool expired(const struct shmrpc_slot *slot)
+/* What the time says about going on: 0, -ETIMEDOUT, or -EAGAIN for a main thread that has not been
+ * to Python for long. The last look before a deadline counts: it also serves who does not wait. */
+static int64_t check_time(struct shmrpc_poller *poller, const struct shmrpc_slot *slot,
+                          struct lead *lead, uint64_t now)
 {
-    return slot->deadline_ns != 0 && clock_now_ns() >= slot->deadline_ns;
+    if (lead->entered_ns == 0)
+        lead->entered_ns = now;
+    if (slot->deadline_ns != 0 && now >= slot->deadline_ns) {
+        if (lead->looked)
+            return -ETIMEDOUT;
+        look(poller, 0);
+        lead->looked = true;
+    }
+    return is_main_thread() && now - lead->entered_ns > SIGNALS_NS ? -EAGAIN : 0;
 }
 
 int64_t poller_lead(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
 {
-    struct spin spin = {0};
-    bool looked = false;
+    struct lead lead = {0};
     int64_t result = 0;
 
-    for (;;) {
+    if (slot->goal == GOAL_REQUEST)
+        keep_looking(poller); /* the next request may be there already, each time */
+    do {
         bool progress = poll_hot(poller, slot);
         if (finished(poller, slot, &result))
             break;
+        uint64_t now = 0;
         if (progress) {
-            spin.started = false;
+            lead.spinning = false;
+            now = keep_looking(poller);
+        } else if (!spin_on(poller, &lead, &now)) {
+            result = check_time(poller, slot, &lead, clock_now_ns());
+            if (result != 0 || lead.looked)
+                continue;
+            cool(poller, false);
+            result = sleep_once(poller, slot, lead.spin_budget_ns != 0);
+            lead.spinning = false;
             continue;
         }
-        if (expired(slot)) {
-            if (looked) {
-                result = -ETIMEDOUT;
-                break;
-            }
-            look(poller, 0); /* what came with the deadline, or by the first look, still counts */
-            looked = true;
-            continue;
-        }
-        if (spin_on(poller, &spin))
-            continue;
-        cool(poller, false);
-        result = sleep_once(poller, slot, spin.budget_ns != 0);
-        if (result != 0)
-            break;
-        spin.started = false;
-    }
-    if (spin.started && spin.step != 0 && result >= 0) {
+        if (now != 0)
+            result = check_time(poller, slot, &lead, now);
+    } while (result == 0);
+    if (lead.spinning && lead.spin_step != 0 && result >= 0) {
         spin_policy_hit(&poller->policy);
         count_own(&poller->counters.spins_hit, 1);
     }

@@ -55,7 +55,7 @@ struct shmrpc_slot {
     bool running;   /* worker: has a request that counts as running */
     bool replied;   /* worker: its request needs no reply any more */
     uint64_t call_id;
-    uint64_t position; /* of its request in the ring, see conn_outcome */
+    atomic_u64 position; /* of its request in the ring, see conn_outcome */
     uint64_t deadline_ns;
     int64_t result;
     struct shmrpc_slot *next_idle;
@@ -115,6 +115,9 @@ struct shmrpc_poller {
     struct spin_policy policy; /* leader */
     bool one_cpu;              /* leader */
     uint64_t looked_ns;        /* leader: when epoll was looked at last */
+    uint64_t counted_ns;       /* leader: when our CPUs were counted last */
+    uint32_t rounds;           /* leader: see keep_looking */
+    uint64_t coarse_ns;        /* leader: the coarse clock in keep_looking */
     uint64_t bells;            /* leader: rung since they were counted last */
     struct counters counters;
 };

@@ -42,7 +42,7 @@ bool workers_full(const struct shmrpc_poller *poller, const struct conn *conn)
 {
     if (poller->workers == 0)
         return false; /* a caller reads always, or two sides that only send would wait for ever */
-    return conn->queued == LAYOUT_QUEUED_MAX || load_relaxed(&conn->outbox_bytes) > OUTBOX_MAX;
+    return load_relaxed(&conn->queued) >= LAYOUT_QUEUED_MAX || load_relaxed(&conn->outbox_bytes) > OUTBOX_MAX;
 }
 
 /* With the lock held: whether it may run or queue; STATUS_OK or why not. */
@@ -102,7 +102,7 @@ static uint32_t mark_queued(struct conn *conn, uint64_t call_id)
 {
     uint32_t i = 0;
 
-    conn->queued++;
+    store_relaxed(&conn->queued, load_relaxed(&conn->queued) + 1);
     if (!conn->is_shm)
         return 0;
     while (i < LAYOUT_QUEUED_MAX && load_relaxed(&conn->wake.own->queued[i]) != 0)
@@ -114,7 +114,7 @@ static uint32_t mark_queued(struct conn *conn, uint64_t call_id)
 
 static void unmark_queued(struct conn *conn, uint32_t index)
 {
-    conn->queued--;
+    store_relaxed(&conn->queued, load_relaxed(&conn->queued) - 1);
     if (conn->is_shm && index < LAYOUT_QUEUED_MAX)
         store_release(&conn->wake.own->queued[index], 0);
 }
@@ -209,7 +209,7 @@ void workers_cancel(struct shmrpc_poller *poller, struct conn *conn, uint64_t ca
     for (uint32_t i = 0; i < poller->slot_capacity; i++) {
         struct shmrpc_slot *slot = poller->slots[i];
         if (slot != NULL && slot->running && slot->conn == conn && slot->call_id == call_id)
-            slot->message.cancelled = 1;
+            store_release32((atomic_u32 *)&slot->message.cancelled, 1);
     }
     for (struct stored *stored = poller->queue.first; stored != NULL; stored = stored->next)
         if (stored->conn == conn && stored->message.call_id == call_id)

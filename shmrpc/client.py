@@ -206,10 +206,13 @@ class Client:
                 self._slots = []
         link.shutdown()
 
-    def _check_usable(self) -> None:
+    def _check_fork(self) -> None:
         if self._forked:
             msg = f"this client of {self._terms[0].address} was made before the fork; connect anew"
             raise ForkedError(msg)
+
+    def _check_usable(self) -> None:
+        self._check_fork()
         if self._closed:
             msg = f"this client of {self._terms[0].address} is closed"
             raise Cancelled(msg)

@@ -17,7 +17,7 @@ from concurrent.futures import Future, InvalidStateError
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ._native import ffi, lib
-from .errors import DeadlineExceeded, Error, ProtocolError
+from .errors import Cancelled, DeadlineExceeded, Error, ProtocolError
 from .link import FOREVER, Link, Slot, check_timeout, nanoseconds_until
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Host(Protocol):
     _codec: Codec
 
     def _slot(self, timeout: float | None = None) -> Slot: ...
-    def _check_usable(self) -> None: ...
+    def _check_fork(self) -> None: ...
     def _drop(self, link: Link) -> None: ...
     def _name(self, method: str) -> Any: ...
     def _failure(self, slot: Slot, method: str, status: int) -> Exception: ...
@@ -96,6 +96,8 @@ class CallFuture(Future[Any]):
 
     def cancel(self) -> bool:
         """Cancel the call, also if it was sent already; False if it is finished."""
+        if self.cancelled():
+            return True
         if not super().cancel():
             return False
         self.set_running_or_notify_cancel()
@@ -157,6 +159,7 @@ class Futures:
         self._ids = itertools.count(1)
         self._wanted = threading.Condition()
         self._reader: threading.Thread | None = None
+        self._reader_slot: Slot | None = None
         self._closed = False
 
     # ---- sending ----
@@ -264,13 +267,13 @@ class Futures:
 
     def link_of(self, future: CallFuture) -> Link | None:
         """The link that a pending future's reply will come by."""
-        self._host._check_usable()
+        self._host._check_fork()
         entry = self._pending.get(future.call_id)
         return entry[1] if entry is not None else None
 
     def slot_of(self, link: Link) -> Slot:
         """A free slot of this link, which may be another than the client's current one."""
-        self._host._check_usable()
+        self._host._check_fork()
         try:
             return link.slots.pop()
         except IndexError:
@@ -355,8 +358,10 @@ class Futures:
     def close(self) -> None:
         """The client is closing: nobody will read any more."""
         self._closed = True
-        for _, link in list(self._pending.values()):
-            self._lose(link, _EPIPE)
+        for call_id, (future, link) in list(self._pending.items()):
+            if self._pending.pop(call_id, None) is not None:
+                msg = f"{future.method!r} on {link.peer}: the client was closed meanwhile"
+                future.finish(None, Cancelled(msg))
         with self._wanted:
             self._wanted.notify_all()
 
@@ -371,6 +376,9 @@ class Futures:
                 )
                 self._reader.start()
             self._wanted.notify_all()
+        slot = self._reader_slot
+        if slot is not None:
+            lib.shmrpc_poke(slot.c)  # a deadline may be nearer than the one it waits for
 
     def _read_for_all(self) -> None:
         while not self._closed:
@@ -383,11 +391,16 @@ class Futures:
 
     def _read_once(self) -> None:
         """Wait for something to happen to any pending future, and expire those that are due."""
+        link = next((link for _, link in list(self._pending.values())), None)
+        if link is None:
+            return
+        slot = self.slot_of(link)
+        self._reader_slot = slot  # from here on a new deadline pokes us
         pending = list(self._pending.values())
         if not pending:
+            link.slots.append(slot)
             return
-        future, link = pending[0]
-        slot = self.slot_of(link)
+        future = pending[0][0]
         future.readers.append(slot)
         self.read(slot, min(other.deadline for other, _ in pending))
         with contextlib.suppress(ValueError):

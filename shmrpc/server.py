@@ -426,7 +426,18 @@ class _Worker:
         self._pack = self._server.codec.encoder()  # the old one may hold half a message
         if message.kind == lib.SHMRPC_NOTIFY:
             _log.error("notification %r failed", self._method_name(), exc_info=error)
-            return int(_next(self._slot))
+        else:
+            try:
+                self._report(error, args, result)
+            except Exception:
+                # An exception that can't even be described; its caller waits all the same.
+                _log.exception("an error of %r resists reporting", self._method_name())
+                text = f"{self._method_name()!r} raised an error that can't be described"
+                self._reply_error(type(error).__name__, text, "INTERNAL")
+        return int(_next(self._slot))
+
+    def _report(self, error: BaseException, args: Any, result: Any) -> None:
+        message = self._message
         kind = type(error)
         name = kind.__qualname__
         if kind.__module__ not in ("builtins", "__main__"):
@@ -440,7 +451,8 @@ class _Worker:
             self._reply_error(name, text, "INTERNAL")
         elif isinstance(error, RemoteError):
             self._reply_error(error.type, error.message, error.code, error.details)
-        elif frames is None:  # raised by calling it: the arguments do not fit its signature
+        elif frames is None and isinstance(error, TypeError):
+            # Raised by calling it: the arguments do not fit its signature.
             self._reply_error(name, str(error), "INVALID_ARGUMENT")
         else:
             shown = ""
@@ -449,7 +461,6 @@ class _Worker:
                 shown = "".join(lines)[-_TRACEBACK_MAX:]
             code = error.code if isinstance(error, Error) else "UNKNOWN"
             self._reply_error(name, str(error), code, shown=shown)
-        return int(_next(self._slot))
 
     def _method_name(self) -> str:
         message = self._message
@@ -460,21 +471,18 @@ class _Worker:
     def _reply_error(
         self, kind: str, text: str, code: str, details: Any = None, shown: str = ""
     ) -> None:
-        fields: dict[str, Any] = {"type": kind, "message": text}
+        fields: dict[str, Any] = {"type": _plain(kind), "message": _plain(text)}
         if shown:
-            fields["traceback"] = shown
-        if details is not None:
-            fields["details"] = details
+            fields["traceback"] = _plain(shown)
+        encode = MsgpackCodec().encoder()
         try:
-            body = MsgpackCodec().encoder()(fields)
+            body = encode(fields if details is None else {**fields, "details": details})
         except (TypeError, ValueError, OverflowError):
-            fields["details"] = repr(details)
-            fields["message"] = text.encode("utf-8", "replace").decode()
-            body = MsgpackCodec().encoder()(fields)
+            body = MsgpackCodec().encoder()({**fields, "details": _plain(repr(details))})
         number = STATUS_NUMBERS.get(code, 2)
         status = lib.shmrpc_reply(self._slot, number, ffi.NULL, 0, body, len(body))
         if status == _EMSGSIZE:
-            fields = {"type": kind, "message": text[:256]}
+            fields = {"type": fields["type"][:256], "message": fields["message"][:256]}
             body = MsgpackCodec().encoder()(fields)
             lib.shmrpc_reply(self._slot, number, ffi.NULL, 0, body, len(body))
 
@@ -499,6 +507,11 @@ class _Worker:
             return False
         gone = lib.shmrpc_conn_status(self._poller, message.conn_id) != 0
         return gone or bool(message.cancelled)
+
+
+def _plain(text: object) -> str:
+    """Text that every codec can carry, whatever the handler put into its exception."""
+    return str(text).encode("utf-8", "replace").decode()
 
 
 # ---- accepting ----

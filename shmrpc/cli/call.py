@@ -9,7 +9,7 @@ import click
 
 import shmrpc
 
-from .errors import CallFailed, Failure, explain, failure_of
+from .errors import CallFailed, Failure, explain, failure_of, printable
 from .options import check_address, check_seconds
 from .values import parse_json, show_json
 
@@ -94,7 +94,8 @@ def _value(label: str, text: str) -> Any:
         if text.startswith("-"):
             raise click.NoSuchOption(text, ctx=click.get_current_context()) from error
         shown = text if len(text) <= _SHOWN_MAX else f"{text[:_SHOWN_MAX]}..."
-        hint = "; text needs quotes: '\"text\"'" if text[:1].isalpha() else ""
+        bare_word = text[:1].isalpha() and "expecting value" in str(error)
+        hint = "; text needs quotes: '\"text\"'" if bare_word else ""
         msg = f"{label} is not valid JSON: {error}: {shown}{hint}"
         raise Failure(msg) from error
 
@@ -118,8 +119,8 @@ def _remote_failure(error: shmrpc.RemoteError, *, show_traceback: bool) -> CallF
     if error.details is not None:
         message += f" (details: {show_json(error.details)})"
     if show_traceback:
-        text = error.remote_traceback.rstrip() or "(the server sent no traceback)"
-        click.echo(text, err=True)
+        lines = error.remote_traceback.splitlines() or ["(the server sent no traceback)"]
+        click.echo("\n".join(map(printable, lines)), err=True)
     return CallFailed(message)
 
 

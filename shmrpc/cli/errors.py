@@ -8,7 +8,7 @@ import click
 
 import shmrpc
 
-__all__ = ["CallFailed", "Ended", "Failure", "explain", "failure_of", "one_line"]
+__all__ = ["CallFailed", "Ended", "Failure", "explain", "failure_of", "one_line", "printable"]
 
 # Everything that would start a new line or make the terminal do something.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
@@ -36,7 +36,12 @@ class Ended(BaseException):
 
 def one_line(text: str) -> str:
     r"""Make text safe to print as one line: a line break in it shows as ``\n``."""
-    return _CONTROL.sub(lambda match: repr(match[0])[1:-1], text.strip())
+    return printable(text.strip())
+
+
+def printable(line: str) -> str:
+    """Show control characters as escapes: what others send must not act on the terminal."""
+    return _CONTROL.sub(lambda match: repr(match[0])[1:-1], line)
 
 
 def explain(error: shmrpc.Error) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -24,7 +25,19 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 
+class _Group(click.Group):
+    """A group that says nothing about Ctrl-C: click's own would print an empty line."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the subcommand."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Ended(signal.SIGINT) from None
+
+
 @click.group(
+    cls=_Group,
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
@@ -60,8 +73,6 @@ def run(arguments: Sequence[str]) -> int:
     """Run the command and return its exit status; complaints are one line on stderr."""
     try:
         result = shmrpc_command.main(list(arguments), prog_name="shmrpc", standalone_mode=False)
-    except click.Abort:
-        raise KeyboardInterrupt from None
     except Ended as ended:
         return 128 + ended.number
     except click.ClickException as error:

@@ -54,8 +54,8 @@ def serve(*, target: str, grace: float) -> None:
       shmrpc serve calc                the object "server" of calc.py
       shmrpc serve app.services:make   what make() of app/services.py returns
     """  # noqa: D301 - click wants the character \b itself
+    server = _find_server(target)
     with _signals() as wait:
-        server = _find_server(target)
         try:
             server.start()
         except shmrpc.Error as error:
@@ -72,8 +72,8 @@ def serve(*, target: str, grace: float) -> None:
 def _signals() -> Iterator[Callable[[], None]]:
     """Give a function that waits for SIGTERM or SIGINT.
 
-    Signals are caught from before the server starts, so that there is no moment in which one
-    would leave a socket behind. Those that come after the wait interrupt as usual.
+    Signals are caught from before the server starts (``Server.serve_forever`` would begin later),
+    so that there is no moment in which one leaves a socket behind. Those after the wait interrupt.
     """
     reader, writer = socket.socketpair()
     writer.setblocking(False)
@@ -118,7 +118,7 @@ def _find_server(target: str) -> shmrpc.Server:
 
 
 def _import(name: str) -> ModuleType:
-    if name.endswith(".py") or "/" in name:
+    if name.endswith(".py") or "/" in name or not all(name.split(".")):
         msg = f"{name!r}: expected a module's name, such as 'calc' for calc.py, not a file's"
         raise Failure(msg)
     if os.getcwd() not in sys.path:

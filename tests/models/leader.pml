@@ -163,7 +163,7 @@ inline deliver(id, good)
 proctype thread(byte me)
 {
 	byte id;
-	bit deadline, was_asleep;
+	bit deadline, leads, was_asleep;
 #ifdef BUG_9
 	bit found;
 #endif
@@ -191,7 +191,7 @@ proctype thread(byte me)
 #endif
 	inside[me] = 1;				/* enter() */
 	if
-	:: leader == NONE -> leader = me
+	:: leader == NONE -> leader = me; leads = 1
 	:: else
 	fi;
 	UNLOCK;
@@ -201,9 +201,11 @@ proctype thread(byte me)
 	:: else
 	fi;
 #endif
+#ifndef BUG_5
 	requested[me] = 1;			/* conn_send() */
+#endif
 	if
-	:: leader == me && state[me] != PROMOTED -> goto lead	/* what enter() said */
+	:: leads -> goto lead			/* wait_inside() */
 	:: else
 	fi;
 

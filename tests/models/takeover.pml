@@ -1,229 +1,245 @@
 /*
- * takeover.pml - server workers: the thread that reads a request also runs its handler; if the handler
- * takes long, a standby thread takes the reading over.
+ * takeover.pml - server workers: the thread that reads a request also runs its handler; if that takes long,
+ * the standby takes the reading over.
  *
- * Mirrors  poller.c  poller_lead() on the server's side, poller_standby(), poller_take_over(), poller_park()
+ * Mirrors  workers.c  find_work(), stand_by(), doze(), go_away(), idle(), wake_idle(), take_request(), start_queued(),
+ *                     shmrpc_next();  poller.c  poller_lead()
  *
- * NT threads. One leads: it reads requests and runs handlers inline. One is the standby; the others
- * are in reserve, asleep, until the standby's place is free. Words:
- *     W_SEQ     2 * n + busy: the leader has entered n handlers; odd = it is in one       W: the leader
- *     W_PARKED  the standby is (about to be) asleep on its futex                          W: the standby
- * The leader, for each request:  SEQ odd; FENCE; if (PARKED) futex_wake(standby); handler; under the mutex: still
- * leader? then SEQ even.
- * The standby ticks every millisecond while the leader is busy: the same odd SEQ on two ticks = stuck; then, under
- * the mutex, if SEQ is still that: it is the leader now, appoints one of the reserve as standby, and reads.
- * Leader idle (SEQ even) on a tick: PARKED = 1; FENCE; futex_wait(SEQ, that even value). This is another store-buffering
- * pair: SEQ / PARKED. (Both under the mutex would do as well.) The futex is SEQ, not PARKED: the kernel's comparison
- * must see a word that the leader changes, or the wake gets lost between re-check and sleep (BUG_13).
- * The old leader comes back, finds under the mutex that it does not lead any more, and becomes the standby if
- * there is none, else goes into the reserve. A thread that joins the pool does the same.
+ * NT = workers + 1 threads, of which WORKERS may run requests at a time. A thread that comes for work:
+ *     queued requests, and fewer than WORKERS running?  run the first
+ *     it leads, or nobody does?                         lead: read; the first request that may run is its own
+ *     no standby?                                       stand by: tick while the leader is away with a request; the same
+ *                                                       away_count on two ticks = stuck: take the role, wake an idle thread
+ *     else                                              idle until woken
+ * The standby parks while the leader is not away; a leader that goes away with a request wakes it (go_away). All of it is
+ * decided under the poller's lock, and the states that threads sleep on change under it, so this model is
+ * sequentially consistent on purpose.
  *
- * Abstracted: time (a tick may come at any moment, so also two ticks within one short handler: a takeover that
- * was not needed must be harmless too); the ring is a counter, its wake-ups are wake.pml's. A handler returns
- * or blocks for ever.
+ * Abstracted: time (a tick may end at any moment, so also a takeover that was not needed must be harmless); the ring is a
+ * counter (wake.pml has its wake-ups); creating threads (SHMRPC_SPAWN): all NT exist. A handler returns or blocks for ever;
+ * requests are read also while WORKERS run (they are queued).
  *
- * Checked: one reader at a time (assert); when nothing moves any more, no request is waiting unless every thread is stuck in
- * a handler (assert at `timeout`); no thread but these waits (invalid end states); -DNP: no endless
- * ticking. Two takeovers happen; a leader that was robbed returns.
- *
- * Configurations that must hold: (none). (PSO adds nothing: no CPU has two relaxed stores on their way.)
+ * Checked: one thread at a time in poller_lead (assert); when nothing moves any more, no request is in the ring, and none is
+ * queued unless WORKERS handlers are stuck (assert at `timeout`); at each unlock: idle threads only if there is a
+ * standby or one of them was just woken; no thread waits for anything else (invalid end states); -DNP: no endless
+ * ticking: every execution ends.
  *
  * Variants that must fail:
- *   BUG_1  no standby: nobody takes over
- *   BUG_2  leader does not wake the parked standby before the handler
- *   BUG_3  leader: no fence between SEQ and PARKED
- *   BUG_4  standby: no fence between PARKED and the re-check of SEQ
- *   BUG_5  standby: sleeps without comparing SEQ
- *   BUG_6  takeover without the mutex (SEQ compared before it is taken)
- *   BUG_7  old leader returns and goes on reading without looking who leads
- *   BUG_8  old leader looks who leads without the mutex, then stores SEQ
- *   BUG_9  takeover does not appoint a new standby from the reserve
- *   BUG_10 old leader always goes into the reserve, also when there is no standby
- *   BUG_11 new leader leaves SEQ as it was (odd): its standby believes it stuck while it reads
- *   BUG_12 leader wakes the standby after the handler, not before
- *   BUG_13 standby: re-checks SEQ, then sleeps on another word (PARKED), which the leader does not change
- *   BUG_14 standby forgets between two ticks which SEQ it saw: ticks for ever (found with -DNP only)
+ *   BUG_1  nobody stands by
+ *   BUG_2  go_away does not wake the parked standby
+ *   BUG_3  standby decides to take over, then takes the lock
+ *   BUG_4  old leader comes back and reads on without looking who leads
+ *   BUG_5  old leader looks who leads before it takes the lock
+ *   BUG_6  takeover wakes no idle thread
+ *   BUG_7  a thread that comes back idles although nobody stands by
+ *   BUG_8  away stays set when the leader comes back to read: the standby believes it stuck
+ *   BUG_9  go_away wakes the standby after the handler, not before
+ *   BUG_10 standby gives up the lock before it says that it sleeps
+ *   BUG_11 leader says "away" when it has taken a request, while it is still in poller_lead: if it loses the CPU there for two
+ *          ticks, two threads lead
+ *   BUG_12 a thread that comes back does not look at the queue
+ *   BUG_13 standby forgets between two ticks what it saw: ticks for ever (found with -DNP only)
  */
-#ifndef NT
-#define NT 3
+#ifndef WORKERS
+#define WORKERS 2
 #endif
+#define NT (WORKERS + 1)
 #ifndef REQUESTS
-#define REQUESTS 3
+#define REQUESTS 4
 #endif
 #define NONE NT
 
-#define W_SEQ		0
-#define W_PARKED	1
-#define WORDS		2
-#define CPUS		NT
-#define CPU		me
-#include "store_buffer.h"
+bit lock;
+byte leader = NONE;		/* all of these: under the lock */
+bit away;
+byte away_count;
+byte standby = NONE;
+bit parked;			/* standby_parked */
+bit idling[NT];			/* in poller->idle */
+bit sleeping[NT];		/* slot.state == SLOT_SLEEPING (the futex) */
+byte running, queued;
 
-bit mutex;
-byte leader = 0;
-byte standby = NONE;		/* under the mutex */
-bit reserve[NT];		/* under the mutex: asleep, waiting for the standby's place */
-bit asleep;			/* kernel: the standby is queued on the futex PARKED */
 byte waiting;			/* requests in the rings */
-byte stuck, readers;		/* ghosts */
+byte stuck, leading;		/* ghosts */
 
-/* Lock-prefixed instruction: drains the store buffer. */
-#define LOCK	atomic { FENCE && mutex == 0 -> mutex = 1 }
-/* Nothing that the mutex protects is in mem[] except SEQ; its release waits for SEQ's store. */
-#define UNLOCK	atomic { FENCE -> mutex = 0 }
+#define LOCK	atomic { lock == 0 -> lock = 1 }
+#define UNLOCK	lock = 0
 
-inline futex_wake_standby()
+inline go_away()
 {
-	asleep = 0
+	away = 1;
+	away_count++;
+#if !defined(BUG_2) && !defined(BUG_9)
+	if
+	:: parked -> sleeping[standby] = 0		/* slot_wake */
+	:: else
+	fi
+#endif
+}
+
+inline wake_idle()
+{
+	if
+	:: idling[0] -> idling[0] = 0; sleeping[0] = 0
+	:: idling[1] -> idling[1] = 0; sleeping[1] = 0
+	:: idling[2] -> idling[2] = 0; sleeping[2] = 0
+	:: else
+	fi
 }
 
 proctype worker(byte me)
 {
-	byte s, seen, seq;
-#ifdef BUG_8
-	bit kept;
-#endif
+	byte seen;
+	bit was_away;
 
+	LOCK;
+find_work:					/* with the lock held */
+#ifndef BUG_12
 	if
-	:: me == 0 -> goto lead
-	:: else -> LOCK; goto join
-	fi;
-
-lead:
-	atomic { readers++; assert(readers == 1) };
-end_idle:
-	atomic { waiting > 0 -> waiting-- };	/* drain; else arm and sleep in epoll_wait */
-	readers--;
-	seq = seq + 1;
-	STORE_REL(W_SEQ, seq);			/* odd: busy */
-#ifndef BUG_3
-	FENCE;					/* H, matches I */
-#endif
-#if !defined(BUG_2) && !defined(BUG_12)
-	if
-	:: LOAD(W_PARKED) -> futex_wake_standby()
+	:: queued && running < WORKERS ->	/* start_queued() */
+		assert(leader != me);		/* it would have to go_away() */
+		queued--;
+		running++;
+		goto handler
 	:: else
 	fi;
 #endif
-	/* the handler */
 	if
-	:: true
-	:: stuck++; goto end_stuck
-	fi;
-#ifdef BUG_12
-	if
-	:: LOAD(W_PARKED) -> futex_wake_standby()
-	:: else
-	fi;
+	:: leader == me || leader == NONE ->
+		leader = me;
+#ifndef BUG_8
+		away = 0;
 #endif
-#ifdef BUG_7
-	seq++;
-	STORE(W_SEQ, seq);
-	goto lead;
-#endif
-#ifdef BUG_8
-	kept = (leader == me);
-	LOCK;
-	if
-	:: kept ->
-#else
-	LOCK;
-	if
-	:: leader == me ->
-#endif
-		seq++;
-		STORE(W_SEQ, seq);		/* even: idle */
 		UNLOCK;
 		goto lead
+#ifndef BUG_1
+#ifdef BUG_7
+	:: leader != me && leader != NONE && standby == NONE && seen == 0 -> goto stand_by
+#else
+	:: leader != me && leader != NONE && standby == NONE -> goto stand_by
+#endif
+#endif
 	:: else
 	fi;
-	seq = 0;
-	/* robbed of the role while in the handler */
-join:	if
-#ifndef BUG_10
-	:: standby == NONE -> standby = me; UNLOCK; goto tick
-#endif
-	:: else -> reserve[me] = 1; UNLOCK
-	fi;
+	idling[me] = 1;				/* idle() */
+	sleeping[me] = 1;
+	UNLOCK;
+end_idle:
+	!sleeping[me];
+	LOCK;
+	goto find_work;
 
-end_reserve:
-	!reserve[me];				/* futex */
-tick:
-#ifdef BUG_1
-end_none:
-	false;
-#endif
-	s = LOAD(W_SEQ);
+stand_by:
+	standby = me;
+	seen = away_count;
+watch:
 	if
-	:: s & 1 ->
-		if
-		:: s == seen -> goto take_over
-#ifdef BUG_14
-		:: else -> goto tick
+	:: !away && away_count == seen ->
+		parked = 1;			/* doze() */
+#ifdef BUG_10
+		UNLOCK;
+		sleeping[me] = 1;
 #else
-		:: else -> seen = s; goto tick
-#endif
-		fi
-	:: else
-	fi;
-	/* poller_park() */
-	STORE(W_PARKED, 1);
-#ifndef BUG_4
-	FENCE;					/* I, matches H */
-#endif
-#if defined(BUG_5)
-	asleep = 1;
-#elif defined(BUG_13)
-	if
-	:: LOAD(W_SEQ) == s -> asleep = 1
-	:: else -> goto unpark
-	fi;
-#else
-	atomic {				/* futex_wait(SEQ, s) */
-		if
-		:: LOAD(W_SEQ) == s -> asleep = 1
-		:: else -> goto unpark
-		fi
-	};
+		sleeping[me] = 1;
+		UNLOCK;
 #endif
 end_parked:
-	!asleep;
-unpark:
-	STORE(W_PARKED, 0);
-	goto tick;
-
-take_over:
-	LOCK;
-#ifdef BUG_6
-	if
-	:: true ->
-#else
-	if
-	:: LOAD(W_SEQ) == seen ->
-#endif
-		leader = me;
-#ifndef BUG_11
-		seq = seen + 1;
-		STORE(W_SEQ, seq);		/* even: the new leader is not in a handler */
-#else
-		seq = seen;
-#endif
-		standby = NONE;
-#ifndef BUG_9
-		if
-		:: reserve[0] -> standby = 0; reserve[0] = 0
-		:: reserve[1] -> standby = 1; reserve[1] = 0
-		:: reserve[2] -> standby = 2; reserve[2] = 0
-		:: else
-		fi;
-#endif
-		seen = 0; s = 0;
-		UNLOCK;
-		goto lead
-	:: else ->
-		UNLOCK;
-		goto tick
+		!sleeping[me];
+		LOCK;
+		parked = 0;
+		seen = away_count;
+		goto watch
+	:: else
 	fi;
+	was_away = away;
+	seen = away_count;
+	UNLOCK;					/* doze() for a tick, which may end at any moment */
+#ifdef BUG_3
+	if
+	:: was_away && away && away_count == seen -> LOCK; goto take_over
+	:: else
+	fi;
+#endif
+	LOCK;
+	if
+#ifdef BUG_13
+	:: was_away && away && away_count != seen -> goto take_over
+#else
+	:: was_away && away && away_count == seen -> goto take_over
+#endif
+	:: else -> goto watch
+	fi;
+take_over:
+	standby = NONE;
+	was_away = 0;
+	seen = 0;
+	leader = me;
+	away = 0;
+#ifndef BUG_6
+	wake_idle();
+#endif
+	goto find_work;
+
+lead:						/* poller_lead() */
+	atomic { leading++; assert(leading == 1) };
+end_epoll:
+	atomic { waiting > 0 -> waiting-- };
+	LOCK;					/* take_request() */
+	if
+	:: running < WORKERS ->
+		running++
+	:: else ->
+		queued++;
+		UNLOCK;
+		leading--;
+		goto lead
+	fi;
+#ifdef BUG_11
+	go_away();
+#endif
+	UNLOCK;
+	leading--;				/* back from poller_lead() in find_work() */
+	LOCK;
+#ifndef BUG_11
+	go_away();
+#endif
+handler:					/* with the lock held */
+	UNLOCK;
+	if
+	:: true					/* the handler */
+	:: stuck++; goto end_stuck
+	fi;
+#ifdef BUG_9
+	LOCK;
+	if
+	:: parked && standby != NONE -> sleeping[standby] = 0
+	:: else
+	fi;
+	UNLOCK;
+#endif
+#ifdef BUG_4
+	LOCK;
+	running--;
+	away = 0;
+	UNLOCK;
+	goto lead;
+#endif
+#ifdef BUG_5
+	was_away = (leader == me);
+	LOCK;
+	running--;
+	if
+	:: was_away -> was_away = 0; away = 0; UNLOCK; goto lead
+	:: else
+	fi;
+#else
+	LOCK;					/* shmrpc_next() */
+	running--;
+#endif
+#ifdef BUG_7
+	seen = 1;
+#endif
+	goto find_work;
 end_stuck:
 	false
 }
@@ -240,7 +256,7 @@ active proctype client()
 
 active proctype monitor()
 {
-	timeout -> assert(waiting == 0 || stuck == NT)
+	timeout -> assert(waiting == 0 && (queued == 0 || stuck >= WORKERS))
 }
 
 init
@@ -250,15 +266,4 @@ init
 		run worker(1);
 		run worker(2)
 	}
-}
-
-active proctype memory()
-{
-	byte w, v;
-end:
-	do
-	FLUSH(0)
-	FLUSH(1)
-	FLUSH(2)
-	od
 }

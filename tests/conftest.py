@@ -1,0 +1,247 @@
+"""What all tests share: servers in processes of their own, and a check that nothing is left over."""
+
+import contextlib
+import faulthandler
+import gc
+import glob
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+import shmrpc
+
+SERVICES = Path(__file__).resolve().parent / "services.py"
+TRANSPORTS = ("shm", "unix", "tcp")
+# How much longer than named something may take where other work runs on the same CPUs.
+SLACK = 5
+FAILED = pytest.StashKey()
+
+faulthandler.enable()
+
+
+def wait_until(condition, timeout=10.0, what="the condition"):
+    """Poll until it is true, and return what it returned."""
+    end = time.monotonic() + timeout
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < end, f"{what} did not come true within {timeout} s"
+        time.sleep(0.005)
+
+
+class Service:
+    """A server in a process of its own."""
+
+    def __init__(self, *addresses, env=None, prefix=(), wait=True, **options):
+        setup = json.dumps({"addresses": addresses, "options": options})
+        self.process = subprocess.Popen(
+            [*prefix, sys.executable, str(SERVICES), setup],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=None if env is None else {**os.environ, **env},
+        )
+        self.addresses = []
+        if wait:
+            self.wait_ready()
+
+    def wait_ready(self):
+        line = self.process.stdout.readline()
+        answer = json.loads(line) if line else {"error": "the server died at once"}
+        if "error" in answer:
+            self.close()
+            raise shmrpc.ConnectError(answer["error"])
+        self.addresses = answer["addresses"]
+        return self
+
+    @property
+    def address(self):
+        return self.addresses[0]
+
+    @property
+    def pid(self):
+        return self.process.pid
+
+    def fds(self):
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+    def signal(self, number):
+        self.process.send_signal(number)
+
+    def pause(self):
+        """SIGSTOP, and wait until none of its threads runs."""
+        self.signal(signal.SIGSTOP)
+        wait_until(lambda: self._states() == {"T"})
+
+    def resume(self):
+        self.signal(signal.SIGCONT)
+
+    def _states(self):
+        stats = Path(f"/proc/{self.pid}/task").glob("*/stat")
+        return {stat.read_text().rpartition(")")[2].split()[0] for stat in stats}
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self, timeout=10):
+        """SIGTERM, and its exit status."""
+        self.process.terminate()
+        return self.process.wait(timeout)
+
+    def close(self):
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(signal.SIGCONT)
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
+def address_of(transport, directory, name="calc"):
+    """A fresh address to listen at."""
+    return {
+        "shm": f"shm://{directory}/{name}.sock",
+        "unix": f"unix://{directory}/{name}-unix.sock",
+        "tcp": "tcp://127.0.0.1:0",
+    }[transport]
+
+
+@contextlib.contextmanager
+def short_directory():
+    """A directory for sockets: tmp_path may be longer than a socket's path can be."""
+    path = tempfile.mkdtemp(prefix="rpc-", dir="/tmp")
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+# ---- nothing may be left over ----
+
+
+def shm_names():
+    return set(glob.glob("/dev/shm/shmrpc-*"))
+
+
+def descriptors():
+    """Number -> target of this process's descriptors."""
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+    return {fd: target for fd, target in found.items() if not target.startswith("/proc/")}
+
+
+def children():
+    return {process.pid for process in psutil.Process().children(recursive=True)}
+
+
+def shmrpc_threads():
+    return {thread for thread in threading.enumerate() if thread.name.startswith("shmrpc-")}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if call.when == "call":
+        item.stash[FAILED] = report.failed
+    return report
+
+
+@pytest.fixture(autouse=True)
+def no_leaks(request):
+    """Each test leaves the process, its children and /dev/shm as they were."""
+    gc.collect()
+    before = shm_names(), children(), shmrpc_threads()
+    count = len(descriptors())
+    yield
+    if request.node.stash.get(FAILED, False):
+        return  # its traceback keeps everything alive
+    end = time.monotonic() + 3
+    while True:
+        gc.collect()
+        left = [
+            now - then
+            for now, then in zip((shm_names(), children(), shmrpc_threads()), before, strict=True)
+        ]
+        fds = descriptors()
+        if not any(left) and len(fds) <= count:
+            return
+        if time.monotonic() > end:
+            pytest.fail(
+                f"left over: names {left[0]}, processes {left[1]}, threads {left[2]}, "
+                f"{len(fds) - count} descriptors more than {count}: {fds}"
+            )
+        time.sleep(0.02)
+
+
+# ---- servers and clients ----
+
+
+@pytest.fixture
+def directory(no_leaks, monkeypatch):
+    """A rendezvous directory of its own, in $SHMRPC_DIR."""
+    with short_directory() as path:
+        monkeypatch.setenv("SHMRPC_DIR", path)
+        yield path
+
+
+@pytest.fixture(params=TRANSPORTS)
+def transport(request):
+    return request.param
+
+
+@pytest.fixture
+def service(directory):
+    """Start server processes: ``service("shm", workers=2)`` or ``service("unix:///x.sock")``."""
+    services = []
+
+    def start(*where, **options):
+        addresses = [address_of(w, directory) if w in TRANSPORTS else w for w in where]
+        started = Service(*addresses, **options)
+        services.append(started)
+        return started
+
+    yield start
+    for started in services:
+        started.close()
+
+
+@pytest.fixture
+def connect(no_leaks):
+    """``shmrpc.connect`` whose clients are closed after the test."""
+    with contextlib.ExitStack() as stack:
+
+        def connected(address, **options):
+            client = shmrpc.connect(address, **options)
+            stack.callback(client.close)
+            return client
+
+        yield connected
+
+
+@pytest.fixture(scope="module")
+def common():
+    """One server at all three transports, for tests that leave it as it was."""
+    with short_directory() as path:
+        running = Service(*(address_of(transport, path) for transport in TRANSPORTS))
+        yield running
+        assert running.process.poll() is None, "the server died"
+        running.close()
+
+
+@pytest.fixture
+def client(common, transport, connect):
+    """A client of the common server, by each transport."""
+    return connect(common.addresses[TRANSPORTS.index(transport)])
