@@ -133,7 +133,7 @@ void shmrpc_poller_drain(shmrpc_poller *poller);
 void shmrpc_poller_stop(shmrpc_poller *poller);
 void shmrpc_poller_stats(shmrpc_poller *poller, shmrpc_stats *stats);
 /* Requests for `name` get message.method = index and, if fast, a count instead of SHMRPC_MESSAGE. */
-int shmrpc_method_add(shmrpc_poller *poller, const char *name, size_t bytes, int32_t index,
+int shmrpc_method_add(shmrpc_poller *poller, const char *name, size_t name_bytes, int32_t index,
                       int fast);
 
 /* Conn: its id (never 0), or -errno; on error the descriptors are still the caller's. */

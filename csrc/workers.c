@@ -160,7 +160,8 @@ static void go_away(struct shmrpc_poller *poller)
 static uint32_t take_request(struct shmrpc_poller *poller, struct shmrpc_slot *slot,
                              struct conn *conn, const struct frame_header *header)
 {
-    bool starts = slot->goal == GOAL_REQUEST && poller->running < poller->workers;
+    bool starts = slot->goal == GOAL_REQUEST && poller->running < poller->workers &&
+                  poller->queue.first == NULL; /* whoever makes room starts those first */
     bool fast = false;
     int result = starts ? slot_receive(slot, conn, header) : enqueue(poller, conn, header);
 

@@ -62,9 +62,9 @@ def _parse_tcp(text: str, rest: str) -> Address:
     return Address("tcp", host=match[1] or match[2], port=int(match[3]))
 
 
-def parse(text: str) -> Address:
+def parse(text: object) -> Address:
     """Understand an address; ``ConnectError`` says what is wrong with one that is none."""
-    if not text or not isinstance(text, str):
+    if not isinstance(text, str) or not text or not text.isprintable():
         msg = f"address {text!r}: expected a name such as 'calc', shm://, unix:// or tcp://"
         raise ConnectError(msg)
     scheme, separator, rest = text.partition("://")

@@ -403,6 +403,7 @@ class Futures:
         future = pending[0][0]
         future.readers.append(slot)
         self.read(slot, min(other.deadline for other, _ in pending))
+        self._reader_slot = None
         with contextlib.suppress(ValueError):
             future.readers.remove(slot)
         link.slots.append(slot)

@@ -37,7 +37,7 @@ __all__ = ["MESSAGE_BYTES_MAX", "VERSION", "Agreement", "Terms", "client_side", 
 VERSION = 1
 MESSAGE_BYTES_MAX = 0xFFFF_FFFF
 _MAGIC = b"shmrpc\r\n"
-_FORMAT = struct.Struct("<8sHBBIIIII28x")
+_FORMAT = struct.Struct("<8sHBBIIII36x")
 _HELLO, _WELCOME, _ATTACH, _READY, _REFUSE = range(1, 6)
 _TRANSPORTS: dict[str, int] = {"shm": 1, "unix": 2, "tcp": 3}
 _TRANSPORT_NAMES = {number: name for name, number in _TRANSPORTS.items()}
@@ -81,7 +81,6 @@ class _Message:
             self.ring_bytes,
             self.max_message_bytes,
             self.reason_bytes,
-            0,
         )
 
 
@@ -266,7 +265,7 @@ def _receive(sock: socket.socket, transport: str, expected: int) -> Generator[No
     fds: list[int] = []
     try:
         data = yield from _read(sock, _FORMAT.size, fds)
-        magic, version, kind, number, pid, ring, max_message, reason_bytes, _ = _FORMAT.unpack(data)
+        magic, version, kind, number, pid, ring, max_message, reason_bytes = _FORMAT.unpack(data)
         if magic != _MAGIC:
             msg = "what is on this socket does not speak shmrpc"
             raise ConnectError(msg)
@@ -315,7 +314,9 @@ def client_side(sock: socket.socket, terms: Terms) -> Steps:
     try:
         _check_uid(agreement)
         ours = _Message(_HELLO, number, os.getpid(), terms.ring_bytes, terms.max_message_bytes)
-        _send(sock, ours)
+        with contextlib.suppress(ConnectError):
+            # A server that refuses us does not wait for this; what it says comes next.
+            _send(sock, ours)
         welcome = yield from _receive(sock, transport, _WELCOME)
         try:
             agreement.peer_max_message_bytes = welcome.max_message_bytes

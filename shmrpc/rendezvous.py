@@ -86,18 +86,23 @@ def _lock(path: str, address: Address) -> int:
 class Listener:
     """One listening socket. Not for use after a fork but to ``close_inherited``."""
 
-    def __init__(self, address: Address) -> None:
-        """Listen at ``address``; ``ConnectError`` if it is taken or can't be had."""
+    def __init__(self, address: Address, *, for_others: bool = False) -> None:
+        """Listen at ``address``; ``ConnectError`` if it is taken or can't be had.
+
+        ``for_others`` lets other users reach a Unix socket, as far as its directory lets them; who
+        is served is then a matter of SO_PEERCRED.
+        """
         self.address = address
+        self._mode = 0o666 if for_others else 0o600
         self._lock_fd = -1
         try:
             if address.transport == "tcp":
                 self.socket = self._listen_tcp(address)
             else:
                 self.socket = self._listen_unix(address)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             self._unlock()
-            msg = f"can't listen at {address}: {error.strerror or error}"
+            msg = f"can't listen at {address}: {getattr(error, 'strerror', None) or error}"
             raise ConnectError(msg) from error
         self.socket.setblocking(False)
         _listeners.add(self)
@@ -113,6 +118,7 @@ class Listener:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.bind(address.path)
+            os.chmod(address.path, self._mode)
             sock.listen(_BACKLOG)
         except BaseException:
             sock.close()
@@ -182,6 +188,9 @@ def open_socket(address: Address, timeout: float) -> socket.socket:
                 raise
     except TimeoutError as error:
         msg = f"can't connect to {address}: no answer within {timeout:g} s"
+        raise ConnectError(msg) from error
+    except UnicodeError as error:
+        msg = f"can't connect to {address}: {address.host!r} is no host name"
         raise ConnectError(msg) from error
     except OSError as error:
         hint = {

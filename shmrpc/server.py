@@ -532,7 +532,7 @@ class _Acceptor:
         self._selector.register(self._wake_receive, selectors.EVENT_READ)
         try:
             for term in terms:
-                listener = Listener(term.address)
+                listener = Listener(term.address, for_others=bool(term.allow_uids))
                 self._listeners.append(listener)
                 self._terms[listener.socket.fileno()] = term
                 self._selector.register(listener.socket, selectors.EVENT_READ)

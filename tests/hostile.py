@@ -254,8 +254,11 @@ def be_victim(name, seconds):
         print(kind, count)
 
 
-def be_stranger(name, manner):
+def be_stranger(name, manner, uid):
     """A client of another uid, whose memory is sealed or not."""
+    os.setgroups([])
+    os.setgid(uid)
+    os.setuid(uid)
     terms = handshake.Terms(address.parse(name), 1 << 20, allow_uids=frozenset([0]))
     if manner == "unsealed":
         handshake.segments.Segment.seal = lambda segment: None
@@ -284,7 +287,7 @@ def main():
     elif options.role == "victim":
         be_victim(values[0], float(values[1]))
     else:
-        be_stranger(values[0], values[1])
+        be_stranger(values[0], values[1], int(values[2]))
 
 
 if __name__ == "__main__":

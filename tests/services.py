@@ -7,6 +7,7 @@ its standard input does, so that nothing outlives a test run that was killed.
 import json
 import math
 import os
+import signal
 import sys
 import threading
 import time
@@ -315,8 +316,16 @@ def drop_privileges(uid):
 
 
 def watch_stdin():
-    sys.stdin.buffer.read()
+    while os.read(0, 64):
+        pass
     os._exit(3)
+
+
+def tell_ready(addresses):
+    """Say where it listens, once serve_forever takes SIGTERM."""
+    while signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        time.sleep(0.001)
+    print(json.dumps({"addresses": addresses}), flush=True)
 
 
 def main():
@@ -337,7 +346,7 @@ def main():
     except shmrpc.ConnectError as error:
         print(json.dumps({"error": str(error)}), flush=True)
         sys.exit(4)
-    print(json.dumps({"addresses": server.addresses}), flush=True)
+    threading.Thread(target=tell_ready, args=(server.addresses,), daemon=True).start()
     server.serve_forever()
 
 

@@ -1,104 +1,102 @@
-"""Model-check the wake-up, closing and thread protocols of the C core (tests/models/*.pml) with Spin.
+"""The protocols of the C core, model-checked with Spin (tests/models/*.pml).
 
-Each model is searched exhaustively as it stands (it must hold), and once for each of its BUG_n variants (it must
-fail, and in the expected way: a model that cannot fail proves nothing). tests/models/README.md says what they
-abstract and how to replay a counterexample by hand.
+Each model is searched exhaustively as it stands, where it must hold, and with each of its BUG_n
+variants, where it must fail in the expected way: a model that cannot fail proves nothing.
+tests/models/README.md says what they abstract and how to replay a counterexample by hand.
 
-SHMRPC_MODELS_DEEP=1 adds larger bounds (minutes, about 4 GB); the default set stays below 90 s on two slow CPUs.
+SHMRPC_MODELS_DEEP=1 adds larger bounds (some minutes).
 """
-
-from __future__ import annotations
 
 import os
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import pytest
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+MODELS = Path(__file__).resolve().parent / "models"
+SPIN = shutil.which("spin")
+DEEP = os.environ.get("SHMRPC_MODELS_DEEP", "0") != "0"
 
-MODELS = Path(__file__).parent / "models"
-DEEP = os.environ.get("SHMRPC_MODELS_DEEP", "") not in ("", "0")
-
-# What a run must end in. A search for HOLDS stops at assertions and at invalid end states (deadlock = lost
-# wake-up); one for ENDS looks for cycles: without any, and without progress labels in the models, every
-# execution is finite, so "no deadlock" becomes "everybody finishes".
+# What a search must end in. HOLDS: no assertion is violated and no state is a deadlock (a lost
+# wake-up is one). ENDS: there is no cycle at all (the models have no progress labels), so every
+# execution is finite; together with HOLDS: everybody finishes, on every schedule.
 HOLDS = "holds"
 ENDS = "ends"
 DEADLOCK = "invalid end state"
 ASSERTION = "assertion violated"
 CYCLE = "non-progress cycle"
+FAILURES = {"deadlock": DEADLOCK, "assertion": ASSERTION, "cycle": CYCLE}
 
 
 class Case(NamedTuple):
-    """One compilation and search of one model."""
+    """One model, compiled with these defines and searched once."""
 
     model: str
-    defines: tuple[str, ...]
+    defines: tuple
     expect: str
     covers: bool = False  # every statement of the model must have been reached
 
-    def __str__(self) -> str:
-        return "-".join([self.model, *self.defines, self.expect.replace(" ", "_")])
+    def __str__(self):
+        return "-".join([self.model, *self.defines, self.expect.split()[-1]])
 
 
-def _case(model: str, defines: str, expect: str, *, covers: bool = False) -> Case:
+def case(model, defines, expect, *, covers=False):
     return Case(model, tuple(defines.split()), expect, covers)
 
 
 GOOD = [
-    _case("wake", "", HOLDS, covers=True),
-    _case("wake", "PSO", HOLDS, covers=True),
-    _case("wake", "LEVEL", HOLDS, covers=True),
-    _case("wake", "BORN_ARMED", HOLDS, covers=True),
-    _case("wake", "", ENDS),
-    _case("space", "", HOLDS, covers=True),
-    _case("space", "SIZES M0=4", HOLDS, covers=True),
-    _case("space", "DUPLEX M0=3 M1=2", HOLDS, covers=True),
-    _case("space", "DUPLEX PSO M0=3 M1=1", HOLDS, covers=True),
-    _case("space", "DUPLEX M0=3 M1=1", ENDS),
-    _case("space_step", "", HOLDS, covers=True),
-    _case("outbox", "", HOLDS, covers=True),
-    _case("outbox", "PSO", HOLDS, covers=True),
-    _case("outbox", "R_SLEEPS M=2 D=0", HOLDS),
-    _case("outbox", "M=2", ENDS),
-    _case("leader", "", HOLDS, covers=True),
-    _case("leader", "DETACHED", HOLDS),
-    _case("leader", "DIES", HOLDS, covers=True),
-    _case("leader", "DETACHED", ENDS),
-    _case("close", "", HOLDS, covers=True),
-    _case("close", "PSO N=2 SLOTS=1", HOLDS, covers=True),
-    _case("close", "N=2 SLOTS=1", ENDS),
-    _case("takeover", "", HOLDS, covers=True),
-    _case("takeover", "", ENDS),
+    case("wake", "", HOLDS, covers=True),
+    case("wake", "PSO", HOLDS, covers=True),
+    case("wake", "LEVEL", HOLDS, covers=True),
+    case("wake", "BORN_ARMED", HOLDS, covers=True),
+    case("wake", "", ENDS),
+    case("space", "", HOLDS, covers=True),
+    case("space", "SIZES M0=4", HOLDS, covers=True),
+    case("space", "DUPLEX M0=3 M1=2", HOLDS, covers=True),
+    case("space", "DUPLEX PSO M0=3 M1=1", HOLDS, covers=True),
+    case("space", "DUPLEX M0=3 M1=1", ENDS),
+    case("space_step", "", HOLDS, covers=True),
+    case("outbox", "", HOLDS, covers=True),
+    case("outbox", "PSO", HOLDS, covers=True),
+    case("outbox", "R_SLEEPS M=2 D=0", HOLDS),
+    case("outbox", "M=2", ENDS),
+    case("leader", "", HOLDS, covers=True),
+    case("leader", "DETACHED", HOLDS),
+    case("leader", "DIES", HOLDS, covers=True),
+    case("leader", "DETACHED", ENDS),
+    case("close", "", HOLDS, covers=True),
+    case("close", "PSO N=2 SLOTS=1", HOLDS, covers=True),
+    case("close", "N=2 SLOTS=1", ENDS),
+    case("takeover", "", HOLDS, covers=True),
+    case("takeover", "", ENDS),
 ]
 
 LARGER = [
-    _case("wake", "N=4 SB=4 PSO", HOLDS),
-    _case("wake", "PSO LEVEL BORN_ARMED", ENDS),
-    _case("space", "M0=7", HOLDS),
-    _case("space", "PSO", HOLDS),
-    _case("space", "SIZES", HOLDS),
-    _case("space", "", ENDS),
-    _case("space", "DUPLEX M0=3 M1=3", HOLDS),
-    _case("outbox", "M=4", HOLDS),
-    _case("outbox", "M=2 SB=3 PSO", HOLDS),
-    _case("outbox", "R_SLEEPS M=2", HOLDS),
-    _case("leader", "", ENDS),
-    _case("leader", "DIES", ENDS),
-    _case("leader", "DETACHED DIES", HOLDS),
-    _case("close", "PSO", HOLDS),
-    _case("close", "", ENDS),
-    _case("takeover", "REQUESTS=6", HOLDS),
-    _case("takeover", "REQUESTS=5", ENDS),
+    case("wake", "N=4 SB=4 PSO", HOLDS),
+    case("wake", "PSO LEVEL BORN_ARMED", ENDS),
+    case("space", "M0=7", HOLDS),
+    case("space", "PSO", HOLDS),
+    case("space", "SIZES", HOLDS),
+    case("space", "", ENDS),
+    case("space", "DUPLEX M0=3 M1=3", HOLDS),
+    case("outbox", "M=4", HOLDS),
+    case("outbox", "M=2 SB=3 PSO", HOLDS),
+    case("outbox", "R_SLEEPS M=2", HOLDS),
+    case("leader", "", ENDS),
+    case("leader", "DIES", ENDS),
+    case("leader", "DETACHED DIES", HOLDS),
+    case("close", "PSO", HOLDS),
+    case("close", "", ENDS),
+    case("takeover", "REQUESTS=6", HOLDS),
+    case("takeover", "REQUESTS=5", ENDS),
 ]
 
 # model, variant (with the configuration that shows it), the way it must fail
-_BUGS = """
+BUGS = """
 wake       BUG_1             deadlock
 wake       BUG_2             deadlock
 wake       BUG_3             deadlock
@@ -179,136 +177,136 @@ takeover   BUG_11            assertion
 takeover   BUG_12            assertion
 takeover   BUG_13            cycle
 """
-_FAILURES = {"deadlock": DEADLOCK, "assertion": ASSERTION, "cycle": CYCLE}
 
 
-def _parse_bugs() -> Iterator[Case]:
-    for line in _BUGS.split("\n"):
-        if line:
-            model, *defines, failure = line.split()
-            yield Case(model, tuple(defines), _FAILURES[failure])
+def parse_bugs():
+    for line in BUGS.strip().split("\n"):
+        model, *defines, failure = line.split()
+        yield Case(model, tuple(defines), FAILURES[failure])
 
 
-BUGGY = list(_parse_bugs())
+BUGGY = list(parse_bugs())
 CASES = [*GOOD, *BUGGY, *(LARGER if DEEP else [])]
 
-# An endless sender makes its search deep.
+# Longest execution: the sender of space_step never stops, and depth costs memory.
 DEPTH = {"space_step": 2_000_000}
-
-SPIN = shutil.which("spin")
-CI = os.environ.get("CI", "").lower() in ("1", "true")
-REPLAY_LINES = 60
-SEARCH_SECONDS = 900 if DEEP else 120
+SEARCH_SECONDS = 1000 if DEEP else 50
 MEMORY_MB = 8000 if DEEP else 2000
+REPLAY_LINES = 60
 
 
-def _run(command: list[str], cwd: Path, seconds: float = 60) -> str:
-    done = subprocess.run(  # noqa: S603
+def run(command, directory, seconds=50):
+    done = subprocess.run(
         command,
-        cwd=cwd,
+        cwd=directory,
         timeout=seconds,
         check=False,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
-    assert done.returncode == 0, f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}"
+    assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}"
     return done.stdout
 
 
-def _search(case: Case, directory: Path) -> str:
-    """Generate, compile and run the verifier of one case; return what it printed."""
-    assert SPIN is not None
-    defines = [f"-D{define}" for define in case.defines]
-    _run([SPIN, *defines, "-a", str(MODELS / f"{case.model}.pml")], directory)
-    cycles = case.expect in (ENDS, CYCLE)
-    # A variant fails within a moment: compiling it takes longer than the search.
-    optimize = "-O1" if case.expect in (HOLDS, ENDS) else "-O0"
+def spin(which, directory, *options):
+    defines = [f"-D{define}" for define in which.defines]
+    return run([SPIN, *defines, *options, str(MODELS / f"{which.model}.pml")], directory)
+
+
+def search(which, directory):
+    """Generate, compile and run the verifier; what it printed."""
+    good = which.expect in {HOLDS, ENDS}
+    cycles = which.expect in {ENDS, CYCLE}
+    spin(which, directory, "-a")
+    # Most bugs are found at once: compiling takes longer than searching.
+    optimize = "-Og" if good else "-O0"
     mode = "-DNP" if cycles else "-DSAFETY"
-    _run(["gcc", "-w", optimize, mode, f"-DMEMLIM={MEMORY_MB}", "-o", "pan", "pan.c"], directory)
-    depth = f"-m{DEPTH.get(case.model, 10_000)}"
-    table = "-w22" if case.expect in (HOLDS, ENDS) else "-w18"
-    return _run(["./pan", depth, table, *(["-l"] if cycles else [])], directory, SEARCH_SECONDS)
+    run(["gcc", "-w", optimize, mode, f"-DMEMLIM={MEMORY_MB}", "-o", "pan", "pan.c"], directory)
+    depth = f"-m{DEPTH.get(which.model, 10_000)}"
+    table = "-w22" if good else "-w18"
+    loops = ["-l"] if cycles else []
+    return run(["./pan", depth, table, *loops], directory, SEARCH_SECONDS)
 
 
-def _counterexample(case: Case, directory: Path) -> str:
-    """Replay the trail that a failed search has left."""
-    trail = directory / f"{case.model}.pml.trail"
+def counterexample(which, directory):
+    """The last steps of the trail that a failed search has left."""
+    trail = directory / f"{which.model}.pml.trail"
     if not trail.exists():
         return "(no trail)"
-    assert SPIN is not None
-    defines = [f"-D{define}" for define in case.defines]
-    model = str(MODELS / f"{case.model}.pml")
-    replay = _run([SPIN, *defines, "-k", str(trail), "-p", "-g", model], directory)
+    replay = spin(which, directory, "-k", str(trail), "-p", "-g")
     return "\n".join(replay.split("\n")[-REPLAY_LINES:])
 
 
-def _errors(output: str) -> int:
-    found = re.search(r"errors: (\d+)", output)
-    assert found, f"the search did not finish:\n{output}"
-    return int(found[1])
-
-
-def _unreached(case: Case, output: str) -> list[str]:
-    """List the statements that were never executed (a process that never ends is fine)."""
-    listed = re.findall(r"^\t\S+?:(\d+), state \d+, \"(.*)\"$", output, flags=re.MULTILINE)
-    return [f"{case.model}.pml:{line}: {text}" for line, text in listed if text != "-end-"]
+def unreached(output):
+    """The statements that no execution reached. Processes that never end are as they should be."""
+    listed = re.findall(r'^\t(\S+:\d+), state \d+, "(.*)"$', output, flags=re.MULTILINE)
+    return [statement for statement in listed if statement[1] != "-end-"]
 
 
 @pytest.fixture
-def _spin() -> None:
+def no_leaks():
+    """Instead of the one in conftest.py: other searches run beside the test that waits for one."""
+
+
+@pytest.fixture(scope="module")
+def searches(request, tmp_path_factory):
+    """Case -> future of (output, directory), for the cases that were selected, on all CPUs."""
     if SPIN is None:
-        reason = "spin is not installed (apt-get install spin): the protocol models are not checked"
-        if CI:
+        reason = "spin is not installed (apt-get install spin): the models were not checked"
+        if os.environ.get("CI", "").lower() in {"true", "1"}:
             pytest.fail(reason)
         pytest.skip(reason)
 
+    def start(which):
+        directory = tmp_path_factory.mktemp(which.model)
+        return pool.submit(lambda: (search(which, directory), directory))
 
-@pytest.mark.usefixtures("_spin")
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_model(case: Case, tmp_path: Path) -> None:
-    """The model holds on every execution; each of its mutilations is caught."""
-    output = _search(case, tmp_path)
-    errors = _errors(output)
-    if case.expect not in (HOLDS, ENDS):
-        assert errors > 0, f"{case} is wrong, but the search found nothing:\n{output}"
-        assert f"pan:1: {case.expect}" in output, output
+    class Started(dict):
+        def __missing__(self, which):
+            self[which] = start(which)
+            return self[which]
+
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    started = Started()
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # there, each worker runs some of the items
+        for item in request.session.items:
+            if getattr(item, "originalname", None) == "test_model":
+                started[item.callspec.params["which"]]
+    yield started
+    pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.timeout(SEARCH_SECONDS * 3)
+@pytest.mark.parametrize("which", CASES, ids=str)
+def test_model(which, searches):
+    output, directory = searches[which].result()
+    errors = re.search(r"errors: (\d+)", output)
+    assert errors, output
+    if which.expect not in {HOLDS, ENDS}:
+        assert int(errors[1]) > 0, f"nothing was found, though there is a bug:\n{output}"
+        assert f"pan:1: {which.expect}" in output, output
         return
-
-    assert errors == 0, f"{output}\n{_counterexample(case, tmp_path)}"
-    # Exhaustive: nothing was cut off, and what was asked for was searched for.
+    assert int(errors[1]) == 0, f"{output}\n{counterexample(which, directory)}"
+    # Exhaustive: nothing was cut off, and what was to be looked for was looked for.
     assert "Full statespace search" in output, output
-    for truncated in (
-        "max search depth too small",
-        "Search not completed",
-        "out of memory",
-        "MEMLIM",
-    ):
-        assert truncated not in output, output
-    assert re.search(r"assertion violations\s+\+", output), output
-    searched = r"non-progress cycles\s+\+" if case.expect == ENDS else r"invalid end states\s+\+"
-    assert re.search(searched, output), output
-    if case.covers:
-        assert _unreached(case, output) == []
+    for cut in ("max search depth too small", "Search not completed", "MEMLIM", "out of memory"):
+        assert cut not in output, output
+    checked = "non-progress cycles" if which.expect == ENDS else "invalid end states"
+    for kind in ("assertion violations", checked):
+        assert re.search(rf"{kind}\s+\+", output), output
+    if which.covers:
+        assert not unreached(output)
 
 
-def test_every_variant_is_checked() -> None:
-    """No model and no BUG_n can be added, or dropped here, unnoticed; each is described in its model."""
-    tested = {
-        (case.model, define)
-        for case in BUGGY
-        for define in case.defines
-        if define.startswith("BUG_")
-    }
-    used, described = set(), set()
-    for model in MODELS.glob("*.pml"):
-        header, body = model.read_text(encoding="utf-8").split("*/", 1)
-        described |= {
-            (model.stem, name)
-            for name in re.findall(r"^ \*   .*?\b(BUG_\d+)\b", header, re.MULTILINE)
-        }
-        described |= {(model.stem, name) for name in re.findall(r"  (BUG_\d+) ", header)}
-        used |= {(model.stem, name) for name in re.findall(r"\bBUG_\d+\b", body)}
-    assert used == tested
+def test_every_variant_is_checked():
+    """No model and no BUG_n appears, or is left out here, unnoticed; each is described."""
+    tested = {(bug.model, name) for bug in BUGGY for name in bug.defines if name[:4] == "BUG_"}
+    described, used = set(), set()
+    for path in MODELS.glob("*.pml"):
+        header, body = path.read_text().split("*/", 1)
+        for text, found in ((header, described), (body, used)):
+            found.update((path.stem, name) for name in re.findall(r"\bBUG_\d+\b", text))
     assert described == tested
-    assert {case.model for case in GOOD} == {model.stem for model in MODELS.glob("*.pml")}
+    assert used == tested
+    assert {good.model for good in GOOD} == {path.stem for path in MODELS.glob("*.pml")}

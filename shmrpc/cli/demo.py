@@ -167,18 +167,14 @@ def _stop_server(process: subprocess.Popen[str]) -> None:
 
 def _show_progress(out: Console, steps: Iterator[None], turns: int) -> None:
     """Run the steps, under a bar if somebody is watching."""
+    if not sys.stdout.isatty():
+        for _ in steps:
+            pass
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     # It is drawn between turns only: a thread that draws would take time from what is measured.
-    progress = Progress(
-        TextColumn("calling over shm, unix and tcp in turns"),
-        BarColumn(),
-        TimeRemainingColumn(),
-        console=out,
-        transient=True,
-        auto_refresh=False,
-        disable=not sys.stdout.isatty(),
-    )
-    with progress:
-        task = progress.add_task("", total=turns)
+    with Progress(*columns, console=out, transient=True, auto_refresh=False) as progress:
+        task = progress.add_task("calling over shm, unix and tcp in turns", total=turns)
         for _ in steps:
             progress.update(task, advance=1, refresh=True)
 
