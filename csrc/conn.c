@@ -273,8 +273,10 @@ static int push_waiting(struct conn *conn)
         if (conn->producer.head == head)
             break; /* asked for space beyond what the peer had freed when we looked last */
     }
-    if (status == 0 && conn->wants_room)
+    if (!output_waits(conn) && conn->wants_room)
         want_room(conn, false);
+    else if (!conn->is_shm && output_waits(conn))
+        want_room(conn, true); /* the kernel took a frame in part */
     store_relaxed(&conn->outbox_bytes, conn->outbox.end - conn->outbox.start +
                                            (conn->stream.out_end - conn->stream.out_start));
     return status == -EAGAIN ? 0 : status;
@@ -351,6 +353,8 @@ int conn_send(struct conn *conn, struct outgoing *message, uint64_t *position, u
     *position = conn->pushed + conn->outbox.span - last_span(conn, (uint32_t)total);
     pushed = conn->pushed - pushed;
     bool waits = output_waits(conn);
+    if (waits && !conn->is_shm)
+        want_room(conn, true);
     if (waits)
         store_relaxed(&conn->outbox_bytes, conn->outbox.end - conn->outbox.start +
                                                (conn->stream.out_end - conn->stream.out_start));

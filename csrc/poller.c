@@ -450,8 +450,10 @@ static int flush(struct shmrpc_poller *poller, struct conn *conn)
     if (load_relaxed(&conn->outbox_bytes) == 0)
         return 0;
     int status = conn_flush(conn, &poller->bells);
-    if (status == 0 && load_relaxed(&conn->outbox_bytes) == 0)
+    if (status == 0 && load_relaxed(&conn->outbox_bytes) == 0) {
         callers_room(poller, conn);
+        poller->queue_ready = load_relaxed(&conn->queued) != 0;
+    }
     return status;
 }
 
@@ -527,6 +529,11 @@ static int finished(struct shmrpc_poller *poller, struct shmrpc_slot *slot, int6
     }
     if (load_relaxed(&poller->event_count) != 0) {
         *result = SHMRPC_EVENTS;
+        return 1;
+    }
+    if (poller->queue_ready && slot->goal == GOAL_REQUEST) {
+        poller->queue_ready = false;
+        *result = RESULT_QUEUED;
         return 1;
     }
     if (slot->goal == GOAL_ROOM && load_relaxed(&slot->conn->outbox_bytes) == 0) {

@@ -24,6 +24,9 @@ enum {
     STATUS_UNAVAILABLE = 14
 };
 
+/* A result of poller_lead besides those in shmrpc.h: a queued request can start now. */
+enum { RESULT_QUEUED = -1100 };
+
 enum slot_goal { GOAL_NONE, GOAL_REPLY, GOAL_ROOM, GOAL_EVENTS, GOAL_REQUEST };
 
 enum slot_state {
@@ -96,7 +99,7 @@ struct shmrpc_poller {
     uint64_t call_sequence; /* lock */
     struct shmrpc_slot *leader; /* lock */
 
-    bool away;             /* lock: the leader is in Python, with a request */
+    bool away;             /* lock: the leader has left poller_lead for Python */
     uint64_t away_count;   /* lock: how many times it went */
     struct shmrpc_slot *standby, *idle; /* lock */
     bool standby_parked;                /* lock */
@@ -116,6 +119,7 @@ struct shmrpc_poller {
     bool one_cpu;              /* leader */
     uint64_t looked_ns;        /* leader: when epoll was looked at last */
     uint64_t counted_ns;       /* leader: when our CPUs were counted last */
+    bool queue_ready;          /* leader: a queued request can start now */
     uint32_t rounds;           /* leader: see keep_looking */
     uint64_t coarse_ns;        /* leader: the coarse clock in keep_looking */
     uint64_t bells;            /* leader: rung since they were counted last */

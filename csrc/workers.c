@@ -146,22 +146,13 @@ static int enqueue(struct shmrpc_poller *poller, struct conn *conn,
     return 0;
 }
 
-/* With the lock held: the leader returns to Python, and somebody has to keep an eye on that. */
-static void go_away(struct shmrpc_poller *poller)
-{
-    poller->away = true;
-    poller->away_count++;
-    if (poller->standby_parked)
-        slot_wake(poller->standby, SLOT_WAITING);
-}
-
 /* With the lock held: take the message into the slot and start it, or queue it. Returns a status
  * to answer with; the message is consumed in any case. */
 static uint32_t take_request(struct shmrpc_poller *poller, struct shmrpc_slot *slot,
                              struct conn *conn, const struct frame_header *header)
 {
-    bool starts = slot->goal == GOAL_REQUEST && poller->running < poller->workers &&
-                  poller->queue.first == NULL; /* whoever makes room starts those first */
+    bool room = slot->goal == GOAL_REQUEST && poller->running < poller->workers;
+    bool starts = room && poller->queue.first == NULL;
     bool fast = false;
     int result = starts ? slot_receive(slot, conn, header) : enqueue(poller, conn, header);
 
@@ -175,10 +166,10 @@ static uint32_t take_request(struct shmrpc_poller *poller, struct shmrpc_slot *s
         count_own(&poller->counters.calls_refused, 1);
         return STATUS_RESOURCE_EXHAUSTED;
     }
-    if (starts) {
+    if (starts)
         start(poller, slot, conn, fast);
-        go_away(poller);
-    }
+    else
+        poller->queue_ready = room; /* not before those that came earlier */
     return STATUS_OK;
 }
 
@@ -220,13 +211,31 @@ void workers_cancel(struct shmrpc_poller *poller, struct conn *conn, uint64_t ca
 
 /* ---- the queue ---- */
 
+/* With the lock held: the first queued request whose caller fetches its replies. The others wait,
+ * or the replies of a caller that does not would fill our memory. */
+static struct stored *pop_queued(struct shmrpc_poller *poller)
+{
+    struct stored **link = &poller->queue.first;
+
+    while (*link != NULL && load_relaxed(&(*link)->conn->outbox_bytes) > OUTBOX_MAX &&
+           load_relaxed(&(*link)->conn->error) == 0)
+        link = &(*link)->next;
+    struct stored *stored = *link;
+    if (stored == NULL)
+        return NULL;
+    *link = stored->next;
+    if (stored->next == NULL)
+        poller->queue.last = link;
+    return stored;
+}
+
 /* With the lock held (and given up for moments): start the next queued request that is still
  * wanted. */
 static bool start_queued(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
 {
     struct stored *stored;
 
-    while (poller->running < poller->workers && (stored = stored_pop(&poller->queue)) != NULL) {
+    while (poller->running < poller->workers && (stored = pop_queued(poller)) != NULL) {
         struct conn *conn = stored->conn;
         shmrpc_message *message = &stored->message;
         bool call = message->kind == SHMRPC_REQUEST;
@@ -266,6 +275,15 @@ static bool start_queued(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
 }
 
 /* ---- roles ---- */
+
+/* With the lock held: the leader returns to Python, and somebody has to keep an eye on that. */
+static void go_away(struct shmrpc_poller *poller)
+{
+    poller->away = true;
+    poller->away_count++;
+    if (poller->standby_parked)
+        slot_wake(poller->standby, SLOT_WAITING);
+}
 
 /* With the lock held on entry and exit: sleep until woken or until the deadline. */
 static void doze(struct shmrpc_poller *poller, struct shmrpc_slot *slot, uint64_t deadline_ns)
@@ -357,10 +375,10 @@ static int64_t find_work(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
             poller_unlock(poller);
             int64_t result = poller_lead(poller, slot);
             poller_lock(poller);
-            if (result == SHMRPC_EVENTS)
-                go_away(poller);
-            if (result != SHMRPC_STOPPED)
-                return result;
+            if (result == RESULT_QUEUED || result == SHMRPC_STOPPED)
+                continue;
+            go_away(poller);
+            return result;
         } else if (poller->standby == NULL) {
             stand_by(poller, slot);
             if (load_relaxed(&poller->stopping) != 0)

@@ -109,22 +109,24 @@ class Agreement:
         """Make our segment and bell; returns the descriptors to send, which the caller closes."""
         self.own_ring_bytes = self.terms.ring_bytes
         segment = segments.create(self.own_ring_bytes, self.terms.backing, trusted=self.trusted)
+        fds: list[int] = []
         try:
             self._own_segment = lib.shmrpc_segment_map(segment.own_fd, self.own_ring_bytes)
             if self._own_segment == ffi.NULL:
                 msg = f"can't map {self.own_ring_bytes} bytes: {os.strerror(ffi.errno)}"
                 raise ConnectError(msg)
             segment.seal()
-            fds = [os.dup(segment.peer_fd)]
+            fds.append(os.dup(segment.peer_fd))
+            if self.trusted:
+                self._own_bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+                fds.append(os.dup(self._own_bell))
+        except OSError as error:
+            for fd in fds:
+                os.close(fd)
+            msg = f"can't make a connection: {error.strerror} (ulimit -n)"
+            raise ConnectError(msg) from error
         finally:
             segment.close()
-        if self.trusted:
-            try:
-                self._own_bell = _eventfd()
-                fds.append(os.dup(self._own_bell))
-            except BaseException:
-                os.close(fds[0])
-                raise
         return fds
 
     def accept(self, message: _Message) -> None:
@@ -187,11 +189,6 @@ class Agreement:
 
 
 _EVENTFD_LINK = "anon_inode:[eventfd]"
-
-
-def _eventfd() -> int:
-    """A nonblocking eventfd; ``os.eventfd`` exists from Python 3.10 on."""
-    return os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
 
 # ---- messages over the socket ----

@@ -14,6 +14,7 @@ import os
 import socket
 import stat
 import struct
+import time
 from dataclasses import dataclass, replace
 
 from .address import Address, rendezvous_directory
@@ -63,6 +64,7 @@ def prepare_directory(path: str) -> None:
 
 def _lock(path: str, address: Address) -> int:
     """Take the lock of a socket, or raise with the pid that has it."""
+    tries = 5
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
@@ -72,6 +74,10 @@ def _lock(path: str, address: Address) -> int:
             os.close(fd)
             if error.errno != errno.EWOULDBLOCK:
                 raise
+            tries -= 1
+            if tries:  # `shmrpc ls` takes a lock for an instant to see whether anybody has it
+                time.sleep(0.002)
+                continue
             msg = f"address {address} is in use by a live server, pid {owner}"
             raise ConnectError(msg) from error
         with contextlib.suppress(FileNotFoundError):

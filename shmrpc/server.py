@@ -183,12 +183,14 @@ class Server:
                 raise
             self._acceptor = acceptor
         for _ in range(2):  # one to lead, one to stand by
-            self.spawn_worker()
+            self.spawn_worker(self._poller)
         acceptor.start()
 
-    def spawn_worker(self) -> None:
+    def spawn_worker(self, poller: Any) -> None:
         """Start another worker thread; the core asks for it, up to one more than ``workers``."""
-        worker = _Worker(self)
+        if poller is not self._poller:
+            return  # it is stopping
+        worker = _Worker(self, poller)
         thread = threading.Thread(
             target=worker.run, name=f"shmrpc-worker-{len(self._threads)}", daemon=True
         )
@@ -229,16 +231,17 @@ class Server:
 
         In a thread other than the main one it serves until somebody calls ``stop``.
         """
-        if self._poller is None:
-            self.start()
-        try:
-            if threading.current_thread() is threading.main_thread():
-                _wait_for_signal()
-            else:
-                for thread in list(self._threads):
+        in_main = threading.current_thread() is threading.main_thread()
+        with _StopSignals() if in_main else contextlib.nullcontext() as signals:
+            try:
+                if self._poller is None:
+                    self.start()
+                if signals is not None:
+                    signals.wait()
+                for thread in list(self._threads) if signals is None else ():
                     thread.join()
-        finally:
-            self.stop()
+            finally:
+                self.stop()
 
     def __enter__(self) -> Server:
         if self._poller is None:
@@ -264,11 +267,6 @@ class Server:
         return {name: int(getattr(counters, name)) for name in dir(counters)}
 
     # ---- what workers and the acceptor need ----
-
-    @property
-    def poller(self) -> Any:
-        """The core's poller, or None when the server does not run."""
-        return self._poller
 
     def add_connection(self, agreement: handshake.Agreement) -> None:
         """Serve a new connection from now on."""
@@ -308,25 +306,32 @@ def _busy(poller: Any) -> bool:
     return bool(counters.running or counters.queued or counters.outbox_bytes)
 
 
-def _wait_for_signal() -> None:
-    """Sleep until SIGTERM or SIGINT, without a moment in which one could be missed."""
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
+class _StopSignals:
+    """SIGTERM and SIGINT as something to wait for, without a moment in which one is missed."""
 
-    def note(number: int, frame: FrameType | None) -> None:
-        _ = number, frame
+    def __enter__(self) -> _StopSignals:
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._before = {
+            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        return self
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    try:
-        while not set(reader.recv(64)) & set(before):
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        """Do nothing: the wakeup descriptor has the number."""
+
+    def wait(self) -> None:
+        """Sleep until one of them comes, or has come since we entered."""
+        while not set(self._reader.recv(64)) & set(self._before):
             pass
-    finally:
-        signal.set_wakeup_fd(wakeup)
-        for number, handler in before.items():
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
-        reader.close()
-        writer.close()
+        signal.set_wakeup_fd(self._wakeup)
+        self._reader.close()
+        self._writer.close()
 
 
 # ---- workers ----
@@ -337,16 +342,16 @@ _NOT_YET: Any = object()  # what a request has not come to when it fails
 class _Worker:
     """One thread that runs handlers."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, poller: Any) -> None:
         self._server = server
-        self._poller = server.poller
+        self._poller = poller
         self._context: CallContext | None = None
         self._running = False
 
     def run(self) -> None:
         """Serve until the poller stops."""
         poller = self._poller
-        slot = lib.shmrpc_slot_new(poller, 0) if poller is not None else ffi.NULL
+        slot = lib.shmrpc_slot_new(poller, 0)
         if slot == ffi.NULL:
             _log.error("no memory for another worker thread")
             return
@@ -387,7 +392,7 @@ class _Worker:
         if status == lib.SHMRPC_MESSAGE:
             return self._run_message()
         if status == lib.SHMRPC_SPAWN:
-            self._server.spawn_worker()
+            self._server.spawn_worker(self._poller)
         elif status == lib.SHMRPC_EVENTS:
             while lib.shmrpc_take(self._slot):
                 if self._message.kind == lib.SHMRPC_CLOSED:

@@ -1,6 +1,7 @@
 """The ``shmrpc`` command: every subcommand as a real process, with good input and bad."""
 
 import contextlib
+import fcntl
 import json
 import os
 import pty
@@ -623,12 +624,17 @@ def test_ls_shows_a_server_that_does_not_answer(fresh):
 
 
 def test_ls_of_a_file_name_made_to_confuse(fresh):
-    path = f"{fresh.sockets}/[red]\x1b[31m\n.sock"
-    with shmrpc.Server(f"shm://{path}"):
+    path = f"{fresh.sockets}/[red]\x1b[31m\n\udcff.sock"
+    with socket.socket(socket.AF_UNIX) as listener, open(f"{path}.lock", "w") as lock:
+        listener.bind(path)
+        fcntl.flock(lock, fcntl.LOCK_EX)
         result = fresh.run("ls")
-        assert r"[red]\x1b[31m\n" in result.stdout
+        assert (result.returncode, result.stderr) == (0, "")
+        assert r"[red]\x1b[31m\n\udcff" in result.stdout
         assert "\x1b" not in result.stdout
-        assert json.loads(fresh.run("ls", "--json").stdout)[0]["address"] == f"shm://{path}"
+        [entry] = json.loads(fresh.run("ls", "--json").stdout)
+        assert entry["address"] == f"shm://{path}"
+        assert (entry["alive"], entry["pid"], entry["ping_seconds"]) == (True, None, None)
 
 
 # ---- demo ----

@@ -210,7 +210,8 @@ shmrpc_name name_of(const char *text)
 
 void sleep_us(uint64_t microseconds)
 {
-    struct timespec time = {(time_t)(microseconds / 1000000), (long)(microseconds % 1000000) * 1000};
+    struct timespec time = {.tv_sec = (time_t)(microseconds / 1000000),
+                            .tv_nsec = (long)(microseconds % 1000000) * 1000};
 
     nanosleep(&time, NULL);
 }

@@ -214,7 +214,9 @@ TEST(deadline_passes_and_the_late_reply_is_dropped)
             CHECK(echo_works(slot, 10, 2));
             shmrpc_poller_stats(setup.client, &stats);
         } while (stats.late_replies == 0);
-        CHECK_EQUAL(call(slot, "echo", NULL, 0, 0), -ETIMEDOUT);
+        int64_t result = call(slot, "echo", NULL, 0, 0);
+        CHECK(result == -ETIMEDOUT || /* we, or the server, says so */
+              (result == SHMRPC_MESSAGE && shmrpc_slot_message(slot)->status == 4));
         shmrpc_slot_free(slot);
         setup_close(&setup);
     }
@@ -303,7 +305,7 @@ TEST(queued_calls_run_later)
         sleep_us(1000);
         shmrpc_poller_stats(setup.service.poller, &stats);
     } while (stats.running != 2 || stats.queued != 4);
-    CHECK_EQUAL(setup.service.blocked, 2);
+    service_await(&setup.service, &setup.service.blocked, 2);
     service_gate(&setup.service, true);
     for (int i = 0; i < 6; i++) {
         pthread_join(callers[i].thread, NULL);
@@ -716,13 +718,14 @@ static void greedy_client(enum transport transport, uint32_t mode)
     pair_open(&pair, transport, 65536, 65536);
     shmrpc_slot *asker = shmrpc_slot_new(greedy, pair_give(&pair, 0, greedy));
     pair_give(&pair, 1, setup.service.poller);
-    for (uint64_t i = 1; i <= 100; i++)
+    for (uint64_t i = 1; i <= 8; i++) {
         shmrpc_send(asker, SHMRPC_REQUEST, 0, i << 16 | SHMRPC_PYTHON_INDEX, &name, 0, NULL, 0,
                     NULL, 0, 0, &position);
-    do {
-        sleep_us(1000);
-        shmrpc_poller_stats(setup.service.poller, &stats);
-    } while (stats.outbox_bytes < 2 << 20);
+        do { /* the first are answered and not fetched, the others not even read */
+            sleep_us(1000);
+            shmrpc_poller_stats(setup.service.poller, &stats);
+        } while (i == 4 && stats.outbox_bytes < 2 << 20);
+    }
     shmrpc_slot *slot = slot_of(&setup);
     for (int i = 0; i < 5; i++)
         CHECK_EQUAL(call(slot, "echo", NULL, 0, 2000 * MS), 0);

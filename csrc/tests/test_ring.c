@@ -281,9 +281,9 @@ TEST(hostile_head)
         struct rings rings;
         rings_open(&rings, 4096, random_next(&random) & ~7ull);
         for (int step = 0; step < 16; step++) {
-            store_relaxed(&rings.receiver->head,
-                          random_below(&random, 2) ? garbage(&random)
-                                                   : rings.producer.tail - random_below(&random, 9000));
+            uint64_t near = rings.producer.tail - random_below(&random, 9000);
+            bool wild = random_below(&random, 2) == 0;
+            store_relaxed(&rings.receiver->head, wild ? garbage(&random) : near);
             int status = push(&rings, payload, (uint32_t)random_below(&random, sizeof payload), 1);
             CHECK(status == 0 || status == -EAGAIN || status == -EPROTO);
             uint64_t used = rings.producer.tail - rings.producer.head;

@@ -26,7 +26,8 @@ static void ends_open(struct ends *ends)
     }
     ends->sender = (struct wake){
         .own = ends->segments[0], .peer = ends->segments[1], .peer_bell = ends->bell};
-    ends->sleeper = (struct wake){.own = ends->segments[1], .peer = ends->segments[0], .peer_bell = -1};
+    ends->sleeper = (struct wake){
+        .own = ends->segments[1], .peer = ends->segments[0], .peer_bell = -1};
 }
 
 static void ends_close(struct ends *ends)

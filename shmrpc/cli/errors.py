@@ -10,8 +10,8 @@ import shmrpc
 
 __all__ = ["CallFailed", "Ended", "Failure", "explain", "failure_of", "one_line", "printable"]
 
-# Everything that would start a new line or make the terminal do something.
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+# Everything that would start a new line, make the terminal do something, or is no character at all.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class Failure(click.ClickException):

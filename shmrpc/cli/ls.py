@@ -98,7 +98,7 @@ def _look(directory: str, entry: str) -> _Found | None:
         return None
     if not stat.S_ISSOCK(status.st_mode):
         return None
-    name = os.fsencode(entry.removesuffix(_SUFFIX)).decode("utf-8", "backslashreplace")
+    name = entry.removesuffix(_SUFFIX)
     candidates = _addresses(path, entry)
     found = _Found(name, alive=False, pid=None, uid=status.st_uid, address=candidates[0])
     for address in candidates:

@@ -186,8 +186,7 @@ end_epoll:
 	atomic { waiting > 0 -> waiting-- };
 	LOCK;					/* take_request() */
 	if
-	:: running < WORKERS ->
-		running++
+	:: running < WORKERS && !queued -> running++
 	:: else ->
 		queued++;
 		UNLOCK;
