@@ -19,6 +19,7 @@
 
 typedef _Atomic uint64_t atomic_u64;
 typedef _Atomic uint32_t atomic_u32;
+typedef void *_Atomic atomic_pointer;
 
 _Static_assert(sizeof(atomic_u64) == 8, "shared words must be plain 64-bit words");
 _Static_assert(ATOMIC_LLONG_LOCK_FREE == 2, "64-bit atomics must be lock-free in both processes");
@@ -68,6 +69,11 @@ static inline void store_release32(atomic_u32 *word, uint32_t value)
 }
 
 static inline uint32_t exchange32(atomic_u32 *word, uint32_t value)
+{
+    return atomic_exchange_explicit(word, value, memory_order_acq_rel);
+}
+
+static inline void *exchange_pointer(atomic_pointer *word, void *value)
 {
     return atomic_exchange_explicit(word, value, memory_order_acq_rel);
 }

@@ -405,8 +405,10 @@ int poller_send(struct shmrpc_poller *poller, struct conn *conn, struct outgoing
     count_add(&poller->counters.wakeups_sent, bells);
     if (status == 0 && load_relaxed(&poller->room_waiters) != 0)
         callers_room(poller, conn);
-    if (status == -EPIPE || status == -EPROTO)
+    if ((status == -EPIPE || status == -EPROTO) && load_relaxed(&conn->error) == 0) {
+        store_relaxed(&conn->ended_here, 1);
         shutdown(conn->control_fd, SHUT_RDWR); /* the leader will see it and end the conn */
+    }
     return status;
 }
 
@@ -527,6 +529,7 @@ int64_t shmrpc_flush(shmrpc_slot *slot, int64_t timeout_ns)
     store_relaxed(&poller->room_waiters, 1); /* stays set: flushing is rare, asking is not */
     bool leads = enter(poller, slot);
     poller_unlock(poller);
+    full_fence(); /* room_waiters before outbox_bytes; a sender has fence E between the two */
     int64_t error = (int64_t)load_relaxed(&slot->conn->error);
     if (error != 0 || load_relaxed(&slot->conn->outbox_bytes) == 0) {
         poller_lock(poller);

@@ -259,6 +259,13 @@ void conn_watch_input(struct conn *conn, bool watch)
     pthread_mutex_unlock(&conn->send_lock);
 }
 
+/* Tell leaders without the lock whether there is something to flush. */
+static void publish_outbox(struct conn *conn)
+{
+    store_relaxed(&conn->outbox_bytes, conn->outbox.end - conn->outbox.start +
+                                           (conn->stream.out_end - conn->stream.out_start));
+}
+
 /* Push what waits; if the link is full, arrange for a wake-up and look once more, because room
  * that came in between rings nobody (fence H). 0, -EPIPE or -EPROTO. */
 static int push_waiting(struct conn *conn)
@@ -266,6 +273,8 @@ static int push_waiting(struct conn *conn)
     int status = outbox_push(conn);
     uint64_t head;
 
+    /* Before fence H: a leader that arms and sees nothing to flush must not miss this. */
+    publish_outbox(conn);
     while (status == -EAGAIN) {
         head = conn->producer.head;
         want_room(conn, true);
@@ -277,8 +286,7 @@ static int push_waiting(struct conn *conn)
         want_room(conn, false);
     else if (!conn->is_shm && output_waits(conn))
         want_room(conn, true); /* the kernel took a frame in part */
-    store_relaxed(&conn->outbox_bytes, conn->outbox.end - conn->outbox.start +
-                                           (conn->stream.out_end - conn->stream.out_start));
+    publish_outbox(conn);
     return status == -EAGAIN ? 0 : status;
 }
 
@@ -353,11 +361,9 @@ int conn_send(struct conn *conn, struct outgoing *message, uint64_t *position, u
     *position = conn->pushed + conn->outbox.span - last_span(conn, (uint32_t)total);
     pushed = conn->pushed - pushed;
     bool waits = output_waits(conn);
+    publish_outbox(conn);
     if (waits && !conn->is_shm)
         want_room(conn, true);
-    if (waits)
-        store_relaxed(&conn->outbox_bytes, conn->outbox.end - conn->outbox.start +
-                                               (conn->stream.out_end - conn->stream.out_start));
     if (status == -ENOMEM && pushed != 0)
         status = -EPIPE; /* the peer has half a message: only closing is left */
     pthread_mutex_unlock(&conn->send_lock);
@@ -549,8 +555,8 @@ int conn_outcome(struct conn *conn, uint64_t call_id, uint64_t position)
 
     if (position >= pushed)
         return SHMRPC_NOT_SENT;
-    if (!conn->is_shm)
-        return SHMRPC_UNKNOWN;
+    if (!conn->is_shm || load_relaxed(&conn->ended_here) != 0)
+        return SHMRPC_UNKNOWN; /* a peer that lives may still read what it has */
     uint64_t head = load_acquire(&conn->wake.peer->head); /* fence A, pairs with D */
     if (head <= position || still_queued(conn->wake.peer, call_id))
         return SHMRPC_NOT_STARTED;

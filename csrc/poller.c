@@ -166,6 +166,7 @@ static void destroy(struct shmrpc_poller *poller)
     free(poller->conn_uses);
     free(poller->slots);
     free(poller->hot);
+    free(exchange_pointer(&poller->larger_hot, NULL));
     free(poller);
 }
 
@@ -275,6 +276,31 @@ static int grow_registry(struct shmrpc_poller *poller)
     return 0;
 }
 
+/* Registering is where memory may run out: heating a conn later must not fail, because its bell has
+ * rung for this sleep already. */
+static int reserve_hot(struct shmrpc_poller *poller)
+{
+    struct hot_list *list =
+        malloc(sizeof *list + poller->conn_capacity * sizeof(struct conn *));
+
+    if (list == NULL)
+        return -ENOMEM;
+    list->capacity = poller->conn_capacity;
+    free(exchange_pointer(&poller->larger_hot, list));
+    return 0;
+}
+
+/* Leader: the list that reserve_hot has made has room for every conn there is. */
+static void take_larger_list(struct shmrpc_poller *poller)
+{
+    struct hot_list *list = exchange_pointer(&poller->larger_hot, NULL);
+
+    for (uint32_t i = 0; i < poller->hot_count; i++)
+        list->conns[i] = poller->hot->conns[i];
+    free(poller->hot);
+    poller->hot = list;
+}
+
 static int register_conn(struct shmrpc_poller *poller, struct conn *conn)
 {
     uint32_t index = 0;
@@ -283,6 +309,8 @@ static int register_conn(struct shmrpc_poller *poller, struct conn *conn)
         index++;
     if (index == poller->conn_capacity) {
         int status = grow_registry(poller);
+        if (status == 0 && (status = reserve_hot(poller)) < 0)
+            poller->conn_capacity = index; /* the next one tries again */
         if (status < 0)
             return status;
     }
@@ -354,8 +382,10 @@ int shmrpc_conn_shutdown(shmrpc_poller *poller, uint64_t conn_id)
 {
     poller_lock(poller);
     struct conn *conn = poller_find(poller, conn_id);
-    if (conn != NULL)
+    if (conn != NULL) {
+        store_relaxed(&conn->ended_here, 1);
         shutdown(conn->control_fd, SHUT_RDWR); /* epoll tells the leader, as if the peer did it */
+    }
     poller_unlock(poller);
     return conn != NULL ? 0 : -EPIPE;
 }
@@ -405,31 +435,25 @@ void poller_heat(struct shmrpc_poller *poller, struct conn *conn)
 {
     if (conn->hot)
         return;
-    if (poller->hot_count == poller->hot_capacity) {
-        uint32_t capacity = poller->hot_capacity == 0 ? 4 : poller->hot_capacity * 2;
-        struct conn **hot = realloc(poller->hot, capacity * sizeof *hot);
-        if (hot == NULL)
-            return; /* it stays armed, and rings again with the next message */
-        poller->hot = hot;
-        poller->hot_capacity = capacity;
-    }
+    if (poller->hot == NULL || poller->hot_count == poller->hot->capacity)
+        take_larger_list(poller);
     if (conn->is_shm) {
         wake_disarm(&conn->wake);
         poller->hot_rings++;
     }
     conn->hot = true;
     conn->last_active_ns = poller->looked_ns;
-    poller->hot[poller->hot_count++] = conn;
+    poller->hot->conns[poller->hot_count++] = conn;
 }
 
 static void remove_hot(struct shmrpc_poller *poller, uint32_t position)
 {
-    struct conn *conn = poller->hot[position];
+    struct conn *conn = poller->hot->conns[position];
 
     conn->hot = false;
     if (conn->is_shm)
         poller->hot_rings--;
-    poller->hot[position] = poller->hot[--poller->hot_count];
+    poller->hot->conns[position] = poller->hot->conns[--poller->hot_count];
 }
 
 /* Whether there is something that we would read, or an end to notice. */
@@ -470,7 +494,7 @@ static bool must_stay_up(struct shmrpc_poller *poller, struct conn *conn)
 static void fail_conn(struct shmrpc_poller *poller, struct conn *conn, int error)
 {
     for (uint32_t i = 0; i < poller->hot_count; i++)
-        if (poller->hot[i] == conn)
+        if (poller->hot->conns[i] == conn)
             remove_hot(poller, i);
     epoll_ctl(poller->epoll_fd, EPOLL_CTL_DEL, conn->control_fd, NULL);
     if (conn->own_bell_fd >= 0 && conn->own_bell_fd != poller->kick_fd)
@@ -478,6 +502,8 @@ static void fail_conn(struct shmrpc_poller *poller, struct conn *conn, int error
     shutdown(conn->control_fd, SHUT_RDWR);
 
     poller_lock(poller);
+    if (error != EPIPE)
+        store_relaxed(&conn->ended_here, 1);
     store_release(&conn->error, (uint64_t)error);
     callers_lost(poller, conn, error);
     const shmrpc_message closed = {.kind = SHMRPC_CLOSED, .status = (uint32_t)error};
@@ -582,7 +608,7 @@ static bool poll_hot(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
 
     for (uint32_t i = 0; i < poller->hot_count; i++) {
         uint32_t position = (poller->cursor + i) % poller->hot_count;
-        struct conn *conn = poller->hot[position];
+        struct conn *conn = poller->hot->conns[position];
         int count = poll_conn(poller, slot, conn);
 
         if (count < 0)
@@ -603,7 +629,7 @@ static bool poll_hot(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
 static void cool(struct shmrpc_poller *poller, bool rings)
 {
     for (uint32_t i = poller->hot_count; i-- > 0;) {
-        struct conn *conn = poller->hot[i];
+        struct conn *conn = poller->hot->conns[i];
         if (!conn->is_shm) {
             if (!has_input(poller, conn)) {
                 conn_watch_input(conn, !workers_full(poller, conn));
@@ -694,15 +720,15 @@ static bool arm_all(struct shmrpc_poller *poller)
     bool input = false;
 
     for (uint32_t i = 0; i < poller->hot_count; i++)
-        if (poller->hot[i]->is_shm)
-            wake_arm(&poller->hot[i]->wake);
+        if (poller->hot->conns[i]->is_shm)
+            wake_arm(&poller->hot->conns[i]->wake);
     wake_arm_fence();
     for (uint32_t i = 0; i < poller->hot_count && !input; i++)
-        input = must_stay_up(poller, poller->hot[i]);
+        input = must_stay_up(poller, poller->hot->conns[i]);
     if (input) {
         for (uint32_t i = 0; i < poller->hot_count; i++)
-            if (poller->hot[i]->is_shm)
-                wake_disarm(&poller->hot[i]->wake);
+            if (poller->hot->conns[i]->is_shm)
+                wake_disarm(&poller->hot->conns[i]->wake);
         return false;
     }
     while (poller->hot_count != 0)

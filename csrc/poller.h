@@ -83,6 +83,11 @@ struct counters {
     atomic_u64 calls_started, calls_refused, calls_expired;
 };
 
+struct hot_list {
+    uint32_t capacity;
+    struct conn *conns[];
+};
+
 struct shmrpc_poller {
     pthread_mutex_t lock;
     int epoll_fd, kick_fd;
@@ -112,8 +117,9 @@ struct shmrpc_poller {
     struct methods methods;  /* lock */
     atomic_u64 draining, stopping;
 
-    struct conn **hot; /* leader: conns to poll */
-    uint32_t hot_count, hot_capacity, cursor;
+    struct hot_list *hot; /* leader: conns to poll */
+    uint32_t hot_count, cursor;
+    atomic_pointer larger_hot; /* struct hot_list *, for the leader to take */
     uint32_t hot_rings; /* leader: how many of them are worth spinning for */
     struct spin_policy policy; /* leader */
     bool one_cpu;              /* leader */

@@ -40,6 +40,31 @@ def wait_until(condition, timeout=10.0, what="the condition"):
         time.sleep(0.005)
 
 
+def in_threads(count, work, timeout=20):
+    """Run ``work(number)`` in so many threads and return the results; errors are raised here.
+
+    Threads that hang are left behind (they are daemons), so that the test fails and does not.
+    """
+    results, errors = {}, []
+
+    def run(number):
+        try:
+            results[number] = work(number)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(number,), daemon=True) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    end = time.monotonic() + timeout
+    for thread in threads:
+        thread.join(max(0, end - time.monotonic()))
+    if errors:
+        raise errors[0]
+    assert len(results) == count, f"{count - len(results)} threads hang"
+    return [results[number] for number in range(count)]
+
+
 class Service:
     """A server in a process of its own."""
 

@@ -3,13 +3,12 @@
 import os
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Protocol
 
 import pytest
-from conftest import TRANSPORTS, address_of, wait_until
+from conftest import TRANSPORTS, address_of, in_threads, wait_until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from services import Basket, JsonCodec
@@ -111,21 +110,11 @@ def test_megabytes_both_ways_at_once(client):
 
 
 def test_megabytes_from_many_threads(client):
-    failures = []
-
     def work(number):
         data = bytes([number]) * ((1 << 20) + number)
-        for _ in range(4):
-            if client.call("echo", data) != data:
-                failures.append(number)
+        return all(client.call("echo", data) == data for _ in range(4))
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(40)
-    assert not any(thread.is_alive() for thread in threads)
-    assert not failures
+    assert all(in_threads(6, work))
 
 
 def test_arguments(client):

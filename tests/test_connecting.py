@@ -65,6 +65,7 @@ def run_python(code, *arguments, timeout=60):
     """Run a program in a process of its own; what it prints."""
     run = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
+        check=False,
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -267,7 +268,7 @@ def test_silent_client_is_hung_up_on(transport, service):
         start = time.monotonic()
         while sock.recv(4096):
             pass
-        assert 4 < time.monotonic() - start
+        assert time.monotonic() - start > 4
 
 
 def test_wrong_transport(service, directory):
@@ -457,6 +458,7 @@ def unshared(mount, *arguments):
     command = f'{mount} && exec "$0" -c "$@"'
     run = subprocess.run(
         ["unshare", "--mount", "sh", "-c", command, sys.executable, FULL, *arguments],
+        check=False,
         capture_output=True,
         text=True,
         timeout=30,

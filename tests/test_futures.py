@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SLACK, TRANSPORTS, wait_until
+from conftest import SLACK, TRANSPORTS, in_threads, wait_until
 
 import shmrpc
 
@@ -268,24 +268,15 @@ def test_close_while_a_background_thread_reads(client, common, transport):
 
 
 def test_futures_and_calls_from_many_threads(client):
-    failures = []
-
     def work(number):
         for i in range(150):
             future = client.submit("add", number, i)
-            if client.call("echo", i) != i or future.result(20) != number + i:
-                failures.append((number, i))
+            assert client.call("echo", i) == i
+            assert future.result(20) == number + i
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(40)
-    assert not any(thread.is_alive() for thread in threads)
-    assert not failures
+    in_threads(6, work)
 
 
 def test_one_future_many_waiters(client):
     future = client.submit("sleep", 0.2, "x")
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(lambda _: future.result(20), range(8))) == ["x"] * 8
+    assert in_threads(8, lambda _: future.result(20)) == ["x"] * 8
