@@ -403,6 +403,8 @@ int poller_send(struct shmrpc_poller *poller, struct conn *conn, struct outgoing
     int status = conn_send(conn, message, position, &bells);
 
     count_add(&poller->counters.wakeups_sent, bells);
+    if (!conn->is_shm)
+        full_fence(); /* outbox_bytes before room_waiters, see shmrpc_flush; shm has fence E */
     if (status == 0 && load_relaxed(&poller->room_waiters) != 0)
         callers_room(poller, conn);
     if ((status == -EPIPE || status == -EPROTO) && load_relaxed(&conn->error) == 0) {
@@ -529,7 +531,7 @@ int64_t shmrpc_flush(shmrpc_slot *slot, int64_t timeout_ns)
     store_relaxed(&poller->room_waiters, 1); /* stays set: flushing is rare, asking is not */
     bool leads = enter(poller, slot);
     poller_unlock(poller);
-    full_fence(); /* room_waiters before outbox_bytes; a sender has fence E between the two */
+    full_fence(); /* room_waiters before outbox_bytes, see poller_send */
     int64_t error = (int64_t)load_relaxed(&slot->conn->error);
     if (error != 0 || load_relaxed(&slot->conn->outbox_bytes) == 0) {
         poller_lock(poller);

@@ -80,13 +80,11 @@ class CallFuture(Future[Any]):
 
     def result(self, timeout: float | None = None) -> Any:
         """As ``Future.result``; reads from the connection while it waits."""
-        self._read_until_done(timeout)
-        return super().result(timeout=0)
+        return super().result(self._read_until_done(timeout))
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """As ``Future.exception``; reads from the connection while it waits."""
-        self._read_until_done(timeout)
-        return super().exception(timeout=0)
+        return super().exception(self._read_until_done(timeout))
 
     def done(self) -> bool:
         """Whether it is finished; takes what has arrived into account."""
@@ -129,13 +127,14 @@ class CallFuture(Future[Any]):
         if not super().done():
             self.futures.start_reader()
 
-    def _read_until_done(self, timeout: float | None) -> None:
+    def _read_until_done(self, timeout: float | None) -> float | None:
+        """Read until it is finished; returns how long ``Future``'s own wait may still take."""
         if super().done():
-            return
+            return 0
         until = FOREVER if timeout is None else time.monotonic() + timeout
         link = self.futures.link_of(self)
         if link is None:
-            return  # finished, or about to be by the thread that took it
+            return timeout  # finished, or about to be by the thread that took it
         slot = self.futures.slot_of(link)
         self.readers.append(slot)
         try:
@@ -144,10 +143,11 @@ class CallFuture(Future[Any]):
                     if time.monotonic() >= self.deadline:
                         self.futures.expire(self)
                     elif time.monotonic() >= until:
-                        return
+                        return 0
         finally:
             self.readers.remove(slot)
         link.slots.append(slot)
+        return 0
 
 
 class Futures:
@@ -296,9 +296,10 @@ class Futures:
         message = slot.message
         while lib.shmrpc_take(slot.c):
             if message.kind == lib.SHMRPC_REPLY:
-                entry = self._pending.pop(message.call_id, None)
+                entry = self._pending.get(message.call_id)
                 if entry is not None:
                     self._settle(entry[0], slot)
+                    self._pending.pop(message.call_id, None)
             elif message.kind == lib.SHMRPC_CLOSED:
                 self._lose(link, -message.status)
         link.slots.append(slot)

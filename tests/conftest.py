@@ -1,4 +1,4 @@
-"""What all tests share: servers in processes of their own, and a check that nothing is left over."""
+"""What all tests share: servers in processes of their own, and a check that nothing is left."""
 
 import contextlib
 import faulthandler

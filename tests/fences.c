@@ -1,8 +1,10 @@
 /* fences.c - the fences of csrc in the two shapes that they are for: see test_fences.py.
  *
- *   fences ring ROUNDS    A to D: frames between two threads; ThreadSanitizer looks on
- *   fences data ROUNDS    E, F: one publishes while the other arms
- *   fences space ROUNDS   G, H: one frees while the other asks for space
+ *   fences ring ROUNDS            A to D: frames between two threads; ThreadSanitizer looks on
+ *   fences data ROUNDS SECONDS    E, F: one publishes while the other arms
+ *   fences space ROUNDS SECONDS   G, H: one frees while the other asks for space
+ *
+ * With SECONDS they end after that time, if it comes first.
  *
  * The last two count the rounds in which neither saw what the other did, that is, lost wake-ups,
  * and end with status 1 at the first.
@@ -23,7 +25,8 @@ static struct ring_producer producer;
 static struct ring_consumer consumer;
 static struct wake wakes[2];
 static atomic_u64 arrived[2];
-static uint64_t rounds;
+static uint64_t rounds, until_ns;
+static atomic_u64 late;
 static uint32_t length = LONGEST;
 static const char *shape;
 static int saw[2];
@@ -48,11 +51,12 @@ static void stagger(int side, uint64_t round)
 
 static int push(uint8_t fill)
 {
-    uint8_t payload[LONGEST];
+    static uint8_t payload[LONGEST];
     struct frame_header header = {.length = length, .kind = fill};
     struct iovec part = {payload, length};
 
-    memset(payload, fill, length);
+    if (payload[0] != fill) /* not each time: it would give the stores before it time to drain */
+        memset(payload, fill, length);
     return ring_push(&producer, &header, &part, 1) == 0;
 }
 
@@ -145,7 +149,11 @@ static void clash(int side, bool data)
             printf("lost in round %llu\n", (unsigned long long)round);
             exit(1);
         }
+        if (side == 0 && round % 256 == 0 && clock_now_ns() > until_ns)
+            store_relaxed(&late, 1);
         meet(side, ++step);
+        if (load_relaxed(&late) != 0)
+            return;
     }
 }
 
@@ -164,10 +172,11 @@ int main(int argc, char **argv)
 {
     pthread_t thread;
 
-    if (argc != 3)
+    if (argc < 3)
         return 2;
     shape = argv[1];
     rounds = strtoull(argv[2], NULL, 10);
+    until_ns = clock_now_ns() + (argc > 3 ? strtoull(argv[3], NULL, 10) : 3600) * 1000000000u;
     if (strcmp(shape, "data") == 0)
         length = 8; /* nothing but the words in the way */
     for (int i = 0; i < 2; i++)

@@ -59,7 +59,7 @@ def test_under_address_and_undefined_behaviour_sanitizer():
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_under_thread_sanitizer():
-    check_all_ran(make("tsan", SHMRPC_SOAK="3000"))
+    check_all_ran(make("tsan", SHMRPC_SOAK="1000"))
 
 
 @pytest.mark.slow

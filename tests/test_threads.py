@@ -116,7 +116,7 @@ def test_more_stuck_handlers_than_workers(transport, service, connect, directory
 def test_workers_that_call_other_servers(transport, service, connect):
     """Handlers block in a client of their own."""
     inner = service(transport)
-    outer = connect(service("shm", workers=4).address)
+    outer = connect(service("outer", workers=4).address)
     futures = [outer.submit("call_other", inner.address, "add", n, 1) for n in range(40)]
     assert [future.result(30) for future in futures] == [n + 1 for n in range(40)]
 
