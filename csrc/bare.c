@@ -56,7 +56,7 @@ int64_t shmrpc_bare_receive(shmrpc_bare *bare, uint8_t *body, size_t capacity)
     int status;
 
     for (uint32_t step = 0; (status = ring_peek(&bare->consumer, &header)) == 0; step++)
-        spin_step(step, bare->one_cpu);
+        spin_step(step, bare->one_cpu ? 0 : PATIENCE_MAX);
     if (status < 0 || header.length > capacity)
         return status < 0 ? status : -EMSGSIZE;
     ring_read(&bare->consumer, 0, body, header.length);

@@ -326,7 +326,7 @@ static int64_t follow(struct shmrpc_slot *slot)
     for (uint32_t step = 0; step < FOLLOWER_STEPS; step++) {
         if (load_acquire32(&slot->state) != SLOT_WAITING)
             return 0;
-        spin_step(step, true);
+        spin_step(step, 0);
     }
     if (poller_must_check_signals(slot))
         return -EAGAIN;

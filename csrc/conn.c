@@ -355,8 +355,14 @@ int conn_send(struct conn *conn, struct outgoing *message, uint64_t *position, u
     pthread_mutex_lock(&conn->send_lock);
     uint64_t pushed = conn->pushed;
     status = -(int)load_relaxed(&conn->error);
-    if (status == 0)
+    if (status == 0 && total <= conn->frame_max && conn->outbox.start == conn->outbox.end) {
+        message->header.length = (uint32_t)total;
+        status = link_push(conn, &message->header, message->parts, 3);
+        if (status == -EAGAIN)
+            status = send_pieces(conn, message);
+    } else if (status == 0) {
         status = send_pieces(conn, message);
+    }
     /* The last frame's start, or that of the whole message when it is only one frame. */
     *position = conn->pushed + conn->outbox.span - last_span(conn, (uint32_t)total);
     pushed = conn->pushed - pushed;

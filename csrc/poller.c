@@ -24,10 +24,10 @@
 #include <unistd.h>
 
 enum {
-    CLOCK_STEPS = 16,     /* short spin steps between two looks at the clock */
+    CLOCK_STEPS = 16,     /* short spin steps between two looks at all else */
     ROUNDS_A_LOOK = 16,   /* rounds with progress between two looks at the clock */
     SIGNALS_NS = 50000000, /* a main thread that does not sleep goes to Python this often */
-    LOOK_NS = 50000,      /* while polling, cold conns and hang-ups are looked for this often */
+    LOOK_NS = 250000,      /* while polling, cold conns and hang-ups are looked for this often */
     COOL_NS = 1000000,    /* a conn quiet for so long is armed while others stay hot */
     COUNT_NS = 1000000000, /* taskset may change the CPUs that we have: count them this often */
     EPOLL_BATCH = 64,
@@ -134,6 +134,7 @@ shmrpc_poller *shmrpc_poller_new(uint32_t workers, uint32_t max_concurrency, uin
     poller->max_concurrency = max_concurrency;
     poller->policy.mode = mode;
     poller->policy.budget_ns = spin_budget_ns != 0 ? spin_budget_ns : SPIN_BUDGET_NS;
+    poller->policy.patience = PATIENCE_MAX;
     poller->one_cpu = cpu_is_alone();
     return poller;
 }
@@ -801,34 +802,52 @@ static uint64_t keep_looking(struct shmrpc_poller *poller)
 struct lead {
     uint64_t entered_ns; /* the first time that the clock was read */
     uint64_t spin_start_ns, spin_budget_ns;
-    uint32_t spin_step;
+    uint32_t spin_step, patience, handovers;
+    uint64_t yielded_ns; /* when the last yield returned */
     bool spinning;
     bool looked; /* at epoll, since the deadline */
 };
 
-/* One step of spinning; false when it is time to sleep. *now is the time, if it was read. */
+static bool rings_empty(const struct shmrpc_poller *poller)
+{
+    for (uint32_t i = 0; i < poller->hot_count; i++) {
+        const struct conn *conn = poller->hot->conns[i];
+        if (conn->is_shm && !ring_empty(&conn->consumer))
+            return false;
+    }
+    return true;
+}
+
+/* Some steps of spinning; false when it is time to sleep. *now is the time, if it was read. */
 static bool spin_on(struct shmrpc_poller *poller, struct lead *lead, uint64_t *now)
 {
     if (!lead->spinning) {
         lead->spinning = true;
-        lead->spin_step = 0;
+        lead->spin_step = lead->handovers = 0;
+        lead->patience = spin_policy_patience(&poller->policy, poller->one_cpu);
         lead->spin_start_ns = *now = clock_now_ns();
         lead->spin_budget_ns = poller->hot_rings != 0 ? spin_policy_begin(&poller->policy) : 0;
     }
     if (lead->spin_budget_ns == 0)
         return false;
-    uint32_t step = lead->spin_step++;
-    bool yielded = spin_step(step, poller->one_cpu) != 0;
-    if (!yielded && step % CLOCK_STEPS != CLOCK_STEPS - 1)
-        return true; /* too short a step to look at the clock for */
+    bool yielded = false;
+    for (uint32_t i = 0; i < CLOCK_STEPS && !yielded; i++) {
+        yielded = spin_step(lead->spin_step++, lead->patience) != 0;
+        if (!rings_empty(poller))
+            return true;
+    }
     count_own(&poller->counters.yields, yielded);
     *now = clock_now_ns();
+    if (yielded && lead->yielded_ns != 0 && *now - lead->yielded_ns > HANDOVER_NS)
+        lead->handovers++;
+    lead->yielded_ns = *now;
     if (*now - poller->looked_ns >= LOOK_NS) {
         look(poller, 0);
         poller->looked_ns = *now;
         cool(poller, true);
     }
-    if (*now - lead->spin_start_ns < lead->spin_budget_ns)
+    bool crowded = lead->handovers >= HANDOVERS_MAX && poller->policy.mode != WAIT_SPIN;
+    if (!crowded && *now - lead->spin_start_ns < lead->spin_budget_ns)
         return true;
     count_own(&poller->counters.spins_missed, 1);
     return false;
@@ -878,7 +897,7 @@ int64_t poller_lead(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
             result = check_time(poller, slot, &lead, now);
     } while (result == 0);
     if (lead.spinning && lead.spin_step != 0 && result >= 0) {
-        spin_policy_hit(&poller->policy);
+        spin_policy_hit(&poller->policy, clock_now_ns() - lead.spin_start_ns);
         count_own(&poller->counters.spins_hit, 1);
     }
     count_add(&poller->counters.wakeups_sent, poller->bells);

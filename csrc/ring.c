@@ -22,10 +22,10 @@ static uint64_t copy_in(struct ring_producer *ring, uint64_t position, const voi
     uint64_t offset = position & (ring->bytes - 1);
     uint64_t first = ring->bytes - offset < count ? ring->bytes - offset : count;
 
-    if (count != 0) {
+    if (count != 0)
         memcpy(ring->own->ring + offset, source, first);
+    if (first != count)
         memcpy(ring->own->ring, (const uint8_t *)source + first, count - first);
-    }
     return position + count;
 }
 
@@ -106,10 +106,10 @@ void ring_read(const struct ring_consumer *ring, uint64_t offset, void *destinat
     uint64_t start = (ring->head + FRAME_HEADER_BYTES + offset) & (ring->bytes - 1);
     uint64_t first = ring->bytes - start < count ? ring->bytes - start : count;
 
-    if (count != 0) {
+    if (count != 0)
         memcpy(destination, ring->peer->ring + start, first);
+    if (first != count)
         memcpy((uint8_t *)destination + first, ring->peer->ring, count - first);
-    }
 }
 
 void ring_release(struct ring_consumer *ring, uint32_t length)

@@ -19,6 +19,7 @@
 #ifndef SHMRPC_RING_H
 #define SHMRPC_RING_H
 
+#include <stdbool.h>
 #include <stdint.h>
 #include <sys/uio.h>
 
@@ -62,6 +63,12 @@ int ring_push(struct ring_producer *ring, const struct frame_header *header,
 /* Copy the header of the next frame into *header. 1 if there is one, 0 if the ring is empty,
  * -EPROTO if tail or length are impossible. Nothing is consumed. */
 int ring_peek(struct ring_consumer *ring, struct frame_header *header);
+
+/* Whether ring_peek would find anything, a frame or a violation: all that a spin loop asks. */
+static inline bool ring_empty(const struct ring_consumer *ring)
+{
+    return ring->tail == ring->head && load_relaxed(&ring->peer->tail) == ring->head;
+}
 
 /* Copy payload bytes [offset, offset + count) of the frame just peeked, which has them. */
 void ring_read(const struct ring_consumer *ring, uint64_t offset, void *destination,

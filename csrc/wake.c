@@ -88,9 +88,10 @@ uint64_t spin_policy_begin(struct spin_policy *policy)
     return policy->budget_ns;
 }
 
-void spin_policy_hit(struct spin_policy *policy)
+void spin_policy_hit(struct spin_policy *policy, uint64_t spun_ns)
 {
     policy->misses = 0;
+    policy->patience = spun_ns <= PATIENCE_NS ? PATIENCE_MAX : policy->patience / 4;
 }
 
 void spin_policy_slept(struct spin_policy *policy, bool spun, uint64_t slept_ns)
@@ -102,22 +103,29 @@ void spin_policy_slept(struct spin_policy *policy, bool spun, uint64_t slept_ns)
         policy->skip = 1u << (policy->misses < 6 ? policy->misses : 6);
         policy->misses++;
     }
+    if (spun)
+        policy->patience /= 4;
 }
 
 _Static_assert(1u << 6 == SPIN_SKIP_MAX, "the shift in spin_policy_slept stops there");
 
-enum { PAUSES_A_SHORT_STEP = 1, PAUSES_A_YIELD = 8 };
-
-int spin_step(uint32_t step, bool one_cpu)
+uint32_t spin_policy_patience(struct spin_policy *policy, bool one_cpu)
 {
-    bool yields = one_cpu || step >= SPIN_SHORT_STEPS;
-    int pauses = one_cpu ? 0 : yields ? PAUSES_A_YIELD : PAUSES_A_SHORT_STEP;
+    if (one_cpu)
+        return 0;
+    if (policy->patience == 0 && ++policy->yields_at_once % PATIENCE_PROBE == 0)
+        return PATIENCE_MAX;
+    return policy->patience;
+}
 
-    for (int i = 0; i < pauses; i++)
+int spin_step(uint32_t step, uint32_t patience)
+{
+    if (step < patience) {
         cpu_pause();
-    if (yields)
-        sched_yield();
-    return yields;
+        return 0;
+    }
+    sched_yield();
+    return 1;
 }
 
 uint64_t clock_now_ns(void)

@@ -75,20 +75,34 @@ struct spin_policy {
     uint32_t budget_ns; /* longest spin */
     uint32_t misses;    /* spins in a row that ended in a sleep */
     uint32_t skip;      /* sleeps to go before the next spin */
+    uint32_t patience;  /* pauses before the first yield */
+    uint32_t yields_at_once; /* waits in a row that had no patience */
 };
 
 /* Nanoseconds to spin in the wait that begins now; 0 = sleep at once. */
 uint64_t spin_policy_begin(struct spin_policy *policy);
-void spin_policy_hit(struct spin_policy *policy);
+/* It ended while spinning, after this time. */
+void spin_policy_hit(struct spin_policy *policy, uint64_t spun_ns);
+/* It ended in a sleep. */
 void spin_policy_slept(struct spin_policy *policy, bool spun, uint64_t slept_ns);
 
-/* One step of a spin loop; `step` counts from 0 within a wait. The first SPIN_SHORT_STEPS are a
- * pause or two, while an answer within two microseconds is likely; from then on each is a few
- * pauses and a yield, which costs 0.1 us when nobody else wants the CPU and gives it away when
- * somebody does: that keeps spinning harmless with more processes than CPUs. With one CPU the peer
- * can't run while we pause, so every step is a yield. Returns 1 if it yielded. */
-enum { SPIN_SHORT_STEPS = 64 };
-int spin_step(uint32_t step, bool one_cpu);
+/* How a spin passes its time: first pauses, then yields. A pause costs 15 ns and notices an answer
+ * at once; a yield is a system call, 0.1 to 0.5 us, but gives the CPU to whoever wants it, the peer
+ * perhaps. With a CPU for each, answers come within the PATIENCE_MAX pauses and yields would only
+ * be late to see them; with more processes than CPUs the peer can't run while we pause. So the
+ * patience is what paid in the last waits: all of it, or none and a probe in PATIENCE_PROBE waits.
+ * It paid if the wait was shorter than PATIENCE_NS; counting pauses would not tell, because a
+ * process that is preempted while it pauses finds its answer at the next pause.
+ */
+enum { PATIENCE_MAX = 256, PATIENCE_NS = 8000, PATIENCE_PROBE = 32 };
+uint32_t spin_policy_patience(struct spin_policy *policy, bool one_cpu);
+/* One step; returns 1 if it was a yield. */
+int spin_step(uint32_t step, uint32_t patience);
+
+/* A yield that took longer than HANDOVER_NS has let somebody else work. After HANDOVERS_MAX of
+ * them in one wait the CPUs are crowded, and who is awake for nothing only makes the queue longer:
+ * sleep. */
+enum { HANDOVER_NS = 3000, HANDOVERS_MAX = 3 };
 
 uint64_t clock_now_ns(void); /* CLOCK_MONOTONIC */
 uint64_t clock_coarse_ns(void); /* the same, some milliseconds late, for a few nanoseconds */
