@@ -12,7 +12,7 @@
 struct shmrpc_bare {
     struct ring_producer producer;
     struct ring_consumer consumer;
-    bool one_cpu;
+    struct spin_policy policy; /* of which only the patience is used */
 };
 
 size_t shmrpc_bare_bytes(uint32_t ring_bytes)
@@ -33,7 +33,6 @@ shmrpc_bare *shmrpc_bare_new(void *memory, uint32_t ring_bytes, int side)
                        ring_bytes);
     ring_consumer_init(&bare->consumer, side == 0 ? first : second, side == 0 ? second : first,
                        ring_bytes);
-    bare->one_cpu = cpu_is_alone();
     return bare;
 }
 
@@ -53,10 +52,13 @@ int shmrpc_bare_send(shmrpc_bare *bare, const char *body, size_t body_bytes)
 int64_t shmrpc_bare_receive(shmrpc_bare *bare, uint8_t *body, size_t capacity)
 {
     struct frame_header header;
+    uint32_t patience = spin_policy_patience(&bare->policy);
+    bool yielded = false;
     int status;
 
     for (uint32_t step = 0; (status = ring_peek(&bare->consumer, &header)) == 0; step++)
-        spin_step(step, bare->one_cpu ? 0 : PATIENCE_MAX);
+        yielded |= spin_step(step, patience) != 0;
+    spin_policy_hit(&bare->policy, yielded, 0);
     if (status < 0 || header.length > capacity)
         return status < 0 ? status : -EMSGSIZE;
     ring_read(&bare->consumer, 0, body, header.length);

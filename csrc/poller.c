@@ -29,7 +29,6 @@ enum {
     SIGNALS_NS = 50000000, /* a main thread that does not sleep goes to Python this often */
     LOOK_NS = 250000,      /* while polling, cold conns and hang-ups are looked for this often */
     COOL_NS = 1000000,    /* a conn quiet for so long is armed while others stay hot */
-    COUNT_NS = 1000000000, /* taskset may change the CPUs that we have: count them this often */
     EPOLL_BATCH = 64,
     POLL_BATCH = 64,      /* messages taken from one conn before the next has its turn */
     INDEX_BITS = 20,      /* of a conn id; the rest counts how often the index was used */
@@ -134,8 +133,6 @@ shmrpc_poller *shmrpc_poller_new(uint32_t workers, uint32_t max_concurrency, uin
     poller->max_concurrency = max_concurrency;
     poller->policy.mode = mode;
     poller->policy.budget_ns = spin_budget_ns != 0 ? spin_budget_ns : SPIN_BUDGET_NS;
-    poller->policy.patience = PATIENCE_MAX;
-    poller->one_cpu = cpu_is_alone();
     return poller;
 }
 
@@ -769,10 +766,6 @@ static int64_t sleep_once(struct shmrpc_poller *poller, struct shmrpc_slot *slot
     poller->looked_ns = clock_now_ns();
     count_own(&poller->counters.sleeps, 1);
     spin_policy_slept(&poller->policy, spun, poller->looked_ns - start);
-    if (poller->looked_ns - poller->counted_ns > COUNT_NS) {
-        poller->counted_ns = poller->looked_ns;
-        poller->one_cpu = cpu_is_alone();
-    }
     if (count < 0 && count != -EINTR)
         return count;
     return count == -EINTR && is_main_thread() ? -EINTR : 0;
@@ -824,7 +817,7 @@ static bool spin_on(struct shmrpc_poller *poller, struct lead *lead, uint64_t *n
     if (!lead->spinning) {
         lead->spinning = true;
         lead->spin_step = lead->handovers = 0;
-        lead->patience = spin_policy_patience(&poller->policy, poller->one_cpu);
+        lead->patience = spin_policy_patience(&poller->policy);
         lead->spin_start_ns = *now = clock_now_ns();
         lead->spin_budget_ns = poller->hot_rings != 0 ? spin_policy_begin(&poller->policy) : 0;
     }
@@ -897,7 +890,8 @@ int64_t poller_lead(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
             result = check_time(poller, slot, &lead, now);
     } while (result == 0);
     if (lead.spinning && lead.spin_step != 0 && result >= 0) {
-        spin_policy_hit(&poller->policy, clock_now_ns() - lead.spin_start_ns);
+        spin_policy_hit(&poller->policy, lead.spin_step > lead.patience,
+                        clock_now_ns() - lead.spin_start_ns);
         count_own(&poller->counters.spins_hit, 1);
     }
     count_add(&poller->counters.wakeups_sent, poller->bells);

@@ -122,9 +122,7 @@ struct shmrpc_poller {
     atomic_pointer larger_hot; /* struct hot_list *, for the leader to take */
     uint32_t hot_rings; /* leader: how many of them are worth spinning for */
     struct spin_policy policy; /* leader */
-    bool one_cpu;              /* leader */
     uint64_t looked_ns;        /* leader: when epoll was looked at last */
-    uint64_t counted_ns;       /* leader: when our CPUs were counted last */
     bool queue_ready;          /* leader: a queued request can start now */
     uint32_t rounds;           /* leader: see keep_looking */
     uint64_t coarse_ns;        /* leader: the coarse clock in keep_looking */

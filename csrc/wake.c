@@ -88,10 +88,10 @@ uint64_t spin_policy_begin(struct spin_policy *policy)
     return policy->budget_ns;
 }
 
-void spin_policy_hit(struct spin_policy *policy, uint64_t spun_ns)
+void spin_policy_hit(struct spin_policy *policy, bool yielded, uint64_t spun_ns)
 {
     policy->misses = 0;
-    policy->patience = spun_ns <= PATIENCE_NS ? PATIENCE_MAX : policy->patience / 4;
+    policy->failures = yielded || spun_ns > PATIENCE_NS ? policy->failures + 1 : 0;
 }
 
 void spin_policy_slept(struct spin_policy *policy, bool spun, uint64_t slept_ns)
@@ -104,18 +104,16 @@ void spin_policy_slept(struct spin_policy *policy, bool spun, uint64_t slept_ns)
         policy->misses++;
     }
     if (spun)
-        policy->patience /= 4;
+        policy->failures++;
 }
 
 _Static_assert(1u << 6 == SPIN_SKIP_MAX, "the shift in spin_policy_slept stops there");
 
-uint32_t spin_policy_patience(struct spin_policy *policy, bool one_cpu)
+uint32_t spin_policy_patience(struct spin_policy *policy)
 {
-    if (one_cpu)
-        return 0;
-    if (policy->patience == 0 && ++policy->yields_at_once % PATIENCE_PROBE == 0)
-        return PATIENCE_MAX;
-    return policy->patience;
+    bool pauses = policy->failures < PATIENCE_FAILURES || policy->failures % PATIENCE_PROBE == 0;
+
+    return pauses ? PATIENCE_MAX : 0;
 }
 
 int spin_step(uint32_t step, uint32_t patience)
@@ -142,11 +140,4 @@ uint64_t clock_coarse_ns(void)
 
     clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
     return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
-
-bool cpu_is_alone(void)
-{
-    cpu_set_t allowed;
-
-    return sched_getaffinity(0, sizeof allowed, &allowed) == 0 && CPU_COUNT(&allowed) == 1;
 }

@@ -75,27 +75,26 @@ struct spin_policy {
     uint32_t budget_ns; /* longest spin */
     uint32_t misses;    /* spins in a row that ended in a sleep */
     uint32_t skip;      /* sleeps to go before the next spin */
-    uint32_t patience;  /* pauses before the first yield */
-    uint32_t yields_at_once; /* waits in a row that had no patience */
+    uint32_t failures;  /* waits in a row that pauses did not end */
 };
 
 /* Nanoseconds to spin in the wait that begins now; 0 = sleep at once. */
 uint64_t spin_policy_begin(struct spin_policy *policy);
-/* It ended while spinning, after this time. */
-void spin_policy_hit(struct spin_policy *policy, uint64_t spun_ns);
+/* It ended while spinning, after this time and perhaps yields. */
+void spin_policy_hit(struct spin_policy *policy, bool yielded, uint64_t spun_ns);
 /* It ended in a sleep. */
 void spin_policy_slept(struct spin_policy *policy, bool spun, uint64_t slept_ns);
 
 /* How a spin passes its time: first pauses, then yields. A pause costs 15 ns and notices an answer
  * at once; a yield is a system call, 0.1 to 0.5 us, but gives the CPU to whoever wants it, the peer
  * perhaps. With a CPU for each, answers come within the PATIENCE_MAX pauses and yields would only
- * be late to see them; with more processes than CPUs the peer can't run while we pause. So the
- * patience is what paid in the last waits: all of it, or none and a probe in PATIENCE_PROBE waits.
- * It paid if the wait was shorter than PATIENCE_NS; counting pauses would not tell, because a
- * process that is preempted while it pauses finds its answer at the next pause.
+ * be late to see them; with one CPU, or more processes than CPUs, the peer can't run while we
+ * pause. So pauses are dropped after PATIENCE_FAILURES waits in a row that they did not end, and
+ * tried again in every PATIENCE_PROBE-th. They ended a wait that had no yield and was shorter than
+ * PATIENCE_NS: one that was preempted while it paused finds its answer at the next pause, too.
  */
-enum { PATIENCE_MAX = 256, PATIENCE_NS = 8000, PATIENCE_PROBE = 32 };
-uint32_t spin_policy_patience(struct spin_policy *policy, bool one_cpu);
+enum { PATIENCE_MAX = 256, PATIENCE_NS = 8000, PATIENCE_FAILURES = 3, PATIENCE_PROBE = 32 };
+uint32_t spin_policy_patience(struct spin_policy *policy);
 /* One step; returns 1 if it was a yield. */
 int spin_step(uint32_t step, uint32_t patience);
 
@@ -106,6 +105,5 @@ enum { HANDOVER_NS = 3000, HANDOVERS_MAX = 3 };
 
 uint64_t clock_now_ns(void); /* CLOCK_MONOTONIC */
 uint64_t clock_coarse_ns(void); /* the same, some milliseconds late, for a few nanoseconds */
-bool cpu_is_alone(void);     /* this thread may run on one CPU only */
 
 #endif
