@@ -237,12 +237,22 @@ static int reply_event(struct shmrpc_poller *poller, struct conn *conn,
     return poller_add_event(poller, conn, &message, payload);
 }
 
-int callers_reply(struct shmrpc_poller *poller, struct conn *conn,
+int callers_reply(struct shmrpc_poller *poller, struct shmrpc_slot *leader, struct conn *conn,
                   const struct frame_header *header)
 {
     uint32_t index = (uint32_t)(header->call_id & 0xffff);
     int status = 0;
 
+    if (leader->goal == GOAL_REPLY && leader->call_id == header->call_id &&
+        leader->conn == conn) {
+        /* The leader's own, as nearly always: nobody else touches its slot while it leads. */
+        status = slot_receive(leader, conn, header);
+        leader->call_id = 0;
+        leader->result = status == 0 ? reply_result(leader) : status;
+        store_release32(&leader->state, SLOT_DONE);
+        conn_finish(conn, header->length, &poller->bells);
+        return 0;
+    }
     poller_lock(poller);
     struct shmrpc_slot *slot = index < poller->slot_capacity ? poller->slots[index] : NULL;
     if (index == SHMRPC_PYTHON_INDEX) {

@@ -520,7 +520,7 @@ static int dispatch(struct shmrpc_poller *poller, struct shmrpc_slot *slot, stru
 {
     switch (header->kind) {
     case SHMRPC_REPLY:
-        return callers_reply(poller, conn, header);
+        return callers_reply(poller, slot, conn, header);
     case SHMRPC_REQUEST:
     case SHMRPC_NOTIFY:
         workers_request(poller, slot, conn, header);

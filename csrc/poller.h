@@ -172,7 +172,7 @@ void slot_finish(struct shmrpc_slot *slot, int64_t result);
 /* With the lock held: set the state and wake the slot's thread if it sleeps. */
 void slot_wake(struct shmrpc_slot *slot, uint32_t state);
 /* A REPLY has arrived: for a waiting slot, for Python, or too late. Consumes it. */
-int callers_reply(struct shmrpc_poller *poller, struct conn *conn,
+int callers_reply(struct shmrpc_poller *poller, struct shmrpc_slot *leader, struct conn *conn,
                   const struct frame_header *header);
 /* The outbox of this conn is empty: wake who waits for that. */
 void callers_room(struct shmrpc_poller *poller, const struct conn *conn);

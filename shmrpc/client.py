@@ -13,6 +13,8 @@ import time
 import weakref
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
+import msgpack
+
 from . import address as addresses
 from ._native import ffi, lib
 from .codec import Codec, MsgpackCodec, explain_arguments
@@ -59,6 +61,7 @@ _BACKOFF_FIRST = 0.002
 _BACKOFF_MAX = 0.2
 
 _call = lib.shmrpc_call
+_unpackb = msgpack.unpackb
 _MESSAGE = lib.SHMRPC_MESSAGE
 _EVENTS = lib.SHMRPC_EVENTS
 _EINTR, _EAGAIN, _ENOMEM, _EPIPE = -errno.EINTR, -errno.EAGAIN, -errno.ENOMEM, -errno.EPIPE
@@ -136,6 +139,7 @@ class Client:
         self._spin_budget = spin_budget
         self._codec: Codec = codec if codec is not None else MsgpackCodec()
         self._decode = self._codec.decode
+        self._plain = type(self._codec) is MsgpackCodec
         self._names: dict[str, Any] = {}
         self._lock = threading.Lock()
         self._connecting = threading.Lock()
@@ -268,7 +272,10 @@ class Client:
                 return self.call(method, *args)
             return self._finish(slot, method, count)
         try:
-            result = self._decode(slot.view[:count])
+            if self._plain:  # MsgpackCodec.decode written out: 0.1 us less
+                result = _unpackb(slot.view[:count], strict_map_key=False)
+            else:
+                result = self._decode(slot.view[:count])
         except (ValueError, TypeError) as error:
             raise self._undecodable(slot, method, error) from error
         slot.link.slots.append(slot)

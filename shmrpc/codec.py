@@ -5,7 +5,6 @@ A codec is any object with the two methods of ``Codec``; client and server have 
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgpack
@@ -22,11 +21,10 @@ class Codec(Protocol):
     def encoder(self) -> Callable[[Any], bytes]:
         """Return a new function that packs one value; it raises TypeError or ValueError."""
 
-    @property
-    def decode(self) -> Callable[[memoryview | bytes], Any]:
-        """Function that unpacks one value; ValueError or TypeError if the bytes are none.
+    def decode(self, data: memoryview | bytes) -> Any:
+        """Unpack one value; ValueError or TypeError if the bytes are none.
 
-        It copies what it keeps: the bytes belong to a buffer that is used again.
+        It has to copy what it keeps: the bytes belong to a buffer that is used again.
         """
 
 
@@ -36,11 +34,10 @@ class MsgpackCodec:
     Map keys may be of any type that is hashable. Thread-safe.
     """
 
-    def __init__(self) -> None:
-        # A partial, not a method: one Python frame less on the way of every call.
-        self.decode: Callable[[memoryview | bytes], Any] = functools.partial(
-            msgpack.unpackb, strict_map_key=False
-        )
+    @staticmethod
+    def decode(data: memoryview | bytes) -> Any:
+        """Unpack one value."""
+        return msgpack.unpackb(data, strict_map_key=False)
 
     def encoder(self) -> Callable[[Any], bytes]:
         """Return a packer of its own: packing re-uses its buffer."""

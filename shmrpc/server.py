@@ -22,6 +22,8 @@ import traceback
 import weakref
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
+from msgpack import unpackb
+
 from . import address as addresses
 from . import handshake, segments
 from ._native import ffi, lib
@@ -369,12 +371,16 @@ class _Worker:
     def _serve(self) -> None:
         slot, message, view, pack = self._slot, self._message, self._view, self._pack
         functions, decode = self._server.functions, self._server.codec.decode
+        plain = type(self._server.codec) is MsgpackCodec
         status = _next(slot)
         while True:
             if status >= 0:
                 args = result = _NOT_YET
                 try:
-                    args = decode(view[:status])
+                    if plain:  # MsgpackCodec.decode written out: 0.1 us less
+                        args = unpackb(view[:status], strict_map_key=False)
+                    else:
+                        args = decode(view[:status])
                     result = functions[message.method](*args)
                     body = pack(result)
                 except BaseException as error:
