@@ -18,6 +18,8 @@
 #include <errno.h>
 #include <limits.h>
 #include <linux/futex.h>
+#include <poll.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -330,14 +332,37 @@ static void leave(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
 
 enum { FOLLOWER_STEPS = 4 }; /* yields before a follower sleeps: its reply is often that near */
 
+/* The leader blocks in recv and does not see that there is room for what waits to be sent: push it
+ * here. Input ends the wait as well, because the role may have been handed to us meanwhile. */
+static int64_t push_output(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
+{
+    struct pollfd socket = {.fd = slot->conn->control_fd, .events = POLLIN | POLLOUT};
+    uint64_t bells = 0;
+
+    if (poller_must_check_signals(slot))
+        return -EAGAIN;
+    int count = poll(&socket, 1, timeout_ms_until(slot->deadline_ns));
+    if (count <= 0)
+        return count < 0 ? -errno : -ETIMEDOUT;
+    conn_flush(slot->conn, &bells);
+    if (load_relaxed(&slot->conn->outbox_bytes) == 0)
+        callers_room(poller, slot->conn);
+    else
+        sched_yield(); /* it was input, and the leader is about to read it */
+    return 0;
+}
+
 /* Wait for the leader: 0 when the state has changed, or -errno. */
-static int64_t follow(struct shmrpc_slot *slot)
+static int64_t follow(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
 {
     for (uint32_t step = 0; step < FOLLOWER_STEPS; step++) {
         if (load_acquire32(&slot->state) != SLOT_WAITING)
             return 0;
         spin_step(step, 0);
     }
+    if (slot->conn != NULL && load_relaxed(&poller->receiving) != 0 &&
+        load_relaxed(&slot->conn->outbox_bytes) != 0)
+        return push_output(poller, slot);
     if (poller_must_check_signals(slot))
         return -EAGAIN;
     if (!compare_exchange32(&slot->state, SLOT_WAITING, SLOT_SLEEPING))
@@ -356,7 +381,7 @@ static int64_t wait_inside(struct shmrpc_poller *poller, struct shmrpc_slot *slo
                 poller_heat(poller, slot->conn); /* a reply is on its way: poll from the start */
             return poller_lead(poller, slot);
         }
-        int64_t status = follow(slot);
+        int64_t status = follow(poller, slot);
         if (status < 0)
             return status;
         if (load_acquire32(&slot->state) == SLOT_DONE)
@@ -414,7 +439,7 @@ int poller_send(struct shmrpc_poller *poller, struct conn *conn, struct outgoing
 
     count_add(&poller->counters.wakeups_sent, bells);
     if (!conn->is_shm)
-        full_fence(); /* outbox_bytes before room_waiters, see shmrpc_flush; shm has fence E */
+        full_fence(); /* outbox_bytes before room_waiters and receiving; shm has fence E */
     if (status == 0 && load_relaxed(&poller->room_waiters) != 0)
         callers_room(poller, conn);
     if ((status == -EPIPE || status == -EPROTO) && load_relaxed(&conn->error) == 0) {

@@ -113,6 +113,7 @@ struct shmrpc_poller {
     bool resumes;                             /* lock: a conn has its `resumed` set */
     struct stored_list queue, events;         /* lock */
     atomic_u64 event_count;
+    atomic_u64 receiving;    /* W: leader: it blocks in recv, where no kick reaches it */
     atomic_u64 room_waiters; /* somebody has called shmrpc_flush */
     struct methods methods;  /* lock */
     atomic_u64 draining, stopping;
@@ -156,6 +157,7 @@ void stored_append(struct stored_list *list, struct stored *stored);
 struct stored *stored_pop(struct stored_list *list);
 void stored_free(struct shmrpc_poller *poller, struct stored *stored);
 uint64_t deadline_after(int64_t timeout_ns);
+int timeout_ms_until(uint64_t deadline_ns);
 
 /* ---- callers.c ---- */
 

@@ -2,6 +2,7 @@
 #include "stream.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -9,6 +10,8 @@
 int stream_init(struct stream *stream, int fd)
 {
     *stream = (struct stream){.fd = fd, .readable = true};
+    /* Every call says itself whether it may block; this flag would answer for all. */
+    fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_NONBLOCK);
     stream->in = malloc(STREAM_BUFFER_BYTES);
     stream->out = malloc(STREAM_BUFFER_BYTES);
     if (stream->in == NULL || stream->out == NULL) {
@@ -77,8 +80,8 @@ int stream_push(struct stream *stream, const struct frame_header *header,
     return 0;
 }
 
-/* One read into the free end of the buffer. 0, or -EPIPE at the end of the stream. */
-static int fill(struct stream *stream)
+/* One read into the free end of the buffer. 0, -EINTR, or -EPIPE at the end of the stream. */
+static int fill(struct stream *stream, int flags)
 {
     if (stream->in_start != 0) {
         memmove(stream->in, stream->in + stream->in_start, stream->in_end - stream->in_start);
@@ -86,7 +89,7 @@ static int fill(struct stream *stream)
         stream->in_start = 0;
     }
     size_t space = STREAM_BUFFER_BYTES - stream->in_end;
-    ssize_t received = recv(stream->fd, stream->in + stream->in_end, space, MSG_DONTWAIT);
+    ssize_t received = recv(stream->fd, stream->in + stream->in_end, space, flags);
     if (received > 0) {
         stream->in_end += (uint32_t)received;
         stream->readable = (size_t)received == space;
@@ -94,7 +97,7 @@ static int fill(struct stream *stream)
     }
     stream->readable = false;
     if (received < 0 && from_errno(errno) == -EAGAIN)
-        return 0;
+        return errno == EINTR ? -EINTR : 0;
     stream->ended = true;
     return -EPIPE;
 }
@@ -118,13 +121,18 @@ int stream_peek(struct stream *stream, struct frame_header *header)
         return -EPROTO;
     if (!stream->readable)
         return 0;
-    int status = fill(stream);
-    if (status < 0)
+    int status = fill(stream, MSG_DONTWAIT);
+    if (status < 0 && status != -EINTR)
         return status;
     header->length = 0;
     if (frame_complete(stream, header))
         return 1;
     return header->length > STREAM_FRAME_MAX ? -EPROTO : 0;
+}
+
+int stream_wait(struct stream *stream)
+{
+    return fill(stream, 0);
 }
 
 void stream_read(const struct stream *stream, uint64_t offset, void *destination, uint64_t count)

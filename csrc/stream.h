@@ -35,6 +35,8 @@ int stream_push(struct stream *stream, const struct frame_header *header,
 int stream_flush(struct stream *stream);
 /* As ring_peek; reads from the socket at most once, and only if it may be readable. */
 int stream_peek(struct stream *stream, struct frame_header *header);
+/* Block until there is something to read, and read it. 0, -EINTR, or -EPIPE at the end. */
+int stream_wait(struct stream *stream);
 void stream_read(const struct stream *stream, uint64_t offset, void *destination, uint64_t count);
 void stream_release(struct stream *stream, uint32_t length);
 

@@ -191,7 +191,7 @@ TEST(policy_spins_while_that_works)
 
     for (int i = 0; i < 100; i++) {
         CHECK(spin_policy_begin(&policy) == SPIN_BUDGET_NS);
-        spin_policy_hit(&policy);
+        spin_policy_hit(&policy, false, 1000);
     }
 }
 
@@ -220,7 +220,7 @@ TEST(policy_backs_off)
     for (int i = 0; i < 64; i++)
         CHECK(spin_policy_begin(&policy) == 0);
     CHECK(spin_policy_begin(&policy) == SPIN_BUDGET_NS);
-    spin_policy_hit(&policy); /* it paid: forgets the misses */
+    spin_policy_hit(&policy, false, 1000); /* it paid: forgets the misses */
     CHECK(spin_policy_begin(&policy) == SPIN_BUDGET_NS);
     spin_policy_slept(&policy, true, LONG);
     CHECK_EQUAL(skipped(&policy), 1);
@@ -256,11 +256,46 @@ TEST(policy_modes)
 
 TEST(spin_steps)
 {
-    for (uint32_t step = 0; step < 200; step++) {
-        CHECK_EQUAL(spin_step(step, true), 1);
-        CHECK_EQUAL(spin_step(step, false), step >= SPIN_SHORT_STEPS);
+    for (uint32_t step = 0; step < 500; step++) {
+        CHECK_EQUAL(spin_step(step, 0), 1);
+        CHECK_EQUAL(spin_step(step, PATIENCE_MAX), step >= PATIENCE_MAX);
     }
-    CHECK(spin_step(UINT32_MAX, false) == 1);
+    CHECK(spin_step(UINT32_MAX, PATIENCE_MAX) == 1);
+}
+
+TEST(patience_follows_what_paid)
+{
+    struct spin_policy policy = {.budget_ns = SPIN_BUDGET_NS};
+
+    for (int i = 0; i < 100; i++) {
+        CHECK_EQUAL(spin_policy_patience(&policy), PATIENCE_MAX);
+        spin_policy_hit(&policy, false, PATIENCE_NS);
+    }
+    /* A wait that needed a yield, one that was preempted while it paused, one that slept. */
+    spin_policy_hit(&policy, true, 1000);
+    CHECK_EQUAL(spin_policy_patience(&policy), PATIENCE_MAX);
+    spin_policy_hit(&policy, false, PATIENCE_NS + 1);
+    CHECK_EQUAL(spin_policy_patience(&policy), PATIENCE_MAX);
+    spin_policy_slept(&policy, true, LONG);
+    CHECK_EQUAL(spin_policy_patience(&policy), 0);
+}
+
+TEST(patience_is_tried_again)
+{
+    struct spin_policy policy = {.budget_ns = SPIN_BUDGET_NS};
+    unsigned probes = 0;
+
+    for (int i = 0; i < 10 * PATIENCE_PROBE; i++) {
+        probes += i >= PATIENCE_FAILURES && spin_policy_patience(&policy) != 0;
+        spin_policy_hit(&policy, true, 1000);
+    }
+    CHECK_EQUAL(probes, 9);
+    while (spin_policy_patience(&policy) == 0)
+        spin_policy_hit(&policy, true, 1000);
+    spin_policy_hit(&policy, false, 1000); /* the probe paid */
+    CHECK_EQUAL(spin_policy_patience(&policy), PATIENCE_MAX);
+    spin_policy_hit(&policy, true, 1000); /* and one failure is forgiven */
+    CHECK_EQUAL(spin_policy_patience(&policy), PATIENCE_MAX);
 }
 
 int main(int argc, char **argv)
