@@ -330,7 +330,10 @@ static void leave(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
     }
 }
 
-enum { FOLLOWER_STEPS = 4 }; /* yields before a follower sleeps: its reply is often that near */
+/* Yields before a follower sleeps. Over a ring its reply is microseconds away, and a yield lets the
+ * thread run that has the interpreter's lock; over a socket it is not, and few are enough.
+ * 8 threads, calls/s: 0 yields 54,000, 1 yield 120,000, 16 yields 160,000. */
+enum { FOLLOWER_STEPS_RING = 32, FOLLOWER_STEPS_STREAM = 4 };
 
 /* The leader blocks in recv and does not see that there is room for what waits to be sent: push it
  * here. Input ends the wait as well, because the role may have been handed to us meanwhile. */
@@ -355,7 +358,10 @@ static int64_t push_output(struct shmrpc_poller *poller, struct shmrpc_slot *slo
 /* Wait for the leader: 0 when the state has changed, or -errno. */
 static int64_t follow(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
 {
-    for (uint32_t step = 0; step < FOLLOWER_STEPS; step++) {
+    bool is_ring = slot->conn != NULL && slot->conn->is_shm;
+    uint32_t steps = is_ring ? FOLLOWER_STEPS_RING : FOLLOWER_STEPS_STREAM;
+
+    for (uint32_t step = 0; step < steps; step++) {
         if (load_acquire32(&slot->state) != SLOT_WAITING)
             return 0;
         spin_step(step, 0);
