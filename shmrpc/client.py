@@ -47,7 +47,7 @@ from .link import (
 from .proxy import Proxy, make_proxy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from types import TracebackType
 
     from .segments import Backing
@@ -432,10 +432,10 @@ class Client:
     # ---- views ----
 
     @overload
-    def proxy(self, interface: type[T], *, prefix: str = "") -> T: ...
+    def proxy(self, interface: Callable[..., T], *, prefix: str = "") -> T: ...
     @overload
     def proxy(self, interface: None = None, *, prefix: str = "") -> Proxy: ...
-    def proxy(self, interface: type[Any] | None = None, *, prefix: str = "") -> Any:
+    def proxy(self, interface: Any = None, *, prefix: str = "") -> Any:
         """Return an object whose methods are calls: ``client.proxy(Calculator).add(1, 2)``.
 
         With a class or Protocol, it has that class's public methods and type-checks as it; without,
