@@ -44,6 +44,7 @@ from .link import (
     make_name,
     nanoseconds_until,
 )
+from .metadata import Metadata, pack_metadata
 from .proxy import Proxy, make_proxy
 
 if TYPE_CHECKING:
@@ -242,17 +243,27 @@ class Client:
 
     # ---- calls ----
 
-    def call(self, method: str, /, *args: Any, timeout: float | None = None, **kwargs: Any) -> Any:
+    def call(
+        self,
+        method: str,
+        /,
+        *args: Any,
+        timeout: float | None = None,
+        metadata: Metadata | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Call a method and return its result.
 
         ``timeout`` in seconds bounds the whole call; None waits as long as the server lives.
+        ``metadata`` (str to str or bytes, up to 8 KiB) is what the handler finds in
+        ``current_call().metadata``. Other keywords go to the method.
         Arguments are copied; the result is a new object. Raises ``DeadlineExceeded``,
         ``RemoteError``, ``MethodNotFound``, ``Overloaded``, ``MessageTooLarge``,
         ``ConnectionLost``, ``ConnectError``, and TypeError or ValueError for arguments that can't
         be sent. Interrupting it (Ctrl-C) cancels the call.
         """
-        if kwargs or timeout is not None:
-            return self._call_with(method, args, kwargs, timeout)
+        if kwargs or timeout is not None or metadata is not None:
+            return self._call_with(method, args, kwargs, timeout, metadata)
         try:
             slot = self._slots.pop()
         except IndexError:
@@ -282,9 +293,15 @@ class Client:
         return result
 
     def _call_with(
-        self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout: float | None
+        self,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        timeout: float | None,
+        metadata: Metadata | None,
     ) -> Any:
-        """Call with keyword arguments or a timeout, which includes connecting again."""
+        """Call with more than arguments; the timeout includes connecting again."""
+        beside = b"" if metadata is None else pack_metadata(metadata)
         deadline = FOREVER if timeout is None else time.monotonic() + check_timeout(timeout)
         while True:
             slot = self._slot(None if timeout is None else max(0.0, deadline - time.monotonic()))
@@ -296,7 +313,7 @@ class Client:
             left_ns = nanoseconds_until(deadline)
             flags = lib.SHMRPC_FLAG_KEYWORDS if kwargs else 0
             status = lib.shmrpc_call_with(
-                slot.c, name, flags, ffi.NULL, 0, body, len(body), left_ns
+                slot.c, name, flags, beside, len(beside), body, len(body), left_ns
             )
             if status != _ENOTCONN:
                 return self._finish(slot, method, status)
@@ -403,24 +420,36 @@ class Client:
         return Error(f"waiting for {method!r} on {link.peer} failed: {os.strerror(-status)}")
 
     def notify(
-        self, method: str, /, *args: Any, timeout: float | None = None, **kwargs: Any
+        self,
+        method: str,
+        /,
+        *args: Any,
+        timeout: float | None = None,
+        metadata: Metadata | None = None,
+        **kwargs: Any,
     ) -> None:
         """Call a method without waiting for it, or for a result or an error of it.
 
         Returns once the message has left this process: with a server that does not keep up it
         waits for room, at most ``timeout`` seconds. Raises as ``call``, but nothing remote.
         """
-        self._pump().notify(method, args, kwargs, timeout)
+        self._pump().notify(method, args, kwargs, timeout, metadata)
 
     def submit(
-        self, method: str, /, *args: Any, timeout: float | None = None, **kwargs: Any
+        self,
+        method: str,
+        /,
+        *args: Any,
+        timeout: float | None = None,
+        metadata: Metadata | None = None,
+        **kwargs: Any,
     ) -> CallFuture:
         """Start a call and return a ``concurrent.futures.Future`` of its result.
 
         ``timeout`` in seconds bounds the call; ``cancel`` on the future cancels it also after it
         was sent. Raises at once what ``call`` would before sending; all else is in the future.
         """
-        return self._pump().submit(method, args, kwargs, timeout)
+        return self._pump().submit(method, args, kwargs, timeout, metadata)
 
     def _pump(self) -> Futures:
         if self._futures is None:

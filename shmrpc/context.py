@@ -25,7 +25,7 @@ class CallSource(Protocol):
 class CallContext:
     """One call as its handler sees it. Valid in the handler's thread while the handler runs."""
 
-    __slots__ = ("_source", "call_id", "conn_id", "deadline", "method", "peer")
+    __slots__ = ("_source", "call_id", "conn_id", "deadline", "metadata", "method", "peer")
 
     def __init__(
         self,
@@ -34,11 +34,13 @@ class CallContext:
         method: str,
         peer: Credentials,
         deadline: float | None,
+        metadata: dict[str, str | bytes],
     ) -> None:
         self._source = source
         self.conn_id, self.call_id = ids
         self.method = method
         self.peer = peer
+        self.metadata = metadata
         self.deadline = deadline  # time.monotonic() seconds, or None
 
     def time_remaining(self) -> float | None:

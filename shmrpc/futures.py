@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ._native import ffi, lib
 from .errors import Cancelled, DeadlineExceeded, Error, ProtocolError
 from .link import FOREVER, Link, Slot, check_timeout, nanoseconds_until
+from .metadata import Metadata, pack_metadata
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -165,18 +166,28 @@ class Futures:
     # ---- sending ----
 
     def submit(
-        self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout: float | None
+        self,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        timeout: float | None,
+        metadata: Metadata | None,
     ) -> CallFuture:
         """Send a request; see ``Client.submit``."""
         deadline = FOREVER if timeout is None else time.monotonic() + check_timeout(timeout)
-        return self._send(lib.SHMRPC_REQUEST, method, args, kwargs, deadline)
+        return self._send(lib.SHMRPC_REQUEST, method, args, kwargs, deadline, metadata)
 
     def notify(
-        self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout: float | None
+        self,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        timeout: float | None,
+        metadata: Metadata | None,
     ) -> None:
         """Send a notification; see ``Client.notify``."""
         deadline = FOREVER if timeout is None else time.monotonic() + check_timeout(timeout)
-        self._send(lib.SHMRPC_NOTIFY, method, args, kwargs, deadline)
+        self._send(lib.SHMRPC_NOTIFY, method, args, kwargs, deadline, metadata)
 
     def ping(self, timeout: float) -> float:
         """See ``Client.ping``."""
@@ -192,8 +203,10 @@ class Futures:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         deadline: float,
+        metadata: Metadata | None = None,
     ) -> CallFuture:
         """Send a message, over a new connection if the old one turns out to be gone."""
+        beside = b"" if metadata is None else pack_metadata(metadata)
         while True:
             left = None if deadline == FOREVER else max(0.0, deadline - time.monotonic())
             slot = self._host._slot(left)
@@ -201,7 +214,7 @@ class Futures:
             if kind != lib.SHMRPC_NOTIFY:
                 future.call_id = next(self._ids) << 16 | lib.SHMRPC_PYTHON_INDEX
                 self._pending[future.call_id] = (future, slot.link)
-            status = self._send_once(slot, kind, future, args, kwargs)
+            status = self._send_once(slot, kind, future, args, kwargs, beside)
             if status > 0:  # the ring is full: wait for room here, and read meanwhile
                 status = self._flush(slot, deadline)
             if status == 0:
@@ -224,6 +237,7 @@ class Futures:
         future: CallFuture,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        beside: bytes,
     ) -> int:
         name, body, flags = ffi.NULL, b"", 0
         if kind != lib.SHMRPC_PING:
@@ -245,8 +259,8 @@ class Futures:
             future.call_id,
             name,
             0,
-            ffi.NULL,
-            0,
+            beside,
+            len(beside),
             body,
             len(body),
             deadline_ns,

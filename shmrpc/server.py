@@ -31,6 +31,7 @@ from .codec import Codec, MsgpackCodec
 from .context import CallContext, enter_worker
 from .errors import STATUS_NUMBERS, ConnectError, Error, ForkedError, RemoteError
 from .link import Wait, check_options, forget_descriptors, make_name, new_poller
+from .metadata import unpack_metadata
 from .proxy import public_methods
 from .rendezvous import Credentials, Listener
 
@@ -473,6 +474,12 @@ class _Worker:
             code = error.code if isinstance(error, Error) else "UNKNOWN"
             self._reply_error(name, str(error), code, shown=shown)
 
+    def _metadata(self) -> dict[str, str | bytes]:
+        message = self._message
+        size = message.method_bytes + message.metadata_bytes
+        head = bytes(ffi.buffer(message.head, size)) if size else b""
+        return unpack_metadata(head[message.method_bytes :])
+
     def _method_name(self) -> str:
         message = self._message
         if not message.method_bytes:
@@ -507,7 +514,7 @@ class _Worker:
         if context is None or (context.conn_id, context.call_id) != ids:
             deadline = message.deadline_ns / 1e9 if message.deadline_ns else None
             peer = self._server.peers.get(message.conn_id, Credentials())
-            context = CallContext(self, ids, self._method_name(), peer, deadline)
+            context = CallContext(self, ids, self._method_name(), peer, deadline, self._metadata())
             self._context = context
         return context
 

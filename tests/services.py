@@ -245,6 +245,20 @@ def add_state(server):
         }
 
     @server.method
+    def metadata(tag=None):
+        return shmrpc.current_call().metadata
+
+    metadata_seen = []
+
+    @server.method
+    def remember_metadata():
+        metadata_seen.append(shmrpc.current_call().metadata)
+
+    @server.method
+    def metadata_remembered():
+        return metadata_seen
+
+    @server.method
     def context_elsewhere():
         """What current_call() does in a thread that runs no handler."""
         found = []

@@ -291,6 +291,36 @@ def test_current_call(client, transport):
     assert client.submit("context", timeout=7).result()["remaining"] <= 7
 
 
+def test_metadata(client):
+    sent = {"trace": "00-ab", "raw": b"\x00\xff", "long": "x" * 4000}
+    for found in (
+        client.call("metadata", metadata=sent),
+        client.call("metadata", tag="keywords", metadata=sent),
+        client.submit("metadata", metadata=sent).result(),
+    ):
+        assert found == sent
+    assert client.call("metadata") == {}
+    assert client.call("metadata", metadata={}) == {}
+    client.notify("remember_metadata", metadata=sent)
+    wait_until(lambda: sent in client.call("metadata_remembered"))
+
+
+@pytest.mark.parametrize(
+    "metadata, kind, words",
+    [
+        ({1: "x"}, TypeError, "not 1 to str"),
+        ({"a": 1}, TypeError, "'a' to int"),
+        (["a"], TypeError, "not list"),
+        ({"a": "x" * 9000}, ValueError, "8192"),
+    ],
+)
+def test_metadata_that_is_none(client, metadata, kind, words):
+    for send in (client.call, client.submit, client.notify):
+        with pytest.raises(kind, match=words):
+            send("metadata", metadata=metadata)
+    assert client.call("metadata") == {}
+
+
 def test_current_call_belongs_to_its_handler(client):
     with pytest.raises(RuntimeError, match="in a handler"):
         shmrpc.current_call()

@@ -18,7 +18,7 @@ FENCE_REGISTER = ROOT / "docs" / "memory-model.md"
 LAYERS = [
     ["_native"],
     ["errors"],
-    ["address", "codec", "wire"],
+    ["address", "codec", "metadata"],
     ["segments", "rendezvous"],
     ["handshake"],
     ["link"],
