@@ -1,6 +1,7 @@
-/* poller.h - what poller.c, callers.c and workers.c share. Not for users: see shmrpc.h.
+/* poller.h - what poller.c, lead.c, callers.c and workers.c share. Not for users: see shmrpc.h.
  *
- *   poller.c    the registry of conns, and leading: polling hot conns, spinning, arming, sleeping
+ *   poller.c    the registry of conns, events for Python, statistics
+ *   lead.c      leading: polling hot conns, spinning, arming, sleeping
  *   callers.c   threads that wait for a reply: send, lead or follow, hand the role on
  *   workers.c   threads that run requests: admission, queue, standby
  *
@@ -23,6 +24,9 @@ enum {
     STATUS_UNIMPLEMENTED = 12,
     STATUS_UNAVAILABLE = 14
 };
+
+/* epoll's data.u64: a conn id, with the top bit for its control socket. 0 is the kick. */
+#define EPOLL_CONTROL ((uint64_t)1 << 63)
 
 /* A result of poller_lead besides those in shmrpc.h: a queued request can start now. */
 enum { RESULT_QUEUED = -1100 };
@@ -131,23 +135,30 @@ struct shmrpc_poller {
     struct counters counters;
 };
 
-/* ---- poller.c ---- */
+/* ---- lead.c ---- */
 
 /* Lead until the slot's goal is met. The caller holds the role and not the lock. */
 int64_t poller_lead(struct shmrpc_poller *poller, struct shmrpc_slot *slot);
-/* Give up a reference; the last one frees it. */
-void poller_unref(struct shmrpc_poller *poller);
 /* Poll this conn from now on; leader only. */
 void poller_heat(struct shmrpc_poller *poller, struct conn *conn);
 /* A main thread must go back to Python once before each sleep, to run signal handlers: a signal
  * that came since it left Python would not interrupt the sleep. */
 bool poller_must_check_signals(struct shmrpc_slot *slot);
+/* For epoll and poll: -1 without a deadline. */
+int timeout_ms_until(uint64_t deadline_ns);
+
+/* ---- poller.c ---- */
+
+/* Give up a reference; the last one frees it. */
+void poller_unref(struct shmrpc_poller *poller);
 /* Wake the leader out of epoll. */
 void poller_kick(struct shmrpc_poller *poller);
 void poller_lock(struct shmrpc_poller *poller);
 void poller_unlock(struct shmrpc_poller *poller);
 /* With the lock held: the conn with this id, or null. */
 struct conn *poller_find(struct shmrpc_poller *poller, uint64_t conn_id);
+/* With the lock held: it is found no more. */
+void poller_unregister(struct shmrpc_poller *poller, const struct conn *conn);
 /* With the lock held: give up a reference. */
 void poller_release_conn(struct shmrpc_poller *poller, struct conn *conn);
 /* With the lock held: the message, whose payload is taken over, for Python. */
@@ -157,7 +168,6 @@ void stored_append(struct stored_list *list, struct stored *stored);
 struct stored *stored_pop(struct stored_list *list);
 void stored_free(struct shmrpc_poller *poller, struct stored *stored);
 uint64_t deadline_after(int64_t timeout_ns);
-int timeout_ms_until(uint64_t deadline_ns);
 
 /* ---- callers.c ---- */
 

@@ -23,7 +23,7 @@ LAYERS = [
     ["handshake"],
     ["link"],
     ["context"],
-    ["futures", "proxy"],
+    ["futures", "proxy", "acceptor", "worker"],
     ["client", "server"],
     ["__init__"],
     ["cli", "__main__"],

@@ -1,7 +1,7 @@
 /*
  * close.pml - kill -9 between any two steps, of either side.
  *
- * Mirrors  poller.c   look() and control_event() (hang-up), the drain after it in poll_conn(), fail_conn()
+ * Mirrors  lead.c   look() and control_event() (hang-up), the drain after it in poll_conn(), fail_conn()
  *          conn.c     conn_outcome()
  *          workers.c  take_request(), mark_queued(), unmark_queued(), start_queued()
  *          ring.c     ring_push(): tail is the only commit point; ring_release(): head means "taken"

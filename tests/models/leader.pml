@@ -3,7 +3,7 @@
  *
  * Mirrors  callers.c  shmrpc_call_with() (begin, enter, send), wait_inside(), follow(), slot_sleep(), wait_goal(), leave(),
  *                     slot_wake(), slot_finish(), callers_reply(), callers_lost()
- *          poller.c   poller_lead(), look(), fail_conn()
+ *          lead.c   poller_lead(), look(), fail_conn()
  *
  * NT threads make one call each. Under the poller's lock a thread registers its slot, goes inside, and takes the role if
  * nobody leads; then it sends; then it leads or follows. A follower sleeps on a futex, its slot's state:

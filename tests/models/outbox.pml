@@ -2,7 +2,7 @@
  * outbox.pml - a full ring in a process with several threads: who sends what waits in the outbox?
  *
  * Mirrors  conn.c    conn_send() from any thread, push_waiting(), conn_flush() from the leader
- *          poller.c  poll_conn(), arm_all(), look()
+ *          lead.c  poll_conn(), arm_all(), look()
  *          wake.c    wake_arm(), wake_want_space(), wake_peer_for_data(), wake_peer_for_space()
  *
  * Three CPUs: S = a thread that sends M messages and waits for nothing (a worker's replies, notify), P = the leader of the

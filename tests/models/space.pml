@@ -1,7 +1,7 @@
 /*
  * space.pml - both directions at once: waiting for data and for ring space on one arm word and one doorbell.
  *
- * Mirrors  poller.c  poll_conn() (drain, then conn_flush), arm_all(), look()
+ * Mirrors  lead.c  poll_conn() (drain, then conn_flush), arm_all(), look()
  *          conn.c    push_waiting() and want_room(), link_release()
  *          wake.c    wake_arm(), wake_arm_fence(), wake_disarm(), wake_want_space(), wake_got_space(),
  *                    wake_peer_for_data(), wake_peer_for_space()

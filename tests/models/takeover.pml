@@ -3,7 +3,7 @@
  * the standby takes the reading over.
  *
  * Mirrors  workers.c  find_work(), stand_by(), doze(), go_away(), idle(), wake_idle(), take_request(), start_queued(),
- *                     shmrpc_next();  poller.c  poller_lead()
+ *                     shmrpc_next();  lead.c  poller_lead()
  *
  * NT = workers + 1 threads, of which WORKERS may run requests at a time. A thread that comes for work:
  *     queued requests, and fewer than WORKERS running?  run the first

@@ -3,7 +3,7 @@
  *
  * Mirrors  ring.c    ring_push() (payload, tail), ring_peek()
  *          wake.c    wake_arm(), wake_arm_fence(), wake_disarm(), wake_peer_for_data(), ring_if_asleep()
- *          poller.c  poll_conn(), arm_all(), look(), poller_heat()
+ *          lead.c  poll_conn(), arm_all(), look(), poller_heat()
  *
  * Shared words, each with a single writer:
  *     W_DATA+i  payload of message i          W: sender

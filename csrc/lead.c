@@ -1,0 +1,547 @@
+/* lead.c - leading: reading for all threads of the poller.
+ *
+ * The leader's loop:
+ *
+ *   poll every hot conn ---- found what its slot waits for ------------------> return
+ *     |  nothing new
+ *   spin (pauses, then yields) within the budget, poll again; look at epoll every LOOK_NS
+ *     |  budget used up
+ *   arm every hot conn, fence F, look once more; epoll_wait; the conns that rang are hot again
+ *
+ * Hot conns are disarmed and polled in user space; cold ones are armed and cost nothing until
+ * they ring. It is the way network drivers switch between polling and interrupts (NAPI).
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <stdlib.h>
+#include <sys/epoll.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "poller.h"
+
+enum {
+    CLOCK_STEPS = 16,     /* short spin steps between two looks at all else */
+    ROUNDS_A_LOOK = 16,   /* rounds with progress between two looks at the clock */
+    SIGNALS_NS = 50000000, /* a main thread that does not sleep goes to Python this often */
+    LOOK_NS = 250000,      /* while polling, cold conns and hang-ups are looked for this often */
+    COOL_NS = 1000000,    /* a conn quiet for so long is armed while others stay hot */
+    EPOLL_BATCH = 64,
+    POLL_BATCH = 64,      /* messages taken from one conn before the next has its turn */
+};
+
+/* ---- hot and cold ---- */
+
+/* Leader: the list that reserve_hot has made has room for every conn there is. */
+static void take_larger_list(struct shmrpc_poller *poller)
+{
+    struct hot_list *list = exchange_pointer(&poller->larger_hot, NULL);
+
+    for (uint32_t i = 0; i < poller->hot_count; i++)
+        list->conns[i] = poller->hot->conns[i];
+    free(poller->hot);
+    poller->hot = list;
+}
+
+void poller_heat(struct shmrpc_poller *poller, struct conn *conn)
+{
+    if (conn->hot)
+        return;
+    if (poller->hot == NULL || poller->hot_count == poller->hot->capacity)
+        take_larger_list(poller);
+    if (conn->is_shm) {
+        wake_disarm(&conn->wake);
+        poller->hot_rings++;
+    }
+    conn->hot = true;
+    conn->last_active_ns = poller->looked_ns;
+    poller->hot->conns[poller->hot_count++] = conn;
+}
+
+static void remove_hot(struct shmrpc_poller *poller, uint32_t position)
+{
+    struct conn *conn = poller->hot->conns[position];
+
+    conn->hot = false;
+    if (conn->is_shm)
+        poller->hot_rings--;
+    poller->hot->conns[position] = poller->hot->conns[--poller->hot_count];
+}
+
+/* Whether there is something that we would read, or an end to notice. */
+static bool has_input(struct shmrpc_poller *poller, struct conn *conn)
+{
+    struct frame_header header;
+
+    if (conn->hung_up)
+        return true;
+    if (workers_full(poller, conn))
+        return false;
+    return (conn->is_shm ? ring_peek(&conn->consumer, &header)
+                         : stream_peek(&conn->stream, &header)) != 0;
+}
+
+static int flush(struct shmrpc_poller *poller, struct conn *conn)
+{
+    if (load_relaxed(&conn->outbox_bytes) == 0)
+        return 0;
+    int status = conn_flush(conn, &poller->bells);
+    if (status == 0 && load_relaxed(&conn->outbox_bytes) == 0) {
+        callers_room(poller, conn);
+        poller->queue_ready = load_relaxed(&conn->queued) != 0;
+    }
+    return status;
+}
+
+/* The last look after arming (fence F): for input, and for room that was freed before we were armed
+ * and therefore rang nobody. */
+static bool must_stay_up(struct shmrpc_poller *poller, struct conn *conn)
+{
+    if (flush(poller, conn) < 0)
+        conn->hung_up = true;
+    return has_input(poller, conn);
+}
+
+/* End a conn: nobody waits for it any more, and Python is told. */
+static void fail_conn(struct shmrpc_poller *poller, struct conn *conn, int error)
+{
+    for (uint32_t i = 0; i < poller->hot_count; i++)
+        if (poller->hot->conns[i] == conn)
+            remove_hot(poller, i);
+    epoll_ctl(poller->epoll_fd, EPOLL_CTL_DEL, conn->control_fd, NULL);
+    if (conn->own_bell_fd >= 0 && conn->own_bell_fd != poller->kick_fd)
+        epoll_ctl(poller->epoll_fd, EPOLL_CTL_DEL, conn->own_bell_fd, NULL);
+    shutdown(conn->control_fd, SHUT_RDWR);
+
+    poller_lock(poller);
+    if (error != EPIPE)
+        store_relaxed(&conn->ended_here, 1);
+    store_release(&conn->error, (uint64_t)error);
+    callers_lost(poller, conn, error);
+    const shmrpc_message closed = {.kind = SHMRPC_CLOSED, .status = (uint32_t)error};
+    poller_add_event(poller, conn, &closed, NULL);
+    if (poller->workers != 0) { /* a client keeps its conn, to tell what became of its calls */
+        poller_unregister(poller, conn);
+        poller_release_conn(poller, conn);
+    }
+    poller_unlock(poller);
+}
+
+/* ---- polling ---- */
+
+static int dispatch(struct shmrpc_poller *poller, struct shmrpc_slot *slot, struct conn *conn,
+                    const struct frame_header *header)
+{
+    switch (header->kind) {
+    case SHMRPC_REPLY:
+        return callers_reply(poller, slot, conn, header);
+    case SHMRPC_REQUEST:
+    case SHMRPC_NOTIFY:
+        workers_request(poller, slot, conn, header);
+        return 0;
+    case SHMRPC_PING:
+        conn_finish(conn, header->length, &poller->bells);
+        workers_answer(poller, conn, header->call_id, STATUS_OK);
+        return 0;
+    case SHMRPC_CANCEL:
+        conn_finish(conn, header->length, &poller->bells);
+        workers_cancel(poller, conn, header->call_id);
+        return 0;
+    default: /* of a later version: not ours to understand, nobody else's problem */
+        conn_finish(conn, header->length, &poller->bells);
+        count_own(&poller->counters.frames_dropped, 1);
+        return 0;
+    }
+}
+
+/* What the slot waits for is there: 1 and *result. */
+static int finished(struct shmrpc_poller *poller, struct shmrpc_slot *slot, int64_t *result)
+{
+    if (load_relaxed(&poller->stopping) != 0) {
+        *result = SHMRPC_STOPPED;
+        return 1;
+    }
+    if (load_acquire32(&slot->state) == SLOT_DONE) {
+        *result = slot->result;
+        return 1;
+    }
+    if (load_relaxed(&poller->event_count) != 0) {
+        *result = SHMRPC_EVENTS;
+        return 1;
+    }
+    if (poller->queue_ready && slot->goal == GOAL_REQUEST) {
+        poller->queue_ready = false;
+        *result = RESULT_QUEUED;
+        return 1;
+    }
+    if (slot->goal == GOAL_ROOM && load_relaxed(&slot->conn->outbox_bytes) == 0) {
+        *result = 0;
+        return 1;
+    }
+    return 0;
+}
+
+/* Take what a conn has, at most a batch. Returns how many messages, and stops at a request for
+ * the slot. A negative number: the conn has ended. */
+static int poll_conn(struct shmrpc_poller *poller, struct shmrpc_slot *slot, struct conn *conn)
+{
+    struct frame_header header;
+    int count = 0;
+    int status = 0;
+
+    while (count < POLL_BATCH && !workers_full(poller, conn)) {
+        status = conn_receive(conn, &header, &poller->bells);
+        if (status <= 0)
+            break;
+        count++;
+        status = dispatch(poller, slot, conn, &header);
+        if (status < 0)
+            break;
+        if (slot->goal == GOAL_REQUEST && load_acquire32(&slot->state) == SLOT_DONE)
+            break;
+    }
+    if (status >= 0)
+        status = flush(poller, conn);
+    if (status == 0 && conn->hung_up && count == 0)
+        status = -EPIPE;
+    if (status < 0) {
+        fail_conn(poller, conn, -status);
+        return -1;
+    }
+    count_own(&poller->counters.frames_received, (uint64_t)count);
+    return count;
+}
+
+/* One round over the hot conns, each next round starting with the next conn. Returns whether
+ * anything happened. */
+static bool poll_hot(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
+{
+    bool progress = false;
+
+    for (uint32_t i = 0; i < poller->hot_count; i++) {
+        uint32_t position = (poller->cursor + i) % poller->hot_count;
+        struct conn *conn = poller->hot->conns[position];
+        int count = poll_conn(poller, slot, conn);
+
+        if (count < 0)
+            return true;
+        if (count == 0)
+            continue;
+        progress = true;
+        conn->last_active_ns = poller->looked_ns;
+        if (slot->goal == GOAL_REQUEST && load_acquire32(&slot->state) == SLOT_DONE) {
+            poller->cursor = position + 1;
+            break;
+        }
+    }
+    return progress;
+}
+
+/* Drop stream sockets with nothing left to read, and rings quiet for COOL_NS. */
+static void cool(struct shmrpc_poller *poller, bool rings)
+{
+    for (uint32_t i = poller->hot_count; i-- > 0;) {
+        struct conn *conn = poller->hot->conns[i];
+        if (!conn->is_shm) {
+            if (!has_input(poller, conn)) {
+                conn_watch_input(conn, !workers_full(poller, conn));
+                remove_hot(poller, i);
+            }
+        } else if (rings && poller->policy.mode != WAIT_SPIN &&
+                   poller->looked_ns - conn->last_active_ns > COOL_NS) {
+            wake_arm(&conn->wake);
+            wake_arm_fence();
+            if (must_stay_up(poller, conn))
+                wake_disarm(&conn->wake);
+            else
+                remove_hot(poller, i);
+        }
+    }
+}
+
+/* ---- epoll ---- */
+
+static void control_event(struct conn *conn)
+{
+    char bells[256];
+
+    if (!conn->is_shm) {
+        conn->stream.readable = true;
+        return;
+    }
+    /* Anything but the peer's bells (their number says nothing) or silence is its end. */
+    ssize_t received = recv(conn->control_fd, bells, sizeof bells, MSG_DONTWAIT);
+    if (received == 0 || (received < 0 && errno != EAGAIN && errno != EINTR))
+        conn->hung_up = true;
+}
+
+/* With the lock held: poll those again that were full of queued requests. */
+static void resume(struct shmrpc_poller *poller)
+{
+    if (!poller->resumes)
+        return;
+    poller->resumes = false;
+    for (uint32_t i = 0; i < poller->conn_capacity; i++) {
+        struct conn *conn = poller->conns[i];
+        if (conn == NULL || !conn->resumed)
+            continue;
+        conn->resumed = false;
+        conn->stream.readable = true;
+        poller_heat(poller, conn);
+    }
+}
+
+/* Wait for bells and control sockets: the number of events, or -errno. */
+static int look(struct shmrpc_poller *poller, int timeout_ms)
+{
+    struct epoll_event events[EPOLL_BATCH];
+    int count = epoll_wait(poller->epoll_fd, events, EPOLL_BATCH, timeout_ms);
+
+    if (count < 0)
+        return -errno;
+    if (count == 0)
+        return 0;
+    poller_lock(poller);
+    resume(poller);
+    for (int i = 0; i < count; i++) {
+        uint64_t data = events[i].data.u64;
+        struct conn *conn = data != 0 ? poller_find(poller, data & ~EPOLL_CONTROL) : NULL;
+        if (conn == NULL || load_relaxed(&conn->error) != 0)
+            continue;
+        if ((data & EPOLL_CONTROL) != 0)
+            control_event(conn);
+        poller_heat(poller, conn);
+    }
+    poller_unlock(poller);
+    return count;
+}
+
+int timeout_ms_until(uint64_t deadline_ns)
+{
+    if (deadline_ns == 0)
+        return -1;
+    uint64_t now = clock_now_ns();
+    if (deadline_ns <= now)
+        return 0;
+    uint64_t milliseconds = (deadline_ns - now + 999999) / 1000000;
+    return milliseconds < 1000000 ? (int)milliseconds : 1000000;
+}
+
+/* Arm what is hot, make sure that nothing came in meanwhile, and let it go cold. */
+static bool arm_all(struct shmrpc_poller *poller)
+{
+    bool input = false;
+
+    for (uint32_t i = 0; i < poller->hot_count; i++)
+        if (poller->hot->conns[i]->is_shm)
+            wake_arm(&poller->hot->conns[i]->wake);
+    wake_arm_fence();
+    for (uint32_t i = 0; i < poller->hot_count && !input; i++)
+        input = must_stay_up(poller, poller->hot->conns[i]);
+    if (input) {
+        for (uint32_t i = 0; i < poller->hot_count; i++)
+            if (poller->hot->conns[i]->is_shm)
+                wake_disarm(&poller->hot->conns[i]->wake);
+        return false;
+    }
+    while (poller->hot_count != 0)
+        remove_hot(poller, poller->hot_count - 1);
+    return true;
+}
+
+static bool is_main_thread(void)
+{
+    static _Thread_local int known; /* 0 unknown, 1 main, 2 not */
+
+    if (known == 0)
+        known = syscall(SYS_gettid) == getpid() ? 1 : 2;
+    return known == 1;
+}
+
+bool poller_must_check_signals(struct shmrpc_slot *slot)
+{
+    if (!is_main_thread())
+        return false;
+    bool checked = slot->may_sleep;
+    slot->may_sleep = false;
+    return !checked;
+}
+
+/* A caller on its only socket needs no epoll: blocking in recv itself is answered some ten
+ * microseconds sooner (measured: 37 against 65 us a round trip). Not with a deadline, and not with
+ * output waiting; output that comes to wait later is its sender's to push, see callers.c. */
+static bool may_receive(struct shmrpc_poller *poller, const struct shmrpc_slot *slot)
+{
+    if (slot->goal != GOAL_REPLY || slot->conn->is_shm || slot->deadline_ns != 0 ||
+        has_input(poller, slot->conn))
+        return false;
+    store_relaxed(&poller->receiving, 1);
+    full_fence(); /* receiving before outbox_bytes, see poller_send */
+    if (load_relaxed(&slot->conn->outbox_bytes) == 0)
+        return true;
+    store_relaxed(&poller->receiving, 0);
+    return false;
+}
+
+static int64_t receive_once(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
+{
+    int status = stream_wait(&slot->conn->stream);
+
+    store_relaxed(&poller->receiving, 0);
+    count_own(&poller->counters.sleeps, 1);
+    if (status == -EPIPE)
+        slot->conn->hung_up = true;
+    poller_heat(poller, slot->conn);
+    return status == -EINTR && is_main_thread() ? -EINTR : 0;
+}
+
+/* Sleep until something rings: 0 to poll again, or the errno to return. */
+static int64_t sleep_once(struct shmrpc_poller *poller, struct shmrpc_slot *slot, bool spun)
+{
+    int64_t result;
+
+    if (poller_must_check_signals(slot))
+        return -EAGAIN;
+    if (may_receive(poller, slot))
+        return receive_once(poller, slot);
+    if (!arm_all(poller) || finished(poller, slot, &result))
+        return 0;
+    uint64_t start = clock_now_ns();
+    int count = look(poller, timeout_ms_until(slot->deadline_ns));
+    poller->looked_ns = clock_now_ns();
+    count_own(&poller->counters.sleeps, 1);
+    spin_policy_slept(&poller->policy, spun, poller->looked_ns - start);
+    if (count < 0 && count != -EINTR)
+        return count;
+    return count == -EINTR && is_main_thread() ? -EINTR : 0;
+}
+
+/* While there is always something to do, nobody sleeps and nobody would look at epoll: for cold
+ * conns, hang-ups, kicks. Look at the clock in every ROUNDS_A_LOOK rounds, or when the coarse clock
+ * has moved because the rounds are long. Returns the time if it looked at that, else 0. */
+static uint64_t keep_looking(struct shmrpc_poller *poller)
+{
+    uint64_t coarse = clock_coarse_ns();
+
+    if (++poller->rounds % ROUNDS_A_LOOK != 0 && coarse == poller->coarse_ns)
+        return 0;
+    poller->coarse_ns = coarse;
+    uint64_t now = clock_now_ns();
+    if (now - poller->looked_ns >= LOOK_NS) {
+        look(poller, 0);
+        poller->looked_ns = now;
+        cool(poller, true);
+    }
+    return now;
+}
+
+/* ---- leading ---- */
+
+struct lead {
+    uint64_t entered_ns; /* the first time that the clock was read */
+    uint64_t spin_start_ns, spin_budget_ns;
+    uint32_t spin_step, patience, handovers;
+    uint64_t yielded_ns; /* when the last yield returned */
+    bool spinning;
+    bool looked; /* at epoll, since the deadline */
+};
+
+/* Whether there is nothing in any hot ring that we would take. */
+static bool rings_empty(const struct shmrpc_poller *poller)
+{
+    for (uint32_t i = 0; i < poller->hot_count; i++) {
+        const struct conn *conn = poller->hot->conns[i];
+        if (conn->is_shm && !ring_empty(&conn->consumer) && !workers_full(poller, conn))
+            return false;
+    }
+    return true;
+}
+
+/* Some steps of spinning; false when it is time to sleep. *now is the time, if it was read. */
+static bool spin_on(struct shmrpc_poller *poller, struct lead *lead, uint64_t *now)
+{
+    if (!lead->spinning) {
+        lead->spinning = true;
+        lead->spin_step = lead->handovers = 0;
+        lead->patience = spin_policy_patience(&poller->policy);
+        lead->spin_start_ns = *now = clock_now_ns();
+        lead->spin_budget_ns = poller->hot_rings != 0 ? spin_policy_begin(&poller->policy) : 0;
+    }
+    if (lead->spin_budget_ns == 0)
+        return false;
+    bool yielded = false;
+    for (uint32_t i = 0; i < CLOCK_STEPS && !yielded; i++) {
+        yielded = spin_step(lead->spin_step++, lead->patience) != 0;
+        if (!rings_empty(poller))
+            return true;
+    }
+    count_own(&poller->counters.yields, yielded);
+    *now = clock_now_ns();
+    if (yielded && lead->yielded_ns != 0 && *now - lead->yielded_ns > HANDOVER_NS)
+        lead->handovers++;
+    lead->yielded_ns = *now;
+    if (*now - poller->looked_ns >= LOOK_NS) {
+        look(poller, 0);
+        poller->looked_ns = *now;
+        cool(poller, true);
+    }
+    bool crowded = lead->handovers >= HANDOVERS_MAX && poller->policy.mode != WAIT_SPIN;
+    if (!crowded && *now - lead->spin_start_ns < lead->spin_budget_ns)
+        return true;
+    count_own(&poller->counters.spins_missed, 1);
+    return false;
+}
+
+/* What the time says about going on: 0, -ETIMEDOUT, or -EAGAIN for a main thread that has not been
+ * to Python for long. The last look before a deadline counts: it also serves who does not wait. */
+static int64_t check_time(struct shmrpc_poller *poller, const struct shmrpc_slot *slot,
+                          struct lead *lead, uint64_t now)
+{
+    if (lead->entered_ns == 0)
+        lead->entered_ns = now;
+    if (slot->deadline_ns != 0 && now >= slot->deadline_ns) {
+        if (lead->looked)
+            return -ETIMEDOUT;
+        look(poller, 0);
+        lead->looked = true;
+    }
+    return is_main_thread() && now - lead->entered_ns > SIGNALS_NS ? -EAGAIN : 0;
+}
+
+int64_t poller_lead(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
+{
+    struct lead lead = {0};
+    int64_t result = 0;
+
+    if (slot->goal == GOAL_REQUEST)
+        keep_looking(poller); /* the next request may be there already, each time */
+    do {
+        bool progress = poll_hot(poller, slot);
+        if (finished(poller, slot, &result))
+            break;
+        uint64_t now = 0;
+        if (progress) {
+            lead.spinning = false;
+            now = keep_looking(poller);
+        } else if (!spin_on(poller, &lead, &now)) {
+            result = check_time(poller, slot, &lead, clock_now_ns());
+            if (result != 0 || lead.looked)
+                continue;
+            cool(poller, false);
+            result = sleep_once(poller, slot, lead.spin_budget_ns != 0);
+            lead.spinning = false;
+            continue;
+        }
+        if (now != 0)
+            result = check_time(poller, slot, &lead, now);
+    } while (result == 0);
+    if (lead.spinning && lead.spin_step != 0 && result >= 0) {
+        spin_policy_hit(&poller->policy, lead.spin_step > lead.patience,
+                        clock_now_ns() - lead.spin_start_ns);
+        count_own(&poller->counters.spins_hit, 1);
+    }
+    count_add(&poller->counters.wakeups_sent, poller->bells);
+    poller->bells = 0;
+    return result;
+}
