@@ -530,7 +530,7 @@ void shmrpc_abandon(shmrpc_slot *slot)
     uint64_t position;
 
     poller_lock(poller);
-    if (slot->goal == GOAL_REPLY)
+    if (slot->goal == GOAL_REPLY && !poller->closed)
         message.header.call_id = slot->call_id;
     slot->goal = GOAL_NONE;
     if (slot->caller)

@@ -126,18 +126,6 @@ static void free_list(struct shmrpc_poller *poller, struct stored_list *list)
 
 static void destroy(struct shmrpc_poller *poller)
 {
-    free_list(poller, &poller->queue);
-    free_list(poller, &poller->events);
-    for (uint32_t i = 0; i < poller->conn_capacity; i++) {
-        if (poller->conns[i] != NULL) {
-            conn_destroy(poller->conns[i]);
-            free(poller->conns[i]);
-        }
-    }
-    if (poller->kick_owned)
-        close(poller->kick_fd);
-    if (poller->epoll_fd >= 0)
-        close(poller->epoll_fd);
     pthread_mutex_destroy(&poller->lock);
     methods_free(&poller->methods);
     free(poller->conns);
@@ -157,8 +145,26 @@ void poller_unref(struct shmrpc_poller *poller)
         destroy(poller);
 }
 
+/* Descriptors and mappings go now: a slot that its owner lost, in a signal handler perhaps, keeps
+ * some private memory alive and nothing else. */
 void shmrpc_poller_free(shmrpc_poller *poller)
 {
+    poller_lock(poller);
+    poller->closed = true;
+    free_list(poller, &poller->queue);
+    free_list(poller, &poller->events);
+    for (uint32_t i = 0; i < poller->conn_capacity; i++) {
+        if (poller->conns[i] != NULL) {
+            conn_destroy(poller->conns[i]);
+            free(poller->conns[i]);
+            poller->conns[i] = NULL;
+        }
+    }
+    if (poller->kick_owned)
+        close(poller->kick_fd);
+    if (poller->epoll_fd >= 0)
+        close(poller->epoll_fd);
+    poller_unlock(poller);
     poller_unref(poller);
 }
 

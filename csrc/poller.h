@@ -103,6 +103,7 @@ struct shmrpc_poller {
     uint32_t conn_capacity, conn_count;
 
     uint32_t references; /* lock: the owner and every slot */
+    bool closed;         /* lock: the owner has given it up, there are no conns any more */
     struct shmrpc_slot **slots; /* lock: by index */
     uint32_t slot_capacity, inside;
     uint64_t call_sequence; /* lock */

@@ -124,8 +124,9 @@ typedef struct shmrpc_name {
  * 2 block. Null and errno if it can't be made. */
 shmrpc_poller *shmrpc_poller_new(uint32_t workers, uint32_t max_concurrency, uint32_t mode,
                                  uint32_t spin_budget_ns);
-/* Give the poller up. It closes and unmaps everything now, or with the last of its slots: so the
- * order in which a garbage collector frees them does not matter. */
+/* Give the poller up: closes and unmaps everything. No thread may be inside or come later. Slots
+ * that are left may be freed afterwards: the order in which a garbage collector frees them does
+ * not matter. */
 void shmrpc_poller_free(shmrpc_poller *poller);
 /* Refuse new requests with UNAVAILABLE from now on; those running and queued go on. */
 void shmrpc_poller_drain(shmrpc_poller *poller);
