@@ -4,7 +4,8 @@
 #   make test     C tests, then the Python tests          (PYTEST_ARGS="-k ring" passes options on)
 #   make check    ruff, mypy, C warnings of gcc and clang, layer rule
 #   make bench    benchmarks                              (BENCH_ARGS="-k unary")
-#   make test-py  Python tests but the slow ones          (PYTHON=python3.13 VENV=.venv-3.13)
+#   make deep     models, sanitizers, fuzzers: needs spin and clang
+#   make test-py  core tests over shm, for one more Python (PYTHON=python3.13 VENV=.venv-3.13)
 #   make clean    remove everything that these made
 
 PYTHON ?= python3
@@ -22,7 +23,7 @@ BUILD_INPUTS := pyproject.toml setup.py $(wildcard csrc/*.c csrc/*.h csrc/cffi_b
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-py check check-python check-c bench install install-test install-dev \
+.PHONY: help demo test deep test-py check check-python check-c bench install install-test install-dev \
 	install-bench clean FORCE
 
 help:
@@ -61,6 +62,8 @@ install-test: $(VENV)/.stamp-test $(VENV)/.stamp-build
 install-dev: $(VENV)/.stamp-dev $(VENV)/.stamp-build
 install-bench: $(VENV)/.stamp-bench $(VENV)/.stamp-build
 
+CORE_TESTS := $(addprefix tests/test_,calls.py futures.py errors.py death.py fork.py)
+
 # --- Targets -------------------------------------------------------------------------------------
 
 demo: install
@@ -68,10 +71,13 @@ demo: install
 
 test: install-test
 	$(MAKE) -C csrc test
-	$(BIN)/python -m pytest tests $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests -m 'not deep' $(PYTEST_ARGS)
+
+deep: install-test
+	$(BIN)/python -m pytest tests -m deep $(PYTEST_ARGS)
 
 test-py: install-test
-	$(BIN)/python -m pytest tests -m 'not slow' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(CORE_TESTS) -m 'not slow' -k 'not unix and not tcp' $(PYTEST_ARGS)
 
 check: check-python check-c
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.deep
+
 CSRC = Path(__file__).parent.parent / "csrc"
 
 needs_clang = pytest.mark.skipif(

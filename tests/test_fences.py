@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import pytest
 
+pytestmark = pytest.mark.deep
+
 TESTS = Path(__file__).resolve().parent
 CSRC = TESTS.parent / "csrc"
 

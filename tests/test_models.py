@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import pytest
 
+pytestmark = pytest.mark.deep
+
 MODELS = Path(__file__).resolve().parent / "models"
 SPIN = shutil.which("spin")
 DEEP = os.environ.get("SHMRPC_MODELS_DEEP", "0") != "0"
