@@ -355,6 +355,8 @@ static int64_t push_output(struct shmrpc_poller *poller, struct shmrpc_slot *slo
     return 0;
 }
 
+enum { SIGNALS_TICK_NS = 50000000 }; /* as SIGNALS_NS in lead.c */
+
 /* Wait for the leader: 0 when the state has changed, or -errno. */
 static int64_t follow(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
 {
@@ -373,7 +375,12 @@ static int64_t follow(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
         return -EAGAIN;
     if (!compare_exchange32(&slot->state, SLOT_WAITING, SLOT_SLEEPING))
         return 0;
-    int status = slot_sleep(slot, slot->deadline_ns);
+    uint64_t until = slot->deadline_ns;
+    uint64_t tick = deadline_after(SIGNALS_TICK_NS);
+    bool shortened = poller_in_main_thread() && (until == 0 || until > tick);
+    int status = slot_sleep(slot, shortened ? tick : until);
+    if (status == -ETIMEDOUT && shortened)
+        status = -EAGAIN;
     if (status < 0 && compare_exchange32(&slot->state, SLOT_SLEEPING, SLOT_WAITING))
         return status;
     return 0;

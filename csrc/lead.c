@@ -24,7 +24,8 @@
 enum {
     CLOCK_STEPS = 16,     /* short spin steps between two looks at all else */
     ROUNDS_A_LOOK = 16,   /* rounds with progress between two looks at the clock */
-    SIGNALS_NS = 50000000, /* a main thread that does not sleep goes to Python this often */
+    SIGNALS_NS = 50000000, /* a main thread goes to Python this often: a signal between its last
+                            * look there and the system call would not end the sleep */
     LOOK_NS = 250000,      /* while polling, cold conns and hang-ups are looked for this often */
     COOL_NS = 1000000,    /* a conn quiet for so long is armed while others stay hot */
     EPOLL_BATCH = 64,
@@ -350,7 +351,7 @@ static bool arm_all(struct shmrpc_poller *poller)
     return true;
 }
 
-static bool is_main_thread(void)
+bool poller_in_main_thread(void)
 {
     static _Thread_local int known; /* 0 unknown, 1 main, 2 not */
 
@@ -361,7 +362,7 @@ static bool is_main_thread(void)
 
 bool poller_must_check_signals(struct shmrpc_slot *slot)
 {
-    if (!is_main_thread())
+    if (!poller_in_main_thread())
         return false;
     bool checked = slot->may_sleep;
     slot->may_sleep = false;
@@ -393,7 +394,7 @@ static int64_t receive_once(struct shmrpc_poller *poller, struct shmrpc_slot *sl
     if (status == -EPIPE)
         slot->conn->hung_up = true;
     poller_heat(poller, slot->conn);
-    return status == -EINTR && is_main_thread() ? -EINTR : 0;
+    return status == -EINTR && poller_in_main_thread() ? -EINTR : 0;
 }
 
 /* Sleep until something rings: 0 to poll again, or the errno to return. */
@@ -408,13 +409,19 @@ static int64_t sleep_once(struct shmrpc_poller *poller, struct shmrpc_slot *slot
     if (!arm_all(poller) || finished(poller, slot, &result))
         return 0;
     uint64_t start = clock_now_ns();
-    int count = look(poller, timeout_ms_until(slot->deadline_ns));
+    int timeout_ms = timeout_ms_until(slot->deadline_ns);
+    bool shortened = poller_in_main_thread() && (timeout_ms < 0 || timeout_ms > SIGNALS_NS / 1000000);
+    if (shortened)
+        timeout_ms = SIGNALS_NS / 1000000;
+    int count = look(poller, timeout_ms);
     poller->looked_ns = clock_now_ns();
     count_own(&poller->counters.sleeps, 1);
     spin_policy_slept(&poller->policy, spun, poller->looked_ns - start);
     if (count < 0 && count != -EINTR)
         return count;
-    return count == -EINTR && is_main_thread() ? -EINTR : 0;
+    if (count == 0 && shortened)
+        return -EAGAIN;
+    return count == -EINTR && poller_in_main_thread() ? -EINTR : 0;
 }
 
 /* While there is always something to do, nobody sleeps and nobody would look at epoll: for cold
@@ -459,14 +466,18 @@ static bool rings_empty(const struct shmrpc_poller *poller)
 }
 
 /* Some steps of spinning; false when it is time to sleep. *now is the time, if it was read. */
-static bool spin_on(struct shmrpc_poller *poller, struct lead *lead, uint64_t *now)
+static bool spin_on(struct shmrpc_poller *poller, const struct shmrpc_slot *slot,
+                    struct lead *lead, uint64_t *now)
 {
     if (!lead->spinning) {
         lead->spinning = true;
         lead->spin_step = lead->handovers = 0;
         lead->patience = spin_policy_patience(&poller->policy);
         lead->spin_start_ns = *now = clock_now_ns();
-        lead->spin_budget_ns = poller->hot_rings != 0 ? spin_policy_begin(&poller->policy) : 0;
+        /* Who has just looked for signals sleeps at once, lest it miss one that comes meanwhile. */
+        bool may_spin = !slot->may_sleep || poller->policy.mode == WAIT_SPIN;
+        bool spins = poller->hot_rings != 0 && may_spin;
+        lead->spin_budget_ns = spins ? spin_policy_begin(&poller->policy) : 0;
     }
     if (lead->spin_budget_ns == 0)
         return false;
@@ -506,7 +517,7 @@ static int64_t check_time(struct shmrpc_poller *poller, const struct shmrpc_slot
         look(poller, 0);
         lead->looked = true;
     }
-    return is_main_thread() && now - lead->entered_ns > SIGNALS_NS ? -EAGAIN : 0;
+    return poller_in_main_thread() && now - lead->entered_ns > SIGNALS_NS ? -EAGAIN : 0;
 }
 
 int64_t poller_lead(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
@@ -524,7 +535,7 @@ int64_t poller_lead(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
         if (progress) {
             lead.spinning = false;
             now = keep_looking(poller);
-        } else if (!spin_on(poller, &lead, &now)) {
+        } else if (!spin_on(poller, slot, &lead, &now)) {
             result = check_time(poller, slot, &lead, clock_now_ns());
             if (result != 0 || lead.looked)
                 continue;

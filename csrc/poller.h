@@ -145,6 +145,7 @@ void poller_heat(struct shmrpc_poller *poller, struct conn *conn);
 /* A main thread must go back to Python once before each sleep, to run signal handlers: a signal
  * that came since it left Python would not interrupt the sleep. */
 bool poller_must_check_signals(struct shmrpc_slot *slot);
+bool poller_in_main_thread(void);
 /* For epoll and poll: -1 without a deadline. */
 int timeout_ms_until(uint64_t deadline_ns);
 

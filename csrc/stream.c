@@ -6,12 +6,16 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/time.h>
 
 int stream_init(struct stream *stream, int fd)
 {
     *stream = (struct stream){.fd = fd, .readable = true};
     /* Every call says itself whether it may block; this flag would answer for all. */
     fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_NONBLOCK);
+    /* So that a blocking recv in a main thread ends now and then, as the sleeps in lead.c do. */
+    const struct timeval tick = {.tv_usec = 50000};
+    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &tick, sizeof tick);
     stream->in = malloc(STREAM_BUFFER_BYTES);
     stream->out = malloc(STREAM_BUFFER_BYTES);
     if (stream->in == NULL || stream->out == NULL) {
