@@ -95,6 +95,7 @@ class Server:
         self._acceptor: Acceptor | None = None
         self._threads: list[threading.Thread] = []
         self.peers: dict[int, Credentials] = {}
+        self._peers_lock = threading.Lock()
         _servers.add(self)
 
     # ---- methods ----
@@ -265,14 +266,28 @@ class Server:
         credentials = agreement.credentials
         if credentials.pid < 0:
             credentials = Credentials(agreement.peer_pid)
-        self.peers[agreement.add(poller)] = credentials
+        # A request may come, or the connection end, before this thread runs on: see peer_of.
+        with self._peers_lock:
+            self.peers[agreement.add(poller)] = credentials
+
+    def peer_of(self, conn_id: int) -> Credentials:
+        """Who is at the other end of a connection."""
+        peer = self.peers.get(conn_id)
+        if peer is None:
+            with self._peers_lock:
+                peer = self.peers.get(conn_id, Credentials())
+        return peer
+
+    def forget_peer(self, conn_id: int) -> None:
+        """A connection has ended."""
+        with self._peers_lock:
+            self.peers.pop(conn_id, None)
 
     def shows_tracebacks(self, conn_id: int) -> bool:
         """Whether this peer sees tracebacks."""
         if self._show_tracebacks is not None:
             return self._show_tracebacks
-        peer = self.peers.get(conn_id)
-        return peer is not None and peer.uid == os.geteuid()
+        return self.peer_of(conn_id).uid == os.geteuid()
 
     def _check_usable(self) -> None:
         if self._forked:

@@ -42,8 +42,9 @@ class Host(Protocol):
 
     codec: Codec
     functions: list[Callable[..., Any]]
-    peers: dict[int, Credentials]
 
+    def peer_of(self, conn_id: int) -> Credentials: ...
+    def forget_peer(self, conn_id: int) -> None: ...
     def shows_tracebacks(self, conn_id: int) -> bool: ...
     def spawn_worker(self, poller: Any) -> None: ...
 
@@ -112,7 +113,7 @@ class Worker:
         elif status == lib.SHMRPC_EVENTS:
             while lib.shmrpc_take(self._slot):
                 if self._message.kind == lib.SHMRPC_CLOSED:
-                    self._server.peers.pop(self._message.conn_id, None)
+                    self._server.forget_peer(self._message.conn_id)
         elif status == _EMSGSIZE:
             text = "the result is longer than the caller accepts (its max_message_bytes)"
             self._reply_error("shmrpc.MessageTooLarge", text, "RESOURCE_EXHAUSTED")
@@ -222,7 +223,7 @@ class Worker:
         ids = (message.conn_id, message.call_id)
         if context is None or (context.conn_id, context.call_id) != ids:
             deadline = message.deadline_ns / 1e9 if message.deadline_ns else None
-            peer = self._server.peers.get(message.conn_id, Credentials())
+            peer = self._server.peer_of(message.conn_id)
             context = CallContext(self, ids, self._method_name(), peer, deadline, self._metadata())
             self._context = context
         return context
