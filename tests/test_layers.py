@@ -19,6 +19,7 @@ LAYERS = [
     ["_native"],
     ["errors"],
     ["address", "codec", "metadata"],
+    ["interceptors"],
     ["segments", "rendezvous"],
     ["handshake"],
     ["link"],
