@@ -11,7 +11,7 @@ import threading
 from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from .errors import Error
+from .errors import STATUS_NUMBERS, Error
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
@@ -23,6 +23,7 @@ __all__ = [
     "compose",
     "compose_async",
     "status_of",
+    "when_done",
 ]
 
 _log = logging.getLogger("shmrpc")
@@ -33,7 +34,7 @@ def status_of(error: BaseException | None) -> str:
     if error is None:
         return "OK"
     if isinstance(error, Error):
-        return error.code
+        return error.code if error.code in STATUS_NUMBERS else "UNKNOWN"  # as it is sent
     # What is no Exception interrupts: Ctrl-C, a closed generator, asyncio's CancelledError.
     interrupted = not isinstance(error, Exception) or isinstance(error, CancelledError)
     return "CANCELLED" if interrupted else "UNKNOWN"
@@ -142,6 +143,29 @@ class CallInfo:
 
     def __repr__(self) -> str:
         return f"<CallInfo {self.side} {self.kind} {self.method!r} {self.code or 'running'}>"
+
+
+def when_done(call: CallInfo, result: Any, done: Callable[[BaseException | None], None]) -> None:
+    """Call ``done(error)`` when what ``proceed`` has begun is over; for interceptors that measure.
+
+    ``result`` is what ``proceed`` returned. A unary call of a client is over by then, a future
+    when it has its outcome (of each attempt, if an interceptor further out repeats the call), a
+    stream and a server's call when they have ended.
+    """
+    if call.side == "server" or call.kind == "stream":
+        call.add_done_callback(lambda ended: done(ended.error))
+    elif call.kind == "submit":
+        result.add_done_callback(lambda future: done(_error_of(future)))
+    else:
+        done(None)
+
+
+def _error_of(future: Any) -> BaseException | None:
+    """A finished future's exception, be it of threads or of asyncio."""
+    if future.cancelled():
+        return CancelledError()
+    error: BaseException | None = future.exception()
+    return error
 
 
 class Interceptor(Protocol):
