@@ -1,4 +1,4 @@
-"""Where interceptors meet calls: around a channel's methods, and around the handlers of a server."""
+"""Where interceptors meet calls: around a channel's methods, and a server's handlers."""
 
 from __future__ import annotations
 
