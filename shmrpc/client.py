@@ -262,7 +262,9 @@ class Client(Channel):
         )
 
     def _run_worker(self, poller: Poller) -> None:
-        Worker(self, poller).run()
+        worker = Worker(self, poller)
+        del poller  # the traceback of an error that somebody keeps knows this frame
+        worker.run()
 
     @property
     def codec(self) -> Codec:

@@ -169,7 +169,9 @@ class Server:
         acceptor.start()
 
     def _run_worker(self, poller: Poller) -> None:
-        Worker(self, poller).run()
+        worker = Worker(self, poller)
+        del poller  # the traceback of an error that somebody keeps knows this frame
+        worker.run()
 
     def stop(self, grace: float = 5.0) -> None:
         """Stop: refuse new calls, let those under way end within ``grace`` seconds, hang up.
