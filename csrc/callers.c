@@ -283,9 +283,13 @@ void callers_lost(struct shmrpc_poller *poller, struct conn *conn, int error)
     }
 }
 
-void callers_room(struct shmrpc_poller *poller, const struct conn *conn)
+void callers_room(struct shmrpc_poller *poller, struct conn *conn)
 {
     poller_lock(poller);
+    if (conn->tells_room) {
+        conn->tells_room = false;
+        events_note(poller, conn, SHMRPC_ROOM, 0, 0);
+    }
     for (uint32_t i = 0; i < poller->slot_capacity; i++) {
         struct shmrpc_slot *slot = poller->slots[i];
         if (slot != NULL && slot->goal == GOAL_ROOM && slot->conn == conn)
@@ -655,6 +659,58 @@ int64_t shmrpc_wait_events(shmrpc_slot *slot, int64_t timeout_ns)
     int64_t result = wait_goal(poller, slot, leads);
     slot->checked_signals = result == -EAGAIN;
     return result;
+}
+
+int shmrpc_want_room(shmrpc_slot *slot)
+{
+    struct shmrpc_poller *poller = slot->poller;
+    struct conn *conn = slot->conn;
+
+    poller_lock(poller);
+    conn->tells_room = true;
+    store_relaxed(&poller->room_waiters, 1);
+    poller_unlock(poller);
+    full_fence(); /* room_waiters before outbox_bytes, see poller_send */
+    if (load_relaxed(&conn->outbox_bytes) != 0 && load_relaxed(&conn->error) == 0)
+        return 1;
+    poller_lock(poller);
+    conn->tells_room = false;
+    poller_unlock(poller);
+    return 0;
+}
+
+int64_t shmrpc_poll(shmrpc_slot *slot, uint32_t spin_ns)
+{
+    struct shmrpc_poller *poller = slot->poller;
+
+    poller_lock(poller);
+    begin(slot, GOAL_EVENTS, 0);
+    bool leads = enter(poller, slot);
+    poller_unlock(poller);
+    if (leads && slot->conn != NULL && spin_ns != 0 && load_relaxed(&slot->conn->error) == 0)
+        poller_heat(poller, slot->conn); /* a reply is on its way: poll from the start */
+    int64_t result = leads ? poller_poll(poller, slot, spin_ns) : -EAGAIN;
+    poller_lock(poller);
+    slot->goal = GOAL_NONE;
+    leave(poller, slot);
+    poller_unlock(poller);
+    return result;
+}
+
+int shmrpc_arm(shmrpc_slot *slot)
+{
+    struct shmrpc_poller *poller = slot->poller;
+
+    poller_lock(poller);
+    begin(slot, GOAL_EVENTS, 0);
+    bool leads = enter(poller, slot);
+    poller_unlock(poller);
+    bool armed = leads && poller_arm(poller, slot);
+    poller_lock(poller);
+    slot->goal = GOAL_NONE;
+    leave(poller, slot);
+    poller_unlock(poller);
+    return armed;
 }
 
 void shmrpc_poke(shmrpc_slot *slot)

@@ -107,6 +107,18 @@ void shmrpc_poller_serve(shmrpc_poller *poller, uint32_t workers, uint32_t max_c
     poller_unlock(poller);
 }
 
+void shmrpc_poller_serve_events(shmrpc_poller *poller)
+{
+    poller_lock(poller);
+    poller->event_requests = true;
+    poller_unlock(poller);
+}
+
+int shmrpc_poller_fd(shmrpc_poller *poller)
+{
+    return poller->epoll_fd;
+}
+
 static void free_list(struct stored_list *list)
 {
     struct stored *stored;

@@ -250,8 +250,10 @@ class _Reader:
 
     def _run(self) -> None:
         while True:
+            # Not under the lock: who waits for many futures holds theirs while it calls watch.
+            finished = {future for future in list(self._watched) if Future.done(future)}
             with self._lock:
-                self._watched = [f for f in self._watched if not Future.done(f)]
+                self._watched = [f for f in self._watched if f not in finished]
                 watched = list(self._watched)
                 if not watched:
                     self._running = False

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from ._native import ffi, lib
 from .errors import ConnectError, ConnectionLost, Error, ForkedError, ProtocolError
 from .rendezvous import Credentials
-from .session import Pending, Session, Stream, Waiting
+from .session import Pending, Session, Stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -32,7 +32,10 @@ __all__ = [
     "Poller",
     "Slot",
     "Wait",
+    "Waiters",
+    "body_of",
     "check_timeout",
+    "metadata_of",
     "nanoseconds_until",
 ]
 
@@ -96,10 +99,11 @@ class Slot:
 
     def metadata(self) -> bytes:
         """A copy of the metadata of the message just received."""
-        return _metadata(self.message)
+        return metadata_of(self.message)
 
 
-def _metadata(message: Any) -> bytes:
+def metadata_of(message: Any) -> bytes:
+    """A copy of a message's metadata."""
     size = message.metadata_bytes
     if not size:
         return b""
@@ -130,6 +134,7 @@ class Connection:
         self.slots: list[Slot] = []
         self.closed = False
         self.retired = False
+        self.refuses = False  # the peer takes no more calls: it is stopping
         self.caller: Any = None  # what handlers call their caller with, once one has asked
         self.reader: Any = None  # the thread that reads for futures, once one has to
         self._probe: Slot | None = None  # keeps the core's knowledge of a lost connection
@@ -275,7 +280,6 @@ class Poller:
         if self._taker == ffi.NULL:
             raise MemoryError
         self._message = lib.shmrpc_slot_message(self._taker)
-        self.make_waiters: Callable[[], Waiting] = Waiters
         self._run_worker: Callable[[Poller], None] | None = None
         self._serve_queued: Callable[[], None] | None = None
         _pollers.add(self)
@@ -320,20 +324,19 @@ class Poller:
         if kind == lib.SHMRPC_ITEM:
             self._take_items(session, call_id)
         elif kind == lib.SHMRPC_REPLY:
-            run = session.replied(call_id, message.status, _metadata(message), _body(message))
+            run = session.replied(call_id, message.status, metadata_of(message), body_of(message))
             if run is not None:
                 later.append(run)
             if connection.retired and not session.calls:
                 self.connections.pop(connection.conn_id, None)
         elif kind == lib.SHMRPC_CREDIT:
             stream = session.stream_of(call_id, from_caller=self._from_caller())
-            if stream is not None and not stream.credit(_body(message)):
+            if stream is not None and not stream.credit(body_of(message)):
                 session.dropped += 1
-        elif kind == lib.SHMRPC_REQUEST:
-            ended = bool(message.flags & lib.SHMRPC_FLAG_ENDED)
-            session.opened(call_id, Stream(self.make_waiters(), ended=ended))
+        elif kind in (lib.SHMRPC_REQUEST, lib.SHMRPC_NOTIFY):
+            self._take_request(connection, message, later)
         elif kind == lib.SHMRPC_CANCEL:
-            session.cancelled(call_id)
+            self._take_cancel(connection, call_id, later)
         elif kind == lib.SHMRPC_END:
             stream = session.stream_of(call_id, from_caller=True)
             if stream is not None:
@@ -342,11 +345,33 @@ class Poller:
         elif kind == lib.SHMRPC_INITIAL:
             stream = session.stream_of(call_id, from_caller=False)
             if stream is not None and stream.initial is None:
-                stream.initial = _metadata(message)
+                stream.initial = metadata_of(message)
                 stream.waiters.wake()
+        elif kind == lib.SHMRPC_ROOM:
+            self._take_room(connection)
         elif kind == lib.SHMRPC_CLOSED:
             self.connections.pop(connection.conn_id, None)
             later += connection.end(message.status)
+            self._take_end(connection, later)
+
+    def _take_request(
+        self, connection: Connection, message: Any, _later: list[Callable[[], None]]
+    ) -> None:
+        """A stream was admitted; a worker will run it."""
+        ended = bool(message.flags & lib.SHMRPC_FLAG_ENDED)
+        connection.session.opened(message.call_id, Stream(Waiters(), ended=ended))
+
+    def _take_cancel(
+        self, connection: Connection, call_id: int, _later: list[Callable[[], None]]
+    ) -> None:
+        """A stream was cancelled, or dropped before it started."""
+        connection.session.cancelled(call_id)
+
+    def _take_room(self, connection: Connection) -> None:
+        """All that was sent has left this process."""
+
+    def _take_end(self, connection: Connection, later: list[Callable[[], None]]) -> None:
+        """A connection has ended."""
 
     def _from_caller(self) -> bool:
         return bool(self._message.flags & lib.SHMRPC_FLAG_CALLER)
@@ -356,7 +381,7 @@ class Poller:
         if stream is None:
             return
         count = self._message.item_count
-        data = _body(self._message)
+        data = body_of(self._message)
         ends: Sequence[int] = ffi.unpack(self._message.ends, count) if count > 1 else (len(data),)
         if not stream.items(data, ends):
             session.dropped += count
@@ -376,7 +401,7 @@ class Poller:
             msg = f"waiting failed: {os.strerror(-status)}"
             raise Error(msg)
 
-    def wait(self, slot: Slot, deadline: float) -> bool:
+    def wait(self, slot: Slot, deadline: float, /) -> bool:
         """Wait until something happens; False when the time has passed or the poller stops."""
         status: int = lib.shmrpc_wait_events(slot.c, nanoseconds_until(deadline))
         if status in (-_ETIMEDOUT, lib.SHMRPC_STOPPED):
@@ -508,7 +533,8 @@ class Poller:
             os.close(fd)
 
 
-def _body(message: Any) -> bytes:
+def body_of(message: Any) -> bytes:
+    """A copy of a message's body."""
     size = message.body_bytes
     return bytes(ffi.buffer(message.body, size)) if size else b""
 
