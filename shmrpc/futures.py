@@ -136,7 +136,13 @@ class CallFuture(Future[Any]):
     def replied(self, status: int, metadata: bytes, body: bytes) -> Callable[[], None]:
         """Take the reply; finishing the future runs its callbacks, which may do anything."""
         self._metadata = metadata
-        return lambda: self._settle(status, body)
+
+        def settle() -> None:
+            self._settle(status, body)
+            self.unregister()
+            self._connection.forget_if_done()
+
+        return settle
 
     def lost(self, error: int) -> Callable[[], None]:
         """The connection has ended."""

@@ -172,6 +172,12 @@ class Connection:
         self.retired = True
         self.slots = _NoSlots()
 
+    def forget_if_done(self) -> None:
+        """A retired connection goes with its last call."""
+        if self.retired and not self.session.calls and not self.poller.serving:
+            self._probe = None
+            self.poller.connections.pop(self.conn_id, None)
+
     def shutdown(self) -> None:
         """Hang up. Threads that wait get ``ConnectionLost``.
 
@@ -180,9 +186,7 @@ class Connection:
         """
         self.retire()
         lib.shmrpc_conn_shutdown(self.poller.c, self.conn_id)
-        if not self.session.calls and not self.poller.serving:
-            self._probe = None
-            self.poller.connections.pop(self.conn_id, None)
+        self.forget_if_done()
 
     def end(self, error: int) -> list[Callable[[], None]]:
         """It has ended with this errno (the poller's lock is held)."""
@@ -327,8 +331,7 @@ class Poller:
             run = session.replied(call_id, message.status, metadata_of(message), body_of(message))
             if run is not None:
                 later.append(run)
-            if connection.retired and not session.calls:
-                self.connections.pop(connection.conn_id, None)
+            connection.forget_if_done()
         elif kind == lib.SHMRPC_CREDIT:
             stream = session.stream_of(call_id, from_caller=self._from_caller())
             if stream is not None and not stream.credit(body_of(message)):

@@ -28,7 +28,10 @@ class Pending(Protocol):
     """A call of ours that waits for its reply."""
 
     def replied(self, status: int, metadata: bytes, body: bytes) -> Callable[[], None] | None:
-        """Take the reply. What has to run other people's code is returned, to be run later."""
+        """Take the reply. What has to run other people's code is returned, to be run later.
+
+        In that case the call stays registered, and is its own to unregister.
+        """
 
     def lost(self, error: int) -> Callable[[], None] | None:
         """Learn that the connection ended, with this errno; as ``replied``."""
@@ -212,11 +215,14 @@ class Session:
         self, call_id: int, status: int, metadata: bytes, body: bytes
     ) -> Callable[[], None] | None:
         """A call of ours is over."""
-        pending = self.calls.pop(call_id, None)
+        pending = self.calls.get(call_id)
         if pending is None:
             self.dropped += 1
             return None
-        return pending.replied(status, metadata, body)
+        later = pending.replied(status, metadata, body)
+        if later is None:
+            self.calls.pop(call_id, None)
+        return later
 
     def lost(self, error: int) -> list[Callable[[], None]]:
         """The connection has ended: everybody learns it."""
