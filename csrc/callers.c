@@ -29,17 +29,16 @@
 
 /* ---- slots ---- */
 
-shmrpc_slot *shmrpc_slot_new(shmrpc_poller *poller, uint64_t conn_id)
+struct shmrpc_slot *slot_new(struct shmrpc_poller *poller, uint64_t conn_id, bool worker)
 {
     struct shmrpc_slot *slot = calloc(1, sizeof *slot);
 
     if (slot == NULL)
         return NULL;
     slot->poller = poller;
-    slot->caller = conn_id != 0;
+    slot->worker = worker;
     slot->base = malloc(SLOT_HEAD_BYTES + STREAM_FRAME_MAX);
     poller_lock(poller);
-    poller->worker_threads += conn_id == 0;
     slot->conn = conn_id != 0 ? poller_find(poller, conn_id) : NULL;
     uint32_t index = 0;
     while (index < poller->slot_capacity && poller->slots[index] != NULL)
@@ -59,8 +58,8 @@ shmrpc_slot *shmrpc_slot_new(shmrpc_poller *poller, uint64_t conn_id)
         slot->index = index;
         poller->slots[index] = slot;
         poller->references++;
-    } else {
-        poller->worker_threads -= conn_id == 0;
+        if (slot->conn != NULL)
+            slot->conn->references++;
     }
     poller_unlock(poller);
     if (usable)
@@ -70,14 +69,24 @@ shmrpc_slot *shmrpc_slot_new(shmrpc_poller *poller, uint64_t conn_id)
     return NULL;
 }
 
+shmrpc_slot *shmrpc_slot_new(shmrpc_poller *poller, uint64_t conn_id)
+{
+    return slot_new(poller, conn_id, false);
+}
+
 void shmrpc_slot_free(shmrpc_slot *slot)
 {
     shmrpc_abandon(slot); /* an interrupted call may still be registered */
     poller_lock(slot->poller);
     slot->poller->slots[slot->index] = NULL;
-    slot->poller->worker_threads -= slot->caller ? 0 : 1;
+    if (slot->worker)
+        workers_forget(slot->poller, slot);
+    else if (slot->conn != NULL)
+        conn_release(slot->conn);
     poller_unlock(slot->poller);
     poller_unref(slot->poller);
+    free(slot->reply_metadata);
+    free(slot->ends);
     free(slot->large);
     free(slot->base);
     free(slot);
@@ -172,9 +181,13 @@ int slot_receive(struct shmrpc_slot *slot, struct conn *conn, const struct frame
 void slot_take(struct shmrpc_slot *slot, struct stored *stored)
 {
     free(slot->large);
+    free(slot->ends);
     slot->large = stored->payload;
+    slot->ends = stored->ends;
     stored->payload = NULL;
+    stored->ends = NULL;
     slot->message = stored->message;
+    slot->message.ends = slot->ends;
     set_payload(&slot->message, slot->large);
 }
 
@@ -223,22 +236,6 @@ static int64_t reply_result(const struct shmrpc_slot *slot)
     return SHMRPC_MESSAGE;
 }
 
-static int reply_event(struct shmrpc_poller *poller, struct conn *conn,
-                       const struct frame_header *header)
-{
-    shmrpc_message message;
-    uint8_t *payload = conn_take_payload(conn);
-
-    if (payload == NULL) {
-        payload = malloc(header->total_bytes + 1u);
-        if (payload == NULL)
-            return -ENOMEM;
-        conn_read(conn, header->total_bytes, payload);
-    }
-    message_from_header(&message, conn, header);
-    return poller_add_event(poller, conn, &message, payload);
-}
-
 int callers_reply(struct shmrpc_poller *poller, struct shmrpc_slot *leader, struct conn *conn,
                   const struct frame_header *header)
 {
@@ -258,7 +255,7 @@ int callers_reply(struct shmrpc_poller *poller, struct shmrpc_slot *leader, stru
     poller_lock(poller);
     struct shmrpc_slot *slot = index < poller->slot_capacity ? poller->slots[index] : NULL;
     if (index == SHMRPC_PYTHON_INDEX) {
-        status = reply_event(poller, conn, header);
+        status = events_receive(poller, conn, header);
     } else if (slot != NULL && slot->goal == GOAL_REPLY && slot->conn == conn &&
                slot->call_id == header->call_id) {
         status = slot_receive(slot, conn, header);
@@ -299,34 +296,66 @@ void callers_room(struct shmrpc_poller *poller, const struct conn *conn)
 
 /* ---- leading and following ---- */
 
-/* With the lock held: come in, and take the role if nobody has it. */
+/* With the lock held: come in, and take the role if nobody is using it. A worker that only waits
+ * for requests is asked for it: a reply should not have to go through another thread. */
 static bool enter(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
 {
     slot->inside = true;
     poller->inside++;
-    if (poller->leader != NULL)
-        return false;
-    poller->leader = slot;
-    return true;
+    if (poller->workers != 0)
+        workers_block(poller, slot);
+    if (poller->leader == NULL || poller->away) {
+        poller->leader = slot;
+        poller->away = false;
+        return true;
+    }
+    if (poller->leader->goal == GOAL_REQUEST && load_relaxed(&poller->role_wanted) == 0) {
+        store_relaxed(&poller->role_wanted, 1);
+        poller_kick(poller);
+    }
+    return false;
 }
 
-/* With the lock held: go out, and hand the role on to a thread that is still inside. */
-static void leave(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
+/* With the lock held: the role goes to a thread that waits inside, if there is one. */
+static void hand_on(struct shmrpc_poller *poller, const struct shmrpc_slot *slot)
 {
-    slot->inside = false;
-    poller->inside--;
-    if (poller->leader != slot)
-        return;
-    poller->leader = NULL;
-    if (poller->inside == 0)
-        return;
-    for (uint32_t i = 1; i < poller->slot_capacity; i++) {
+    for (uint32_t i = 1; i < poller->slot_capacity && poller->inside != 0; i++) {
         struct shmrpc_slot *next = poller->slots[(slot->index + i) % poller->slot_capacity];
         if (next == NULL || !next->inside || load_acquire32(&next->state) == SLOT_DONE)
             continue;
         poller->leader = next;
         slot_wake(next, SLOT_PROMOTED);
         return;
+    }
+}
+
+void callers_promote(struct shmrpc_poller *poller, const struct shmrpc_slot *leader)
+{
+    store_relaxed(&poller->role_wanted, 0);
+    hand_on(poller, leader);
+}
+
+/* With the lock held: go out, and hand the role on. */
+static void leave(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
+{
+    slot->inside = false;
+    poller->inside--;
+    if (slot->blocks != NULL)
+        workers_unblock(poller, slot);
+    if (poller->leader != slot)
+        return;
+    poller->leader = NULL;
+    hand_on(poller, slot);
+    if (poller->leader == NULL && poller->workers != 0)
+        workers_go_away(poller);
+}
+
+void callers_stop(struct shmrpc_poller *poller)
+{
+    for (uint32_t i = 0; i < poller->slot_capacity; i++) {
+        struct shmrpc_slot *slot = poller->slots[i];
+        if (slot != NULL && slot->inside && load_acquire32(&slot->state) != SLOT_DONE)
+            slot_finish(slot, SHMRPC_STOPPED);
     }
 }
 
@@ -405,7 +434,8 @@ static int64_t wait_inside(struct shmrpc_poller *poller, struct shmrpc_slot *slo
 
 static bool goes_on(int64_t result)
 {
-    return result == -EAGAIN || result == -EINTR || result == SHMRPC_EVENTS;
+    return result == -EAGAIN || result == -EINTR || result == SHMRPC_EVENTS ||
+           result == SHMRPC_SPAWN || result == SHMRPC_QUEUED;
 }
 
 /* Wait until the slot's goal is met. */
@@ -431,6 +461,12 @@ static int64_t wait_goal(struct shmrpc_poller *poller, struct shmrpc_slot *slot,
     if (cancel.header.call_id != 0)
         poller_send(poller, slot->conn, &cancel, &position);
     return result;
+}
+
+/* The earlier of two deadlines, of which 0 is none: ours and that of the request we serve. */
+static uint64_t earlier(uint64_t a, uint64_t b)
+{
+    return a == 0 || (b != 0 && b < a) ? b : a;
 }
 
 /* With the lock held: the slot waits from now on. */
@@ -489,7 +525,7 @@ int64_t shmrpc_call_with(shmrpc_slot *slot, const shmrpc_name *name, uint32_t fl
     if (conn_hung_up(slot->conn))
         return -ENOTCONN;
     poller_lock(poller);
-    begin(slot, GOAL_REPLY, deadline_after(timeout_ns));
+    begin(slot, GOAL_REPLY, earlier(deadline_after(timeout_ns), shmrpc_inherited_deadline()));
     store_relaxed(&slot->position, UINT64_MAX); /* not sent */
     slot->call_id = ++poller->call_sequence << 16 | slot->index;
     message.header.call_id = slot->call_id;
@@ -540,7 +576,7 @@ void shmrpc_abandon(shmrpc_slot *slot)
     if (slot->goal == GOAL_REPLY && !poller->closed)
         message.header.call_id = slot->call_id;
     slot->goal = GOAL_NONE;
-    if (slot->caller)
+    if (!slot->worker)
         slot->call_id = 0;
     poller_unlock(poller);
     if (message.header.call_id != 0)
@@ -564,10 +600,22 @@ int shmrpc_send(shmrpc_slot *slot, uint32_t kind, uint32_t flags, uint64_t call_
                   {(void *)(uintptr_t)body, body_bytes}},
     };
 
-    if (slot->caller && conn_hung_up(slot->conn))
+    if (!slot->worker && conn_hung_up(slot->conn))
         return -ENOTCONN;
     set_deadline(&message, slot->conn, deadline_ns);
     return poller_send(slot->poller, slot->conn, &message, position);
+}
+
+int shmrpc_send_item(shmrpc_slot *slot, uint32_t flags, uint64_t call_id, const char *body,
+                     size_t body_bytes)
+{
+    struct outgoing message = {
+        .header = {.kind = SHMRPC_ITEM, .flags = (uint8_t)flags, .call_id = call_id},
+        .parts = {{(void *)(uintptr_t)body, body_bytes}},
+    };
+    uint64_t position;
+
+    return poller_send(slot->poller, slot->conn, &message, &position);
 }
 
 int64_t shmrpc_flush(shmrpc_slot *slot, int64_t timeout_ns)
@@ -633,7 +681,7 @@ int shmrpc_take(shmrpc_slot *slot)
     if (stored != NULL) {
         store_relaxed(&poller->event_count, load_relaxed(&poller->event_count) - 1);
         slot_take(slot, stored);
-        stored_free(poller, stored);
+        stored_free(stored);
     }
     poller_unlock(poller);
     return stored != NULL;

@@ -96,6 +96,7 @@ int conn_init(struct conn *conn, const shmrpc_conn_options *options, int epoll_f
 
 void conn_destroy(struct conn *conn)
 {
+    conn->destroyed = true;
     close_fd(conn->own_bell_fd);
     if (conn->is_shm && !conn->wake.bell_socket)
         close_fd(conn->wake.peer_bell);

@@ -90,7 +90,8 @@ static int flush(struct shmrpc_poller *poller, struct conn *conn)
     int status = conn_flush(conn, &poller->bells);
     if (status == 0 && load_relaxed(&conn->outbox_bytes) == 0) {
         callers_room(poller, conn);
-        poller->queue_ready = load_relaxed(&conn->queued) != 0;
+        if (load_relaxed(&conn->queued) != 0)
+            store_relaxed(&poller->startable, 1);
     }
     return status;
 }
@@ -121,10 +122,13 @@ static void fail_conn(struct shmrpc_poller *poller, struct conn *conn, int error
     store_release(&conn->error, (uint64_t)error);
     callers_lost(poller, conn, error);
     const shmrpc_message closed = {.kind = SHMRPC_CLOSED, .status = (uint32_t)error};
-    poller_add_event(poller, conn, &closed, NULL);
-    if (poller->workers != 0) { /* a client keeps its conn, to tell what became of its calls */
+    events_add(poller, conn, &closed, NULL);
+    if (poller->client) { /* it keeps its conn, to tell what became of its calls */
+        poller->retired = true;
+        workers_wake_all(poller);
+    } else {
         poller_unregister(poller, conn);
-        poller_release_conn(poller, conn);
+        conn_release(conn);
     }
     poller_unlock(poller);
 }
@@ -149,6 +153,11 @@ static int dispatch(struct shmrpc_poller *poller, struct shmrpc_slot *slot, stru
         conn_finish(conn, header->length, &poller->bells);
         workers_cancel(poller, conn, header->call_id);
         return 0;
+    case SHMRPC_ITEM:
+    case SHMRPC_END:
+    case SHMRPC_CREDIT:
+    case SHMRPC_INITIAL:
+        return events_stream(poller, conn, header);
     default: /* of a later version: not ours to understand, nobody else's problem */
         conn_finish(conn, header->length, &poller->bells);
         count_own(&poller->counters.frames_dropped, 1);
@@ -171,9 +180,19 @@ static int finished(struct shmrpc_poller *poller, struct shmrpc_slot *slot, int6
         *result = SHMRPC_EVENTS;
         return 1;
     }
-    if (poller->queue_ready && slot->goal == GOAL_REQUEST) {
-        poller->queue_ready = false;
-        *result = RESULT_QUEUED;
+    if (slot->goal == GOAL_REQUEST) {
+        *result = load_relaxed(&poller->role_wanted) != 0 ? RESULT_WANTED
+                  : load_relaxed(&poller->startable) != 0 ? RESULT_QUEUED
+                                                          : 0;
+        return *result != 0;
+    }
+    if (load_relaxed(&poller->startable) != 0 && poller->client) {
+        *result = SHMRPC_QUEUED;
+        return 1;
+    }
+    if (load_relaxed(&poller->spawn_wanted) != 0) {
+        store_relaxed(&poller->spawn_wanted, 0);
+        *result = SHMRPC_SPAWN;
         return 1;
     }
     if (slot->goal == GOAL_ROOM && load_relaxed(&slot->conn->outbox_bytes) == 0) {

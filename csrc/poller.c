@@ -1,4 +1,4 @@
-/* poller.c - the registry of conns, the events for Python, statistics; what threads do with it is in
+/* poller.c - the registry of conns, stored messages, statistics; what threads do with it is in
  * lead.c, callers.c and workers.c.
  */
 #define _GNU_SOURCE
@@ -14,8 +14,7 @@
 #include <unistd.h>
 
 enum {
-    INDEX_BITS = 20,      /* of a conn id; the rest counts how often the index was used */
-    EVENTS_MAX = 65536,   /* a peer that sends what nobody fetches is cut off there */
+    INDEX_BITS = 20, /* of a conn id; the rest counts how often the index was used */
 };
 
 void poller_lock(struct shmrpc_poller *poller)
@@ -48,30 +47,13 @@ struct stored *stored_pop(struct stored_list *list)
     return stored;
 }
 
-void stored_free(struct shmrpc_poller *poller, struct stored *stored)
+void stored_free(struct stored *stored)
 {
     if (stored->conn != NULL)
-        poller_release_conn(poller, stored->conn);
+        conn_release(stored->conn);
+    free(stored->ends);
     free(stored->payload);
     free(stored);
-}
-
-int poller_add_event(struct shmrpc_poller *poller, struct conn *conn,
-                     const shmrpc_message *message, uint8_t *payload)
-{
-    struct stored *stored = calloc(1, sizeof *stored);
-
-    if (stored == NULL || load_relaxed(&poller->event_count) >= EVENTS_MAX) {
-        free(stored);
-        free(payload);
-        return -ENOMEM;
-    }
-    stored->message = *message;
-    stored->message.conn_id = conn->id;
-    stored->payload = payload;
-    stored_append(&poller->events, stored);
-    store_relaxed(&poller->event_count, load_relaxed(&poller->event_count) + 1);
-    return 0;
 }
 
 /* ---- making and ending ---- */
@@ -109,6 +91,7 @@ shmrpc_poller *shmrpc_poller_new(uint32_t workers, uint32_t max_concurrency, uin
         errno = error;
         return NULL;
     }
+    poller->client = workers == 0;
     poller->workers = workers;
     poller->max_concurrency = max_concurrency;
     poller->policy.mode = mode;
@@ -116,12 +99,20 @@ shmrpc_poller *shmrpc_poller_new(uint32_t workers, uint32_t max_concurrency, uin
     return poller;
 }
 
-static void free_list(struct shmrpc_poller *poller, struct stored_list *list)
+void shmrpc_poller_serve(shmrpc_poller *poller, uint32_t workers, uint32_t max_concurrency)
+{
+    poller_lock(poller);
+    poller->workers = workers;
+    poller->max_concurrency = max_concurrency;
+    poller_unlock(poller);
+}
+
+static void free_list(struct stored_list *list)
 {
     struct stored *stored;
 
     while ((stored = stored_pop(list)) != NULL)
-        stored_free(poller, stored);
+        stored_free(stored);
 }
 
 static void destroy(struct shmrpc_poller *poller)
@@ -151,13 +142,14 @@ void shmrpc_poller_free(shmrpc_poller *poller)
 {
     poller_lock(poller);
     poller->closed = true;
-    free_list(poller, &poller->queue);
-    free_list(poller, &poller->events);
+    free_list(&poller->queue);
+    free_list(&poller->events);
     for (uint32_t i = 0; i < poller->conn_capacity; i++) {
-        if (poller->conns[i] != NULL) {
-            conn_destroy(poller->conns[i]);
-            free(poller->conns[i]);
+        struct conn *conn = poller->conns[i];
+        if (conn != NULL) {
             poller->conns[i] = NULL;
+            conn_destroy(conn);
+            conn_release(conn);
         }
     }
     if (poller->kick_owned)
@@ -186,6 +178,7 @@ void shmrpc_poller_stop(shmrpc_poller *poller)
     poller_lock(poller);
     store_release(&poller->stopping, 1);
     workers_wake_all(poller);
+    callers_stop(poller);
     poller_unlock(poller);
     poller_kick(poller);
 }
@@ -216,7 +209,7 @@ void shmrpc_poller_stats(shmrpc_poller *poller, shmrpc_stats *stats)
         .calls_started = load_relaxed(&counters->calls_started),
         .calls_refused = load_relaxed(&counters->calls_refused),
         .calls_expired = load_relaxed(&counters->calls_expired),
-        .running = poller->running,
+        .running = poller->running + poller->blocked,
         .queued = poller->queued,
         .conns = poller->conn_count,
     };
@@ -342,13 +335,13 @@ int64_t shmrpc_conn_add(shmrpc_poller *poller, const shmrpc_conn_options *option
     return status;
 }
 
-void poller_release_conn(struct shmrpc_poller *poller, struct conn *conn)
+void conn_release(struct conn *conn)
 {
-    (void)poller;
-    if (--conn->references == 0) {
+    if (--conn->references != 0)
+        return;
+    if (!conn->destroyed)
         conn_destroy(conn);
-        free(conn);
-    }
+    free(conn);
 }
 
 int shmrpc_conn_shutdown(shmrpc_poller *poller, uint64_t conn_id)
@@ -372,12 +365,15 @@ int shmrpc_conn_status(shmrpc_poller *poller, uint64_t conn_id)
     return status;
 }
 
-int shmrpc_outcome_of(shmrpc_poller *poller, uint64_t conn_id, uint64_t call_id, uint64_t position)
+int shmrpc_outcome_of(shmrpc_slot *slot, uint64_t call_id, uint64_t position)
 {
-    poller_lock(poller);
-    struct conn *conn = poller_find(poller, conn_id);
-    int outcome = conn != NULL ? conn_outcome(conn, call_id, position) : SHMRPC_UNKNOWN;
-    poller_unlock(poller);
+    struct conn *conn = slot->conn;
+    int outcome = SHMRPC_UNKNOWN;
+
+    poller_lock(slot->poller);
+    if (conn != NULL && !conn->destroyed)
+        outcome = conn_outcome(conn, call_id, position);
+    poller_unlock(slot->poller);
     return outcome;
 }
 

@@ -3,6 +3,7 @@
  *   poller.c    the registry of conns, events for Python, statistics
  *   lead.c      leading: polling hot conns, spinning, arming, sleeping
  *   callers.c   threads that wait for a reply: send, lead or follow, hand the role on
+ *   events.c    messages for Python: replies to its own calls, frames of streams
  *   workers.c   threads that run requests: admission, queue, standby
  *
  * Rule 1: one thread leads at a time. Fields marked "leader" belong to it; the role changes hands
@@ -28,8 +29,9 @@ enum {
 /* epoll's data.u64: a conn id, with the top bit for its control socket. 0 is the kick. */
 #define EPOLL_CONTROL ((uint64_t)1 << 63)
 
-/* A result of poller_lead besides those in shmrpc.h: a queued request can start now. */
-enum { RESULT_QUEUED = -1100 };
+/* Results of poller_lead besides those in shmrpc.h: a queued request can start now; a caller wants
+ * the role. */
+enum { RESULT_QUEUED = -1100, RESULT_WANTED = -1101 };
 
 enum slot_goal { GOAL_NONE, GOAL_REPLY, GOAL_ROOM, GOAL_EVENTS, GOAL_REQUEST };
 
@@ -54,7 +56,7 @@ struct shmrpc_slot {
     atomic_u32 state;  /* enum slot_state; also the futex */
     uint32_t index;    /* in poller->slots, and in the low 16 bits of its call ids */
     enum slot_goal goal;
-    bool caller;    /* not a worker */
+    bool worker;    /* else a caller */
     bool inside;    /* a thread waits in C with this slot */
     bool may_sleep; /* main thread: Python has just checked for signals */
     bool checked_signals; /* the same, between two shmrpc_wait_events */
@@ -66,6 +68,11 @@ struct shmrpc_slot {
     uint64_t deadline_ns;
     int64_t result;
     struct shmrpc_slot *next_idle;
+    struct shmrpc_slot *serves; /* worker: the request around this one, in the same thread */
+    struct shmrpc_slot *blocks; /* caller: the worker whose request waits here */
+    uint8_t *reply_metadata;    /* worker: see shmrpc_reply_metadata */
+    uint32_t reply_metadata_bytes;
+    uint32_t *ends;             /* of message.ends, malloc */
 };
 
 /* A message that waits in private memory: an event for Python or a queued request. */
@@ -75,6 +82,8 @@ struct stored {
     shmrpc_message message;
     uint8_t *payload;
     uint32_t queued_index; /* in the segment's queued table */
+    uint32_t *ends;        /* ITEM: see message.ends */
+    uint32_t end_capacity, payload_capacity;
 };
 
 struct stored_list {
@@ -95,8 +104,8 @@ struct hot_list {
 struct shmrpc_poller {
     pthread_mutex_t lock;
     int epoll_fd, kick_fd;
-    bool kick_owned;
-    uint32_t workers, max_concurrency; /* workers == 0: a client */
+    bool kick_owned, client;
+    uint32_t workers, max_concurrency; /* lock: workers == 0 serves nothing */
 
     struct conn **conns; /* lock: by index, null where free */
     uint64_t *conn_uses; /* lock: by index, how often it was given out; part of the id */
@@ -109,11 +118,13 @@ struct shmrpc_poller {
     uint64_t call_sequence; /* lock */
     struct shmrpc_slot *leader; /* lock */
 
-    bool away;             /* lock: the leader has left poller_lead for Python */
+    bool away;             /* lock: the leader is out in Python, or it was a caller and is gone */
     uint64_t away_count;   /* lock: how many times it went */
     struct shmrpc_slot *standby, *idle; /* lock */
     bool standby_parked;                /* lock */
     uint32_t worker_threads, running, queued; /* lock */
+    uint32_t blocked;      /* lock: requests whose thread waits for something on this poller */
+    bool retired;          /* lock: a client's conn has ended, its workers end */
     uint64_t queued_bytes;                    /* lock */
     bool resumes;                             /* lock: a conn has its `resumed` set */
     struct stored_list queue, events;         /* lock */
@@ -122,6 +133,9 @@ struct shmrpc_poller {
     atomic_u64 room_waiters; /* somebody has called shmrpc_flush */
     struct methods methods;  /* lock */
     atomic_u64 draining, stopping;
+    atomic_u64 role_wanted; /* W: under lock: a caller waits for a leading worker's role */
+    atomic_u64 spawn_wanted; /* W: under lock: a leading caller is to ask for another worker */
+    atomic_u64 startable;   /* W: under lock, leader: perhaps a queued request can start now */
 
     struct hot_list *hot; /* leader: conns to poll */
     uint32_t hot_count, cursor;
@@ -129,7 +143,6 @@ struct shmrpc_poller {
     uint32_t hot_rings; /* leader: how many of them are worth spinning for */
     struct spin_policy policy; /* leader */
     uint64_t looked_ns;        /* leader: when epoll was looked at last */
-    bool queue_ready;          /* leader: a queued request can start now */
     uint32_t rounds;           /* leader: see keep_looking */
     uint64_t coarse_ns;        /* leader: the coarse clock in keep_looking */
     uint64_t bells;            /* leader: rung since they were counted last */
@@ -162,14 +175,26 @@ struct conn *poller_find(struct shmrpc_poller *poller, uint64_t conn_id);
 /* With the lock held: it is found no more. */
 void poller_unregister(struct shmrpc_poller *poller, const struct conn *conn);
 /* With the lock held: give up a reference. */
-void poller_release_conn(struct shmrpc_poller *poller, struct conn *conn);
-/* With the lock held: the message, whose payload is taken over, for Python. */
-int poller_add_event(struct shmrpc_poller *poller, struct conn *conn,
-                     const shmrpc_message *message, uint8_t *payload);
+void conn_release(struct conn *conn);
 void stored_append(struct stored_list *list, struct stored *stored);
 struct stored *stored_pop(struct stored_list *list);
-void stored_free(struct shmrpc_poller *poller, struct stored *stored);
+void stored_free(struct stored *stored);
 uint64_t deadline_after(int64_t timeout_ns);
+
+/* ---- events.c ---- */
+
+/* With the lock held: the message, whose payload is taken over, for Python. */
+int events_add(struct shmrpc_poller *poller, const struct conn *conn,
+               const shmrpc_message *message, uint8_t *payload);
+/* With the lock held: something without a payload has happened to this call. */
+int events_note(struct shmrpc_poller *poller, const struct conn *conn, uint32_t kind,
+                uint64_t call_id, uint32_t flags);
+/* With the lock held: the message that conn_receive has found, for Python; not consumed. */
+int events_receive(struct shmrpc_poller *poller, struct conn *conn,
+                   const struct frame_header *header);
+/* A frame of a stream has arrived. Consumes it. */
+int events_stream(struct shmrpc_poller *poller, struct conn *conn,
+                  const struct frame_header *header);
 
 /* ---- callers.c ---- */
 
@@ -197,6 +222,11 @@ int poller_send(struct shmrpc_poller *poller, struct conn *conn, struct outgoing
 void callers_lost(struct shmrpc_poller *poller, struct conn *conn, int error);
 /* Sleep until *state is not SLOT_SLEEPING: 0, -ETIMEDOUT, -EINTR. */
 int slot_sleep(struct shmrpc_slot *slot, uint64_t deadline_ns);
+/* With the lock held: the slot's worker leads, and a caller wants the role: hand it over. */
+void callers_promote(struct shmrpc_poller *poller, const struct shmrpc_slot *leader);
+/* With the lock held: end every wait, because the poller stops. */
+void callers_stop(struct shmrpc_poller *poller);
+struct shmrpc_slot *slot_new(struct shmrpc_poller *poller, uint64_t conn_id, bool worker);
 
 /* ---- workers.c ---- */
 
@@ -207,6 +237,14 @@ void workers_request(struct shmrpc_poller *poller, struct shmrpc_slot *slot, str
 void workers_cancel(struct shmrpc_poller *poller, struct conn *conn, uint64_t call_id);
 /* Whether no more requests may be taken from this conn now. */
 bool workers_full(const struct shmrpc_poller *poller, const struct conn *conn);
+/* With the lock held: the leader returns to Python, or leaves altogether. */
+void workers_go_away(struct shmrpc_poller *poller);
+/* With the lock held: this caller's thread waits from now on, so that the request it serves here
+ * does not count as running; and goes on. */
+void workers_block(struct shmrpc_poller *poller, struct shmrpc_slot *slot);
+void workers_unblock(struct shmrpc_poller *poller, struct shmrpc_slot *slot);
+/* With the lock held: a worker's slot goes, whatever it was doing. */
+void workers_forget(struct shmrpc_poller *poller, struct shmrpc_slot *slot);
 /* With the lock held: wake every worker, to see that the poller stops. */
 void workers_wake_all(struct shmrpc_poller *poller);
 /* Reply without a body from the core itself. */

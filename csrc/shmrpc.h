@@ -38,21 +38,29 @@ enum shmrpc_kind {
     SHMRPC_CONTINUE = 4, /* next piece of the message before */
     SHMRPC_CANCEL = 5,   /* the caller of call_id no longer waits */
     SHMRPC_PING = 6,     /* answered by the reader itself with an empty REPLY */
+    SHMRPC_ITEM = 7,     /* one message of a stream */
+    SHMRPC_END = 8,      /* the caller sends no more items */
+    SHMRPC_CREDIT = 9,   /* the receiver of items has room for more */
+    SHMRPC_INITIAL = 10, /* metadata before the first item or the reply */
     SHMRPC_CLOSED = 100  /* never on the wire: this conn has ended */
 };
 
 enum shmrpc_flag {
     SHMRPC_FLAG_MORE = 1,     /* CONTINUE frames follow */
     SHMRPC_FLAG_KEYWORDS = 2, /* the body is [positional, keywords], not the positional list */
-    SHMRPC_FLAG_ALL = 3
+    SHMRPC_FLAG_STREAM = 4,   /* REQUEST: the caller takes ITEM frames, and may send some */
+    SHMRPC_FLAG_ENDED = 8,    /* REQUEST: but sends none, as if END followed */
+    SHMRPC_FLAG_CALLER = 16,  /* ITEM, CREDIT: comes from the one that made the call */
+    SHMRPC_FLAG_ALL = 31
 };
 
 /* Results of waiting that are neither a count nor an errno. */
 enum shmrpc_result {
     SHMRPC_MESSAGE = -1001, /* the slot's message needs a look at its fields */
     SHMRPC_EVENTS = -1002,  /* messages that no slot waits for: shmrpc_take them */
-    SHMRPC_SPAWN = -1003,   /* this worker leads now and none stands by: start another */
-    SHMRPC_STOPPED = -1004  /* the poller was stopped */
+    SHMRPC_SPAWN = -1003,   /* a worker is needed and none is idle: start another, then go on */
+    SHMRPC_STOPPED = -1004, /* the poller was stopped */
+    SHMRPC_QUEUED = -1005   /* a caller on a client: shmrpc_next_queued has a request to serve */
 };
 
 /* What became of a call whose connection ended. */
@@ -83,6 +91,8 @@ typedef struct shmrpc_message {
     int32_t method;  /* requests: index given by shmrpc_method_add */
     int32_t outcome;    /* after -EPIPE or -EPROTO: enum shmrpc_outcome */
     uint32_t cancelled; /* requests: set while the handler runs if the caller gave up */
+    uint32_t item_count;  /* ITEM: how many lie in the body, one behind the other */
+    const uint32_t *ends; /* ITEM: where each of them ends; null if there is one */
 } shmrpc_message;
 
 /* Map a new segment of ours for writing, before it is sealed and its descriptor goes to the peer.
@@ -119,15 +129,18 @@ typedef struct shmrpc_name {
     char text[256];
 } shmrpc_name;
 
-/* Poller. `workers` = 0 for a client; else the number of requests that may run at a time, and
- * `max_concurrency` how many may run or queue before the next is refused. `mode`: 0 auto, 1 spin,
- * 2 block. Null and errno if it can't be made. */
+/* Poller. `workers` = 0 for a client, which has one conn; else the number of requests that may run
+ * at a time, and `max_concurrency` how many may run or queue before the next is refused. A request
+ * whose thread waits for a call, an item or credit on this poller does not count as running.
+ * `mode`: 0 auto, 1 spin, 2 block. Null and errno if it can't be made. */
 shmrpc_poller *shmrpc_poller_new(uint32_t workers, uint32_t max_concurrency, uint32_t mode,
                                  uint32_t spin_budget_ns);
 /* Give the poller up: closes and unmaps everything. No thread may be inside or come later. Slots
  * that are left may be freed afterwards: the order in which a garbage collector frees them does
  * not matter. */
 void shmrpc_poller_free(shmrpc_poller *poller);
+/* Let a client serve requests as well: its workers take them, or threads that wait for replies. */
+void shmrpc_poller_serve(shmrpc_poller *poller, uint32_t workers, uint32_t max_concurrency);
 /* Refuse new requests with UNAVAILABLE from now on; those running and queued go on. */
 void shmrpc_poller_drain(shmrpc_poller *poller);
 /* End every wait with SHMRPC_STOPPED, now and later. */
@@ -146,8 +159,11 @@ int shmrpc_poller_fds(shmrpc_poller *poller, int *fds, int count);
 /* 0 while it lives, else the -errno that ended it. */
 int shmrpc_conn_status(shmrpc_poller *poller, uint64_t conn_id);
 
-/* Slot of one thread; conn_id is the conn that its calls go to (0: a server's worker). */
+/* Slot of one thread that calls; conn_id is the conn that its calls go to (0: none, it is for
+ * events alone). Null if there is no memory or no such conn. */
 shmrpc_slot *shmrpc_slot_new(shmrpc_poller *poller, uint64_t conn_id);
+/* Slot of one thread that runs requests. */
+shmrpc_slot *shmrpc_worker_new(shmrpc_poller *poller);
 void shmrpc_slot_free(shmrpc_slot *slot);
 shmrpc_message *shmrpc_slot_message(shmrpc_slot *slot);
 /* Where bodies of short messages always lie, and how long they may be. */
@@ -155,14 +171,15 @@ uint8_t *shmrpc_slot_view(shmrpc_slot *slot);
 uint64_t shmrpc_slot_view_bytes(shmrpc_slot *slot);
 
 /* Send a request and wait for its reply. Returns the body's length if it has status OK, no
- * metadata and lies in the slot's view; SHMRPC_MESSAGE for any other reply. timeout_ns < 0: none. */
+ * metadata and lies in the slot's view; SHMRPC_MESSAGE for any other reply. timeout_ns < 0: none.
+ * In a thread that serves a request with a deadline, that deadline bounds the call as well. */
 int64_t shmrpc_call(shmrpc_slot *slot, const shmrpc_name *name, const char *body,
                     size_t body_bytes, int64_t timeout_ns);
 /* The same with flags and metadata. */
 int64_t shmrpc_call_with(shmrpc_slot *slot, const shmrpc_name *name, uint32_t flags,
                          const char *metadata, size_t metadata_bytes, const char *body,
                          size_t body_bytes, int64_t timeout_ns);
-/* Go on waiting after -EAGAIN, -EINTR or SHMRPC_EVENTS. */
+/* Go on waiting after -EAGAIN, -EINTR, SHMRPC_EVENTS, SHMRPC_SPAWN or SHMRPC_QUEUED. */
 int64_t shmrpc_wait(shmrpc_slot *slot);
 /* Give up waiting; the peer is told. The reply, if it still comes, is dropped and counted. */
 void shmrpc_abandon(shmrpc_slot *slot);
@@ -174,6 +191,9 @@ int shmrpc_send(shmrpc_slot *slot, uint32_t kind, uint32_t flags, uint64_t call_
                 const shmrpc_name *name, uint32_t status, const char *metadata,
                 size_t metadata_bytes, const char *body, size_t body_bytes, uint64_t deadline_ns,
                 uint64_t *position);
+/* Send one small ITEM: shmrpc_send for the way that every message of a stream takes. */
+int shmrpc_send_item(shmrpc_slot *slot, uint32_t flags, uint64_t call_id, const char *body,
+                     size_t body_bytes);
 /* Wait until what was sent has left this process: 0 or -errno as shmrpc_call. */
 int64_t shmrpc_flush(shmrpc_slot *slot, int64_t timeout_ns);
 /* Wait until there are events: SHMRPC_EVENTS, or 0 after shmrpc_poke, or -errno. timeout_ns 0
@@ -183,17 +203,23 @@ int64_t shmrpc_wait_events(shmrpc_slot *slot, int64_t timeout_ns);
 void shmrpc_poke(shmrpc_slot *slot);
 /* Next event into the slot: 1, or 0 if there is none. */
 int shmrpc_take(shmrpc_slot *slot);
-int shmrpc_outcome_of(shmrpc_poller *poller, uint64_t conn_id, uint64_t call_id,
-                      uint64_t position);
+/* What became of a call that was sent by shmrpc_send on the slot's conn: enum shmrpc_outcome. */
+int shmrpc_outcome_of(shmrpc_slot *slot, uint64_t call_id, uint64_t position);
 
 /* Worker: wait for the next request. Returns its body's length with message.method set if the
  * method is fast; SHMRPC_MESSAGE for other requests, notifications and CLOSED. */
 int64_t shmrpc_next(shmrpc_slot *slot);
+/* Start the next queued request in a worker's slot whose thread waits for a reply in another:
+ * SHMRPC_MESSAGE, or 0 if there is none. Ends the request that the slot had before. */
+int64_t shmrpc_next_queued(shmrpc_slot *slot);
+/* Absolute deadline of the request that this thread serves; 0 = none. */
+uint64_t shmrpc_inherited_deadline(void);
+/* Metadata that goes with the reply to the slot's request, whatever it will be. Copied. */
+int shmrpc_reply_metadata(shmrpc_slot *slot, const char *metadata, size_t metadata_bytes);
 /* Reply OK to the slot's request, then shmrpc_next. -EMSGSIZE: not sent, reply otherwise. */
 int64_t shmrpc_reply_next(shmrpc_slot *slot, const char *body, size_t body_bytes);
 /* Reply to the slot's request; once. */
-int shmrpc_reply(shmrpc_slot *slot, uint32_t status, const char *metadata, size_t metadata_bytes,
-                 const char *body, size_t body_bytes);
+int shmrpc_reply(shmrpc_slot *slot, uint32_t status, const char *body, size_t body_bytes);
 
 /* Bare rings, without calls, threads or sleeping: the floor that benchmarks compare with. The
  * memory holds two segments; side 0 or 1. */

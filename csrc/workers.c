@@ -10,18 +10,28 @@
  * So a short handler costs no thread switch at all, and one that takes long or blocks keeps the
  * others waiting for two ticks at most. `workers` requests run at a time; one thread more exists,
  * which then reads on: it queues, refuses, answers pings and takes note of cancellations.
+ *
+ * Callers (callers.c) may wait on the same poller: handlers that call their caller back or wait
+ * for items of a stream, threads of a client that also serves. A caller takes the role from a
+ * worker that only reads, and leaves it to the standby ("away" without a leader). While a handler
+ * waits so, its request does not count as running, or handlers that wait for each other could use
+ * up all workers. On a client a request goes to the caller that leads, if one does.
  */
 #define _GNU_SOURCE
 #include "poller.h"
 
 #include <errno.h>
 #include <stdlib.h>
+#include <string.h>
 
 enum {
     TICK_NS = 1000000,
     OUTBOX_MAX = 1 << 20,    /* a peer that does not fetch its replies is not read any more */
     QUEUED_BYTES_MAX = 64 << 20,
 };
+
+/* The request that this thread serves, the innermost if one is served while another waits. */
+static _Thread_local struct shmrpc_slot *serving;
 
 /* ---- admission ---- */
 
@@ -40,7 +50,7 @@ void workers_answer(struct shmrpc_poller *poller, struct conn *conn, uint64_t ca
 
 bool workers_full(const struct shmrpc_poller *poller, const struct conn *conn)
 {
-    if (poller->workers == 0)
+    if (poller->client)
         return false; /* a caller reads always, or two sides that only send would wait for ever */
     return load_relaxed(&conn->queued) >= LAYOUT_QUEUED_MAX || load_relaxed(&conn->outbox_bytes) > OUTBOX_MAX;
 }
@@ -88,6 +98,8 @@ static void start(struct shmrpc_poller *poller, struct shmrpc_slot *slot, struct
 {
     conn->references++;
     slot->conn = conn;
+    slot->serves = serving;
+    serving = slot;
     slot->running = true;
     slot->replied = slot->message.kind != SHMRPC_REQUEST;
     slot->call_id = slot->message.call_id;
@@ -146,13 +158,55 @@ static int enqueue(struct shmrpc_poller *poller, struct conn *conn,
     return 0;
 }
 
+static void wake_idle(struct shmrpc_poller *poller)
+{
+    struct shmrpc_slot *slot = poller->idle;
+
+    if (slot != NULL) {
+        poller->idle = slot->next_idle;
+        slot_wake(slot, SLOT_WAITING);
+    }
+}
+
+/* With the lock held: whether one more thread may be started. There is one more than requests that
+ * run or wait, so that somebody reads. */
+static bool may_spawn(const struct shmrpc_poller *poller)
+{
+    return poller->worker_threads <= poller->workers + poller->blocked;
+}
+
+/* With the lock held: whether a client's worker leaves requests to the threads that wait for
+ * replies: one of them leads, or is about to. */
+static bool left_to_callers(const struct shmrpc_poller *poller)
+{
+    return poller->client && poller->inside != 0;
+}
+
+/* With the lock held: a request waits in the queue; make sure that somebody runs it. */
+static void find_runner(struct shmrpc_poller *poller)
+{
+    if (poller->running >= poller->workers && !left_to_callers(poller))
+        return; /* who ends next, takes it */
+    store_relaxed(&poller->startable, 1);
+    if (poller->client || (poller->leader != NULL && poller->leader->goal == GOAL_REQUEST &&
+                           !poller->away))
+        return; /* the leader sees it at its next look */
+    if (poller->standby != NULL)
+        slot_wake(poller->standby, SLOT_WAITING);
+    else if (poller->idle != NULL)
+        wake_idle(poller);
+    else if (may_spawn(poller))
+        store_relaxed(&poller->spawn_wanted, 1); /* which the leading caller sees */
+}
+
 /* With the lock held: take the message into the slot and start it, or queue it. Returns a status
  * to answer with; the message is consumed in any case. */
 static uint32_t take_request(struct shmrpc_poller *poller, struct shmrpc_slot *slot,
                              struct conn *conn, const struct frame_header *header)
 {
-    bool room = slot->goal == GOAL_REQUEST && poller->running < poller->workers;
-    bool starts = room && poller->queue.first == NULL;
+    bool starts = slot->goal == GOAL_REQUEST && poller->running < poller->workers &&
+                  poller->queue.first == NULL && /* not before those that came earlier */
+                  !left_to_callers(poller);
     bool fast = false;
     int result = starts ? slot_receive(slot, conn, header) : enqueue(poller, conn, header);
 
@@ -166,10 +220,12 @@ static uint32_t take_request(struct shmrpc_poller *poller, struct shmrpc_slot *s
         count_own(&poller->counters.calls_refused, 1);
         return STATUS_RESOURCE_EXHAUSTED;
     }
+    if (header->kind == SHMRPC_REQUEST && (header->flags & SHMRPC_FLAG_STREAM) != 0)
+        events_note(poller, conn, SHMRPC_REQUEST, header->call_id, header->flags);
     if (starts)
         start(poller, slot, conn, fast);
     else
-        poller->queue_ready = room; /* not before those that came earlier */
+        find_runner(poller);
     return STATUS_OK;
 }
 
@@ -197,15 +253,24 @@ void workers_request(struct shmrpc_poller *poller, struct shmrpc_slot *slot, str
 
 void workers_cancel(struct shmrpc_poller *poller, struct conn *conn, uint64_t call_id)
 {
+    uint32_t flags = 0;
+
     poller_lock(poller);
     for (uint32_t i = 0; i < poller->slot_capacity; i++) {
         struct shmrpc_slot *slot = poller->slots[i];
-        if (slot != NULL && slot->running && slot->conn == conn && slot->call_id == call_id)
+        if (slot != NULL && slot->running && slot->conn == conn && slot->call_id == call_id) {
             store_release32((atomic_u32 *)&slot->message.cancelled, 1);
+            flags |= slot->message.flags;
+        }
     }
-    for (struct stored *stored = poller->queue.first; stored != NULL; stored = stored->next)
-        if (stored->conn == conn && stored->message.call_id == call_id)
+    for (struct stored *stored = poller->queue.first; stored != NULL; stored = stored->next) {
+        if (stored->conn == conn && stored->message.call_id == call_id) {
             stored->message.cancelled = 1; /* dropped when its turn comes */
+            flags |= stored->message.flags;
+        }
+    }
+    if ((flags & SHMRPC_FLAG_STREAM) != 0)
+        events_note(poller, conn, SHMRPC_CANCEL, call_id, flags);
     poller_unlock(poller);
 }
 
@@ -230,12 +295,13 @@ static struct stored *pop_queued(struct shmrpc_poller *poller)
 }
 
 /* With the lock held (and given up for moments): start the next queued request that is still
- * wanted. */
-static bool start_queued(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
+ * wanted, if fewer than `workers` run. */
+static bool start_queued(struct shmrpc_poller *poller, struct shmrpc_slot *slot, uint32_t workers)
 {
     struct stored *stored;
 
-    while (poller->running < poller->workers && (stored = pop_queued(poller)) != NULL) {
+    store_relaxed(&poller->startable, 0);
+    while (poller->running < workers && (stored = pop_queued(poller)) != NULL) {
         struct conn *conn = stored->conn;
         shmrpc_message *message = &stored->message;
         bool call = message->kind == SHMRPC_REQUEST;
@@ -266,8 +332,13 @@ static bool start_queued(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
             poller_unlock(poller); /* the reference in `stored` keeps the conn */
             workers_answer(poller, conn, slot->message.call_id, status);
             poller_lock(poller);
+            if ((slot->message.flags & SHMRPC_FLAG_STREAM) != 0) {
+                events_note(poller, conn, SHMRPC_CANCEL, slot->message.call_id,
+                            slot->message.flags);
+                poller_kick(poller); /* we need not be the one that leads */
+            }
         }
-        stored_free(poller, stored);
+        stored_free(stored);
         if (status == STATUS_OK)
             return true;
     }
@@ -276,9 +347,9 @@ static bool start_queued(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
 
 /* ---- roles ---- */
 
-/* With the lock held: the leader returns to Python, and somebody has to keep an eye on that. */
-static void go_away(struct shmrpc_poller *poller)
+void workers_go_away(struct shmrpc_poller *poller)
 {
+    /* Somebody has to keep an eye on that. */
     poller->away = true;
     poller->away_count++;
     if (poller->standby_parked)
@@ -296,13 +367,23 @@ static void doze(struct shmrpc_poller *poller, struct shmrpc_slot *slot, uint64_
     store_release32(&slot->state, SLOT_WAITING);
 }
 
-/* With the lock held: watch the leader until its role is free or it stays away too long. */
-static void stand_by(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
+static bool must_end(const struct shmrpc_poller *poller)
+{
+    return load_relaxed(&poller->stopping) != 0 || poller->retired;
+}
+
+/* With the lock held: watch the leader. True when it stays away too long; false when there is a
+ * request to run, or the poller stops. On a client requests are for the caller that leads, and
+ * the standby runs them only when it takes the role itself. */
+static bool stand_by(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
 {
     uint64_t seen = poller->away_count;
+    bool takes = false;
 
     poller->standby = slot;
-    while (load_relaxed(&poller->stopping) == 0 && poller->leader != NULL) {
+    while (!must_end(poller) && !takes) {
+        if (!poller->client && load_relaxed(&poller->startable) != 0)
+            break;
         if (!poller->away && poller->away_count == seen) {
             poller->standby_parked = true;
             doze(poller, slot, 0);
@@ -313,10 +394,10 @@ static void stand_by(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
         bool away = poller->away;
         seen = poller->away_count;
         doze(poller, slot, clock_now_ns() + TICK_NS);
-        if (away && poller->away && poller->away_count == seen)
-            break;
+        takes = away && poller->away && poller->away_count == seen;
     }
     poller->standby = NULL;
+    return takes && !must_end(poller);
 }
 
 static void idle(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
@@ -324,16 +405,6 @@ static void idle(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
     slot->next_idle = poller->idle;
     poller->idle = slot;
     doze(poller, slot, 0);
-}
-
-static void wake_idle(struct shmrpc_poller *poller)
-{
-    struct shmrpc_slot *slot = poller->idle;
-
-    if (slot != NULL) {
-        poller->idle = slot->next_idle;
-        slot_wake(slot, SLOT_WAITING);
-    }
 }
 
 void workers_wake_all(struct shmrpc_poller *poller)
@@ -351,45 +422,101 @@ static void finish_request(struct shmrpc_poller *poller, struct shmrpc_slot *slo
         return;
     slot->running = false;
     poller->running--;
-    poller_release_conn(poller, slot->conn);
+    conn_release(slot->conn);
     slot->conn = NULL;
+    if (serving == slot)
+        serving = slot->serves;
+    free(slot->reply_metadata);
+    slot->reply_metadata = NULL;
+    slot->reply_metadata_bytes = 0;
+}
+
+void workers_forget(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
+{
+    if (!poller->closed)
+        finish_request(poller, slot);
+    else if (slot->running)
+        conn_release(slot->conn);
+    if (serving == slot)
+        serving = slot->serves;
+    poller->worker_threads--;
+    if (poller->leader == slot) {
+        poller->leader = NULL;
+        workers_go_away(poller);
+    }
+}
+
+void workers_block(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
+{
+    if (serving == NULL || serving->poller != poller || !serving->running)
+        return;
+    slot->blocks = serving;
+    poller->running--;
+    poller->blocked++;
+    if (poller->queue.first != NULL) {
+        find_runner(poller);
+        poller_kick(poller); /* a leader that sleeps has to see it */
+    }
+}
+
+void workers_unblock(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
+{
+    slot->blocks = NULL;
+    poller->blocked--;
+    poller->running++; /* perhaps beyond `workers` for a while */
+}
+
+/* With the lock held: lead. What that ended with for the worker, or RESULT_QUEUED: to look again
+ * what there is to do. */
+static int64_t lead(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
+{
+    poller->leader = slot;
+    poller->away = false;
+    poller_unlock(poller);
+    int64_t result = poller_lead(poller, slot);
+    poller_lock(poller);
+    if (result == RESULT_WANTED)
+        callers_promote(poller, slot);
+    if (result == RESULT_WANTED || result == RESULT_QUEUED || result == SHMRPC_STOPPED)
+        return RESULT_QUEUED;
+    workers_go_away(poller);
+    return result;
 }
 
 /* With the lock held: find something to run for this worker. */
 static int64_t find_work(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
 {
     for (;;) {
-        if (load_relaxed(&poller->stopping) != 0) {
+        if (must_end(poller)) {
             if (poller->leader == slot)
                 poller->leader = NULL;
             return SHMRPC_STOPPED;
         }
-        if (start_queued(poller, slot)) {
+        if (!left_to_callers(poller) && start_queued(poller, slot, poller->workers)) {
             if (poller->leader == slot)
-                go_away(poller);
+                workers_go_away(poller);
             return slot->result;
         }
         if (poller->leader == slot || poller->leader == NULL) {
-            poller->leader = slot;
-            poller->away = false;
-            poller_unlock(poller);
-            int64_t result = poller_lead(poller, slot);
-            poller_lock(poller);
-            if (result == RESULT_QUEUED || result == SHMRPC_STOPPED)
-                continue;
-            go_away(poller);
-            return result;
+            int64_t result = lead(poller, slot);
+            if (result != RESULT_QUEUED)
+                return result;
         } else if (poller->standby == NULL) {
-            stand_by(poller, slot);
-            if (load_relaxed(&poller->stopping) != 0)
+            bool takes = stand_by(poller, slot);
+            if (must_end(poller))
                 continue;
-            poller->leader = slot;
-            poller->away = false;
-            if (poller->idle == NULL && poller->worker_threads <= poller->workers) {
-                go_away(poller);
+            if (takes) {
+                poller->leader = slot;
+                poller->away = false;
+            }
+            if (poller->idle == NULL && may_spawn(poller)) {
+                if (takes)
+                    workers_go_away(poller);
                 return SHMRPC_SPAWN;
             }
             wake_idle(poller);
+        } else if (poller->worker_threads > poller->workers + poller->blocked + 1) {
+            return SHMRPC_STOPPED; /* there were more to do when it was started */
         } else {
             idle(poller, slot);
         }
@@ -411,15 +538,57 @@ int64_t shmrpc_next(shmrpc_slot *slot)
     return result;
 }
 
-int shmrpc_reply(shmrpc_slot *slot, uint32_t status, const char *metadata, size_t metadata_bytes,
-                 const char *body, size_t body_bytes)
+shmrpc_slot *shmrpc_worker_new(shmrpc_poller *poller)
+{
+    struct shmrpc_slot *slot = slot_new(poller, 0, true);
+
+    if (slot != NULL) {
+        poller_lock(poller);
+        poller->worker_threads++;
+        poller_unlock(poller);
+    }
+    return slot;
+}
+
+int64_t shmrpc_next_queued(shmrpc_slot *slot)
+{
+    struct shmrpc_poller *poller = slot->poller;
+
+    poller_lock(poller);
+    finish_request(poller, slot);
+    /* The thread is there anyway, and what it waits for may depend on this request. */
+    bool starts = !must_end(poller) && start_queued(poller, slot, UINT32_MAX);
+    int64_t result = starts ? slot->result : 0;
+    poller_unlock(poller);
+    return result;
+}
+
+uint64_t shmrpc_inherited_deadline(void)
+{
+    return serving != NULL ? serving->message.deadline_ns : 0;
+}
+
+int shmrpc_reply_metadata(shmrpc_slot *slot, const char *metadata, size_t metadata_bytes)
+{
+    uint8_t *copy = malloc(metadata_bytes + 1);
+
+    if (copy == NULL)
+        return -ENOMEM;
+    memcpy(copy, metadata, metadata_bytes);
+    free(slot->reply_metadata);
+    slot->reply_metadata = copy;
+    slot->reply_metadata_bytes = (uint32_t)metadata_bytes;
+    return 0;
+}
+
+int shmrpc_reply(shmrpc_slot *slot, uint32_t status, const char *body, size_t body_bytes)
 {
     struct outgoing message = {
         .header = {.kind = SHMRPC_REPLY,
                    .method_bytes = (uint16_t)status,
                    .call_id = slot->call_id,
-                   .metadata_bytes = (uint32_t)metadata_bytes},
-        .parts = {{(void *)(uintptr_t)metadata, metadata_bytes},
+                   .metadata_bytes = slot->reply_metadata_bytes},
+        .parts = {{slot->reply_metadata, slot->reply_metadata_bytes},
                   {(void *)(uintptr_t)body, body_bytes}},
     };
     uint64_t position;
@@ -433,7 +602,7 @@ int shmrpc_reply(shmrpc_slot *slot, uint32_t status, const char *metadata, size_
 
 int64_t shmrpc_reply_next(shmrpc_slot *slot, const char *body, size_t body_bytes)
 {
-    int status = shmrpc_reply(slot, STATUS_OK, NULL, 0, body, body_bytes);
+    int status = shmrpc_reply(slot, STATUS_OK, body, body_bytes);
 
     if (status == -EMSGSIZE || status == -ENOMEM)
         return status;

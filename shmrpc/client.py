@@ -1,8 +1,4 @@
-"""The synchronous client: calls from any number of threads over one connection.
-
-``call`` packs its arguments, makes one C call that sends the request and waits for the reply, and
-unpacks the result; everything else here is what to do when that is not the whole story.
-"""
+"""The synchronous client: a connection that is made again when it is lost."""
 
 from __future__ import annotations
 
@@ -13,61 +9,34 @@ import time
 import weakref
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-import msgpack
-
 from . import address as addresses
-from ._native import ffi, lib
-from .codec import Codec, MsgpackCodec, explain_arguments
-from .errors import (
-    STATUS_NAMES,
-    Cancelled,
-    ConnectError,
-    ConnectionLost,
-    DeadlineExceeded,
-    Error,
-    ForkedError,
-    MessageTooLarge,
-    MethodNotFound,
-    Overloaded,
-    ProtocolError,
-    RemoteError,
-)
-from .futures import CallFuture, Futures
+from .channel import Channel
+from .codec import Codec, MsgpackCodec
+from .errors import Cancelled, ConnectError, ForkedError
+from .futures import CallFuture
 from .handshake import Terms
-from .link import (
-    FOREVER,
-    Link,
-    Slot,
-    Wait,
-    check_options,
-    check_timeout,
-    make_name,
-    nanoseconds_until,
-)
-from .metadata import Metadata, pack_metadata
-from .proxy import Proxy, make_proxy
+from .intercepted import Intercepted
+from .link import check_options, connect_link
+from .poller import Connection, Poller, Wait, check_timeout
+from .registry import Registry
+from .retries import Retries
+from .worker import InlineWorkers, Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from types import TracebackType
 
+    from .interceptors import Interceptor
     from .segments import Backing
 
 __all__ = ["Client", "connect"]
 
-T = TypeVar("T")
+F = TypeVar("F", bound="Callable[..., Any]")
 
-_NAMES_MAX = 4096
 _BACKOFF_FIRST = 0.002
 _BACKOFF_MAX = 0.2
-
-_call = lib.shmrpc_call
-_unpackb = msgpack.unpackb
-_MESSAGE = lib.SHMRPC_MESSAGE
-_EVENTS = lib.SHMRPC_EVENTS
-_EINTR, _EAGAIN, _ENOMEM, _EPIPE = -errno.EINTR, -errno.EAGAIN, -errno.ENOMEM, -errno.EPIPE
-_EPROTO, _EMSGSIZE, _ENOTCONN = -errno.EPROTO, -errno.EMSGSIZE, -errno.ENOTCONN
-_ETIMEDOUT = -errno.ETIMEDOUT
+_WORKERS = 16
+_MAX_CONCURRENCY = 1024
 
 
 def connect(
@@ -81,6 +50,8 @@ def connect(
     wait: Wait = "auto",
     spin_budget: float | None = None,
     codec: Codec | None = None,
+    interceptors: Iterable[Interceptor] = (),
+    retries: int = 0,
 ) -> Client:
     """Connect to a server and return a client.
 
@@ -91,6 +62,9 @@ def connect(
     from: ``"shm"``, ``"memfd"`` or ``"auto"``. ``allow_uids`` are the other users' servers that
     may be talked to. ``wait`` is ``"auto"``, ``"spin"`` (lowest latency at any cost) or
     ``"block"``; ``spin_budget`` in seconds is how long ``"auto"`` spins at most.
+    ``interceptors`` see every call, the first outermost (see ``shmrpc.interceptors``).
+    ``retries`` is how often a call is repeated whose connection was lost before it started, or
+    that may have run and is declared idempotent (see ``shmrpc.retries.Retries``).
 
     Raises ``ConnectError``.
     """
@@ -104,10 +78,19 @@ def connect(
         wait=wait,
         spin_budget=spin_budget,
         codec=codec,
+        interceptors=interceptors,
+        retries=retries,
     )
 
 
-class Client:
+def _retries(attempts: int) -> list[Interceptor]:
+    if isinstance(attempts, bool) or not isinstance(attempts, int) or attempts < 0:
+        msg = f"retries must be a number of repetitions from 0 on, not {attempts!r}"
+        raise ValueError(msg)
+    return [Retries(attempts + 1)] if attempts else []
+
+
+class Client(Channel):
     """A connection to a server that is made again when it is lost.
 
     All methods may be used by any number of threads at once. A client made before a fork raises
@@ -126,6 +109,8 @@ class Client:
         wait: Wait = "auto",
         spin_budget: float | None = None,
         codec: Codec | None = None,
+        interceptors: Iterable[Interceptor] = (),
+        retries: int = 0,
     ) -> None:
         """Connect; see ``connect`` for the parameters."""
         check_options(max_message_bytes, backing, wait, spin_budget)
@@ -135,30 +120,30 @@ class Client:
             Terms(addresses.parse(text), max_message_bytes, backing=backing, allow_uids=uids)
             for text in ([address] if fallback is None else [address, fallback])
         ]
-        self._timeout = timeout
+        super().__init__(codec if codec is not None else MsgpackCodec(), timeout)
         self._wait: Wait = wait
         self._spin_budget = spin_budget
-        self._codec: Codec = codec if codec is not None else MsgpackCodec()
-        self._decode = self._codec.decode
-        self._plain = type(self._codec) is MsgpackCodec
-        self._names: dict[str, Any] = {}
         self._lock = threading.Lock()
         self._connecting = threading.Lock()
-        self._closed = False
         self._forked = False
         self._reconnects = -1
-        # The pool of the current link's free slots. Empty when there is no link, so that the
-        # path of every call needs to look at nothing else.
-        self._slots: list[Slot] = []
-        self._link: Link | None = None
-        self._futures: Futures | None = None
+        self._link: Connection | None = None
+        self.registry = Registry()
+        around = [*interceptors, *_retries(retries)]
+        if around:
+            # In place of our own methods, so that clients without interceptors pay nothing.
+            calls = Intercepted(self, around, self._peer_name, self._is_idempotent)
+            self.__dict__.update(calls.methods())
         _clients.add(self)
-        self._current_link(time.monotonic() + timeout, once=True)
+        self._connect(time.monotonic() + timeout, once=True)
 
     # ---- connecting ----
 
-    def _current_link(self, deadline: float, *, once: bool = False) -> Link:
-        """The live link, made now if there is none; tries until the deadline."""
+    def _connection(self, deadline: float) -> Connection:
+        """The live connection, made now if there is none; tries until the deadline."""
+        return self._connect(min(deadline, time.monotonic() + self._timeout))
+
+    def _connect(self, deadline: float, *, once: bool = False) -> Connection:
         link = self._link
         if link is not None:
             return link
@@ -183,33 +168,42 @@ class Client:
             time.sleep(delay)
             delay = min(delay * 2, _BACKOFF_MAX)
 
-    def _connect_once(self, timeout: float) -> Link:
+    def _connect_once(self, timeout: float) -> Connection:
         failures = []
         for terms in self._terms:
             try:
-                return Link(terms, timeout, wait=self._wait, spin_budget=self._spin_budget)
+                return connect_link(
+                    terms, self._codec, timeout, wait=self._wait, spin_budget=self._spin_budget
+                )
             except ConnectError as error:
                 failures.append(error)
         if len(failures) == 1:
             raise failures[0]
         raise ConnectError("; ".join(str(error) for error in failures)) from failures[0]
 
-    def _adopt(self, link: Link) -> None:
+    def _adopt(self, link: Connection) -> None:
         with self._lock:
             if self._closed:
                 link.shutdown()
                 self._check_usable()
+            if len(self.registry):
+                self._serve(link)
             self._link = link
             self._slots = link.slots
             self._reconnects += 1
 
-    def _drop(self, link: Link) -> None:
-        """Stop using a link that was lost; the next call makes a new one."""
+    def _drop(self, connection: Connection) -> None:
+        """Stop using a connection that was lost; the next call makes a new one."""
+        self._retire(connection)
+        connection.shutdown()
+
+    def _retire(self, connection: Connection) -> None:
+        """Make the next call on a new connection; those under way on this one go on."""
         with self._lock:
-            if self._link is link:
+            if self._link is connection:
                 self._link = None
                 self._slots = []
-        link.shutdown()
+        connection.retire()
 
     def _check_fork(self) -> None:
         if self._forked:
@@ -222,268 +216,84 @@ class Client:
             msg = f"this client of {self._terms[0].address} is closed"
             raise Cancelled(msg)
 
-    def _slot(self, timeout: float | None = None) -> Slot:
-        """A free slot of a live link."""
-        try:
-            return self._slots.pop()
-        except IndexError:
-            pass
-        patience = self._timeout if timeout is None else min(timeout, self._timeout)
-        return Slot(self._current_link(time.monotonic() + patience), self._codec)
+    # ---- methods that the server may call ----
 
-    def _name(self, method: Any) -> Any:
-        if not isinstance(method, str):
-            msg = f"the method's name must be a str, not {type(method).__name__}"
-            raise TypeError(msg)
-        name = make_name(method)
-        if len(self._names) >= _NAMES_MAX:
-            self._names.clear()
-        self._names[method] = name
-        return name
-
-    # ---- calls ----
-
-    def call(
+    @overload
+    def method(self, function: F, /) -> F: ...
+    @overload
+    def method(
+        self, /, *, name: str | None = None, requests: bool = False, idempotent: bool = False
+    ) -> Callable[[F], F]: ...
+    def method(
         self,
-        method: str,
+        function: Any = None,
         /,
-        *args: Any,
-        timeout: float | None = None,
-        metadata: Metadata | None = None,
-        **kwargs: Any,
+        *,
+        name: str | None = None,
+        requests: bool = False,
+        idempotent: bool = False,
     ) -> Any:
-        """Call a method and return its result.
+        """Offer a function to the server: ``current_call().caller.call(...)`` in its handlers.
 
-        ``timeout`` in seconds bounds the whole call; None waits as long as the server lives.
-        ``metadata`` (str to str or bytes, up to 8 KiB) is what the handler finds in
-        ``current_call().metadata``. Other keywords go to the method.
-        Arguments are copied; the result is a new object. Raises ``DeadlineExceeded``,
-        ``RemoteError``, ``MethodNotFound``, ``Overloaded``, ``MessageTooLarge``,
-        ``ConnectionLost``, ``ConnectError``, and TypeError or ValueError for arguments that can't
-        be sent. Interrupting it (Ctrl-C) cancels the call.
+        Use it as ``Server.method``. It runs in a thread that waits for a reply on this client, if
+        there is one, else in a thread of the client's own; ``current_call()`` works in it.
         """
-        if kwargs or timeout is not None or metadata is not None:
-            return self._call_with(method, args, kwargs, timeout, metadata)
-        try:
-            slot = self._slots.pop()
-        except IndexError:
-            slot = self._slot()
-        try:
-            name = self._names[method]
-        except (KeyError, TypeError):
-            name = self._name(method)
-        try:
-            body = slot.pack(args)
-        except Exception as error:
-            raise self._unpackable(slot, method, args, kwargs, error) from error
-        count = _call(slot.c, name, body, len(body), -1)
-        if count < 0:
-            if count == _ENOTCONN:
-                self._drop(slot.link)
-                return self.call(method, *args)
-            return self._finish(slot, method, count)
-        try:
-            if self._plain:  # MsgpackCodec.decode written out: 0.1 us less
-                result = _unpackb(slot.view[:count], strict_map_key=False)
-            else:
-                result = self._decode(slot.view[:count])
-        except (ValueError, TypeError) as error:
-            raise self._undecodable(slot, method, error) from error
-        slot.link.slots.append(slot)
-        return result
 
-    def _call_with(
-        self,
-        method: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        timeout: float | None,
-        metadata: Metadata | None,
-    ) -> Any:
-        """Call with more than arguments; the timeout includes connecting again."""
-        beside = b"" if metadata is None else pack_metadata(metadata)
-        deadline = FOREVER if timeout is None else time.monotonic() + check_timeout(timeout)
-        while True:
-            slot = self._slot(None if timeout is None else max(0.0, deadline - time.monotonic()))
-            name = self._names.get(method) or self._name(method)
-            try:
-                body = slot.pack([args, kwargs] if kwargs else args)
-            except Exception as error:
-                raise self._unpackable(slot, method, args, kwargs, error) from error
-            left_ns = nanoseconds_until(deadline)
-            flags = lib.SHMRPC_FLAG_KEYWORDS if kwargs else 0
-            status = lib.shmrpc_call_with(
-                slot.c, name, flags, beside, len(beside), body, len(body), left_ns
-            )
-            if status != _ENOTCONN:
-                return self._finish(slot, method, status)
-            self._drop(slot.link)
-
-    def _unpackable(
-        self,
-        slot: Slot,
-        method: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        error: Exception,
-    ) -> Exception:
-        slot.pack = self._codec.encoder()  # the old one may hold half a message
-        slot.link.slots.append(slot)
-        return explain_arguments(self._codec, method, args, kwargs, error)
-
-    def _undecodable(self, slot: Slot, method: str, error: Exception) -> ProtocolError:
-        slot.link.slots.append(slot)
-        return ProtocolError(f"{slot.link.peer} sent a result of {method!r} that is none: {error}")
-
-    def _finish(self, slot: Slot, method: str, status: int) -> Any:
-        """Bring a call to its end whose C call returned anything but a plain result."""
-        link = slot.link
-        try:
-            while status in (_EAGAIN, _EINTR, _EVENTS):
-                if status == _EVENTS:
-                    self._pump().dispatch(link)
-                # Between two C calls Python runs the handlers of pending signals.
-                status = lib.shmrpc_wait(slot.c)
-        except BaseException:
-            lib.shmrpc_abandon(slot.c)
-            raise
-        if status < 0 and status != _MESSAGE:
-            raise self._failure(slot, method, status)
-        body: memoryview | bytes
-        if status >= 0:
-            body = slot.view[:status]
-        else:
-            body = slot.body() if slot.message.body_bytes else b""
-            if slot.message.status != 0:
-                failure = self._remote_error(link, method, slot.message.status, bytes(body))
-                link.slots.append(slot)
-                raise failure
-        try:
-            result = self._decode(body)
-        except (ValueError, TypeError) as error:
-            raise self._undecodable(slot, method, error) from error
-        link.slots.append(slot)
-        return result
-
-    def _remote_error(self, link: Link, method: str, status: int, body: bytes) -> Error:
-        code = STATUS_NAMES[status] if status < len(STATUS_NAMES) else "UNKNOWN"
-        if not body:
-            return self._core_error(link, method, code)
-        try:
-            fields = MsgpackCodec().decode(body)
-            error = RemoteError(
-                str(fields["message"]),
-                type=str(fields["type"]),
-                code=code,
-                remote_traceback=str(fields.get("traceback", "")),
-                details=fields.get("details"),
-            )
-        except (ValueError, TypeError, KeyError, AttributeError):
-            return ProtocolError(f"{link.peer} sent an error for {method!r} that is not readable")
-        if error.type == "shmrpc.MessageTooLarge":
-            return MessageTooLarge(f"{link.peer}: {error.message}")
-        return error
-
-    def _core_error(self, link: Link, method: str, code: str) -> Error:
-        """What an error without a body means: the server's core sent it, no handler did."""
-        peer = link.peer
-        if code == "UNIMPLEMENTED":
-            return MethodNotFound(f"{peer} has no method {method!r}")
-        if code == "RESOURCE_EXHAUSTED":
-            return Overloaded(f"{peer} refused {method!r}: it has as many calls as it may take")
-        if code == "DEADLINE_EXCEEDED":
-            return DeadlineExceeded(f"{method!r} on {peer} expired before it was started")
-        if code == "UNAVAILABLE":
-            return ConnectionLost(f"{peer} is stopping and did not start {method!r}", "not_started")
-        return RemoteError(f"{peer} ended {method!r}", code=code)
-
-    def _failure(self, slot: Slot, method: str, status: int) -> Exception:
-        """The exception for a call that ended without a reply."""
-        link = slot.link
-        if status == _ETIMEDOUT:
-            link.slots.append(slot)
-            return DeadlineExceeded(f"{method!r} on {link.peer} took longer than its timeout")
-        if status == _EMSGSIZE:
-            link.slots.append(slot)
-            return MessageTooLarge(
-                f"the request of {method!r} is longer than {link.peer} accepts "
-                f"(max_message_bytes={link.max_request_bytes})"
-            )
-        if status == _ENOMEM:
-            link.slots.append(slot)
-            return MemoryError(f"no memory to send the request of {method!r} to {link.peer}")
-        if status in (_EPIPE, _EPROTO):
-            self._drop(link)
-            if self._closed:
-                return Cancelled(f"{method!r} on {link.peer}: the client was closed meanwhile")
-            return link.lost(status, slot.message.outcome, method)
-        return Error(f"waiting for {method!r} on {link.peer} failed: {os.strerror(-status)}")
-
-    def notify(
-        self,
-        method: str,
-        /,
-        *args: Any,
-        timeout: float | None = None,
-        metadata: Metadata | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Call a method without waiting for it, or for a result or an error of it.
-
-        Returns once the message has left this process: with a server that does not keep up it
-        waits for room, at most ``timeout`` seconds. Raises as ``call``, but nothing remote.
-        """
-        self._pump().notify(method, args, kwargs, timeout, metadata)
-
-    def submit(
-        self,
-        method: str,
-        /,
-        *args: Any,
-        timeout: float | None = None,
-        metadata: Metadata | None = None,
-        **kwargs: Any,
-    ) -> CallFuture:
-        """Start a call and return a ``concurrent.futures.Future`` of its result.
-
-        ``timeout`` in seconds bounds the call; ``cancel`` on the future cancels it also after it
-        was sent. Raises at once what ``call`` would before sending; all else is in the future.
-        """
-        return self._pump().submit(method, args, kwargs, timeout, metadata)
-
-    def _pump(self) -> Futures:
-        if self._futures is None:
+        def add(wrapped: Any) -> Any:
+            self._check_usable()
+            self.registry.add(wrapped, name, requests=requests, idempotent=idempotent)
             with self._lock:
-                if self._futures is None:
-                    self._futures = Futures(self)
-        return self._futures
+                if self._link is not None:
+                    self._serve(self._link)
+            return wrapped
 
-    # ---- views ----
+        return add if function is None else add(function)
 
-    @overload
-    def proxy(self, interface: Callable[..., T], *, prefix: str = "") -> T: ...
-    @overload
-    def proxy(self, interface: None = None, *, prefix: str = "") -> Proxy: ...
-    def proxy(self, interface: Any = None, *, prefix: str = "") -> Any:
-        """Return an object whose methods are calls: ``client.proxy(Calculator).add(1, 2)``.
+    def _serve(self, link: Connection) -> None:
+        """Run the registered methods for this server (our lock is held)."""
+        if link.poller.serving:
+            return
+        self.registry.bind(link.poller)
+        link.poller.serve(
+            self._run_worker,
+            InlineWorkers(self, link.poller).serve,
+            workers=_WORKERS,
+            max_concurrency=_MAX_CONCURRENCY,
+        )
 
-        With a class or Protocol, it has that class's public methods and type-checks as it; without,
-        any attribute is a method. ``prefix`` is put before each name.
-        """
-        return make_proxy(self.call, interface, prefix)
+    def _run_worker(self, poller: Poller) -> None:
+        Worker(self, poller).run()
 
-    def ping(self, timeout: float | None = None) -> float:
-        """Ask the server's core for an answer and return the seconds that took.
+    @property
+    def codec(self) -> Codec:
+        """How values travel."""
+        return self._codec
 
-        Works also while all its handlers are busy. Raises as ``call``.
-        """
-        return self._pump().ping(self._timeout if timeout is None else timeout)
+    def caller_of(self, _connection: Connection) -> Client:
+        """What calls the server from our methods: this client."""
+        return self
+
+    def shows_tracebacks(self, connection: Connection) -> bool:
+        """Whether the server sees tracebacks of our methods."""
+        return connection.credentials.uid == os.geteuid()
+
+    # ---- for interceptors ----
+
+    def _peer_name(self) -> str:
+        link = self._link
+        return link.peer if link is not None else str(self._terms[0].address)
+
+    def _is_idempotent(self, method: str) -> bool:
+        """Ask the server; what it does not know is not."""
+        described = self._call_with("shmrpc.describe", (method,), {}, self._timeout, None)
+        return isinstance(described, dict) and described.get("idempotent") is True
+
+    # ---- the rest ----
 
     def stats(self) -> dict[str, int]:
         """Counters of the current connection: spins, sleeps, wake-ups, frames, late replies."""
-        link = self._current_link(time.monotonic() + self._timeout)
-        counters = ffi.new("shmrpc_stats *")
-        lib.shmrpc_poller_stats(link.poller, counters)
+        link = self._connection(time.monotonic() + self._timeout)
+        counters = link.poller.stats()
         shown = (
             "spins_hit",
             "spins_missed",
@@ -495,11 +305,7 @@ class Client:
             "late_replies",
             "outbox_bytes",
         )
-        stats = {name: int(getattr(counters, name)) for name in shown}
-        stats["reconnects"] = self._reconnects
-        return stats
-
-    # ---- the end ----
+        return {name: counters[name] for name in shown} | {"reconnects": self._reconnects}
 
     def close(self) -> None:
         """Hang up. Calls under way in other threads end with an error. Safe to repeat."""
@@ -509,10 +315,14 @@ class Client:
             self._closed = True
             link, self._link = self._link, None
             self._slots = []
-        if link is not None:
-            link.shutdown()
-        if self._futures is not None:
-            self._futures.close()
+        if link is None:
+            return
+        for call_id, pending in list(link.session.calls.items()):
+            if isinstance(pending, CallFuture):
+                pending.abandon()
+            elif link.session.calls.pop(call_id, None) is not None:
+                pending.lost(errno.EPIPE)
+        link.shutdown()
 
     def __enter__(self) -> Client:
         return self

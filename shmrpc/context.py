@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .metadata import Metadata, check_metadata
 
 if TYPE_CHECKING:
+    from .poller import Connection
     from .rendezvous import Credentials
 
-__all__ = ["CallContext", "current_call", "enter_worker"]
+__all__ = ["CallContext", "current_call", "enter_worker", "leave_worker"]
 
 
 class CallSource(Protocol):
@@ -21,27 +24,54 @@ class CallSource(Protocol):
     def cancelled(self, context: CallContext) -> bool:
         """Whether the caller of this call, if it still runs, has given up."""
 
+    def caller(self, context: CallContext) -> Any:
+        """What calls the caller of this call."""
+
+    def set_metadata(self, context: CallContext) -> None:
+        """Send the reply with the context's metadata."""
+
+    def send_initial(self, context: CallContext) -> None:
+        """Send the context's initial metadata now, if the call can take it before its reply."""
+
 
 class CallContext:
     """One call as its handler sees it. Valid in the handler's thread while the handler runs."""
 
-    __slots__ = ("_source", "call_id", "conn_id", "deadline", "metadata", "method", "peer")
+    __slots__ = (
+        "_source",
+        "call_id",
+        "conn_id",
+        "connection",
+        "deadline",
+        "initial_metadata",
+        "metadata",
+        "method",
+        "one_way",
+        "peer",
+        "trailing_metadata",
+    )
 
     def __init__(
         self,
         source: CallSource,
-        ids: tuple[int, int],
+        connection: Connection | None,
+        call_id: int,
         method: str,
         peer: Credentials,
         deadline: float | None,
         metadata: dict[str, str | bytes],
     ) -> None:
         self._source = source
-        self.conn_id, self.call_id = ids
+        self.connection = connection
+        self.conn_id = 0
+        self.one_way = False  # a notification: nobody waits for its end
+        self.call_id = call_id
         self.method = method
         self.peer = peer
         self.metadata = metadata
         self.deadline = deadline  # time.monotonic() seconds, or None
+        self.initial_metadata: dict[str, str | bytes] | None = None  # None: not sent
+        self.trailing_metadata: dict[str, str | bytes] = {}
 
     def time_remaining(self) -> float | None:
         """Seconds until the deadline, negative after it; None if there is none."""
@@ -53,13 +83,59 @@ class CallContext:
         remaining = self.time_remaining()
         return (remaining is not None and remaining <= 0) or self._source.cancelled(self)
 
+    @property
+    def caller(self) -> Any:
+        """What calls methods of the caller: ``caller.call("progress", 0.5)``.
+
+        It has a client's ``call``, ``notify``, ``submit``, ``stream``, ``open`` and ``proxy``, and
+        may be kept: it works in any thread until that connection ends.
+        """
+        return self._source.caller(self)
+
+    def set_trailing_metadata(self, metadata: Metadata) -> None:
+        """Add to what goes to the caller with the end of this call.
+
+        TypeError for anything but str to str or bytes, ValueError beyond 8 KiB in all.
+        """
+        check_metadata(metadata)
+        before = dict(self.trailing_metadata)
+        self.trailing_metadata.update(metadata)
+        try:
+            self._source.set_metadata(self)
+        except ValueError:
+            self.trailing_metadata = before
+            raise
+
+    def send_initial_metadata(self, metadata: Metadata) -> None:
+        """Send metadata before the first reply, once; a unary call's goes with its result.
+
+        TypeError, ValueError as ``set_trailing_metadata``; RuntimeError if it was sent already.
+        """
+        check_metadata(metadata)
+        if self.initial_metadata is not None:
+            msg = f"the initial metadata of {self.method!r} was sent already"
+            raise RuntimeError(msg)
+        self.initial_metadata = dict(metadata)
+        try:
+            self._source.send_initial(self)
+        except ValueError:
+            self.initial_metadata = None
+            raise
+
 
 _thread = threading.local()
 
 
-def enter_worker(source: CallSource) -> None:
-    """Tell ``current_call`` who runs the calls of this thread."""
+def enter_worker(source: CallSource) -> CallSource | None:
+    """Tell ``current_call`` who runs the calls of this thread; returns who did before."""
+    before: CallSource | None = getattr(_thread, "source", None)
     _thread.source = source
+    return before
+
+
+def leave_worker(before: CallSource | None) -> None:
+    """Undo ``enter_worker``."""
+    _thread.source = before
 
 
 def current_call() -> CallContext:

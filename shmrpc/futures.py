@@ -1,7 +1,7 @@
 """Calls that nobody waits for yet: ``submit`` and its futures.
 
-There is no reader thread. Whoever asks a future for its result reads for all futures of the
-client meanwhile. Only a future that has to tell somebody by itself (``add_done_callback``,
+There is no reader thread. Whoever asks a future for its result reads for all calls of the
+connection meanwhile. Only a future that has to tell somebody by itself (``add_done_callback``,
 ``concurrent.futures.wait``, ``as_completed``, ``asyncio.wrap_future``) starts a thread that does
 the reading while such futures are pending.
 """
@@ -10,74 +10,84 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import threading
 import time
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import CancelledError, Future, InvalidStateError
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ._native import ffi, lib
-from .errors import Cancelled, DeadlineExceeded, Error, ProtocolError
-from .link import FOREVER, Link, Slot, check_timeout, nanoseconds_until
-from .metadata import Metadata, pack_metadata
+from ._native import lib
+from .errors import Cancelled, DeadlineExceeded, Error, ForkedError, ProtocolError
+from .metadata import unpack_reply_metadata
+from .poller import FOREVER, Connection, Waiters
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .codec import Codec
-
-__all__ = ["CallFuture", "Futures", "Host"]
-
-_EAGAIN, _EINTR, _ETIMEDOUT = -errno.EAGAIN, -errno.EINTR, -errno.ETIMEDOUT
-_EPIPE, _EPROTO, _ENOTCONN = -errno.EPIPE, -errno.EPROTO, -errno.ENOTCONN
+__all__ = ["CallFuture"]
 
 
-class Host(Protocol):
+class Channel(Protocol):
     """The client, as far as its futures need it."""
 
-    _codec: Codec
-
-    def _slot(self, timeout: float | None = None) -> Slot: ...
-    def _check_fork(self) -> None: ...
-    def _drop(self, link: Link) -> None: ...
-    def _name(self, method: str) -> Any: ...
-    def _failure(self, slot: Slot, method: str, status: int) -> Exception: ...
-    def _remote_error(self, link: Link, method: str, status: int, body: bytes) -> Error: ...
-    def _unpackable(
-        self,
-        slot: Slot,
-        method: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        error: Exception,
-    ) -> Exception: ...
+    def _remote_error(
+        self, connection: Connection, method: str, status: int, body: bytes
+    ) -> Error: ...
 
 
-class _Waiters(list[Any]):
+class _Watchers(list[Any]):
     """The futures module's list of who waits for one future, which tells when it gets one."""
 
     def __init__(self, future: CallFuture) -> None:
         super().__init__()
         self._future = future
 
-    def append(self, waiter: Any) -> None:
-        super().append(waiter)
+    def append(self, watcher: Any) -> None:
+        super().append(watcher)
         self._future.read_in_background()
 
 
 class CallFuture(Future[Any]):
     """The result of a submitted call. Safe to use from any thread, like any Future."""
 
-    def __init__(self, futures: Futures, link: Link, method: str, deadline: float) -> None:
+    def __init__(
+        self, channel: Channel, connection: Connection, method: str, deadline: float
+    ) -> None:
         super().__init__()
-        self._waiters = _Waiters(self)
-        self.futures = futures
-        self.peer = link.peer
+        self._waiters = _Watchers(self)
         self.method = method
-        self.call_id = 0
-        self.position = 0
         self.deadline = deadline  # time.monotonic() seconds
-        self.readers: list[Slot] = []
+        self.call_id = connection.session.new_id(lib.SHMRPC_PYTHON_INDEX)
+        self.position = 0
+        self.threads = Waiters()
+        self._channel = channel
+        self._connection = connection
+        self._metadata = b""
+        self._observers: list[Callable[[BaseException | None], None]] = []
+
+    # ---- for the channel ----
+
+    def register(self) -> None:
+        """Take the reply from now on."""
+        self._connection.register(self.call_id, self)
+
+    def unregister(self) -> None:
+        """It came to nothing: nobody has seen it."""
+        self._connection.session.calls.pop(self.call_id, None)
+
+    def observe(self, fn: Callable[[BaseException | None], None]) -> None:
+        """Call this when it is finished, with its error, without reading in the background."""
+        self._observers.append(fn)
+
+    def reply_metadata(self) -> tuple[dict[str, str | bytes], dict[str, str | bytes]]:
+        """Trailing and initial metadata, as far as they have come."""
+        return unpack_reply_metadata(self._metadata)
+
+    def _ended(self, error: BaseException | None) -> None:
+        for observer in self._observers:
+            observer(error)
+        self.threads.wake()
+
+    # ---- as any Future ----
 
     def result(self, timeout: float | None = None) -> Any:
         """As ``Future.result``; reads from the connection while it waits."""
@@ -100,14 +110,52 @@ class CallFuture(Future[Any]):
         if not super().cancel():
             return False
         self.set_running_or_notify_cancel()
-        self.futures.forget(self)
-        self.wake_readers()
+        self._forget()
+        self._ended(CancelledError())
         return True
 
     def add_done_callback(self, fn: Callable[[Future[Any]], object]) -> None:
         """As ``Future.add_done_callback``; a background thread reads from now on."""
         super().add_done_callback(fn)
         self.read_in_background()
+
+    @property
+    def initial_metadata(self) -> dict[str, str | bytes]:
+        """What the handler sent before its result; waits for the result."""
+        self.exception()
+        return self.reply_metadata()[1]
+
+    @property
+    def trailing_metadata(self) -> dict[str, str | bytes]:
+        """What the handler set for the end of the call; waits for the result."""
+        self.exception()
+        return self.reply_metadata()[0]
+
+    # ---- for who reads the connection ----
+
+    def replied(self, status: int, metadata: bytes, body: bytes) -> Callable[[], None]:
+        """Take the reply; finishing the future runs its callbacks, which may do anything."""
+        self._metadata = metadata
+        return lambda: self._settle(status, body)
+
+    def lost(self, error: int) -> Callable[[], None]:
+        """The connection has ended."""
+        outcome = self._connection.outcome(self.call_id, self.position)
+        return lambda: self.finish(None, self._connection.lost(error, outcome, self.method))
+
+    def _settle(self, status: int, body: bytes) -> None:
+        connection = self._connection
+        if status != 0:
+            error = self._channel._remote_error(connection, self.method, status, body)
+            self.finish(None, error)
+            return
+        try:
+            result = connection.codec.decode(body) if body else None
+        except (ValueError, TypeError) as reason:
+            msg = f"{connection.peer} sent a result of {self.method!r} that is none: {reason}"
+            self.finish(None, ProtocolError(msg))
+        else:
+            self.finish(result)
 
     def finish(self, result: Any, error: BaseException | None = None) -> None:
         """Set the outcome, unless it has been cancelled meanwhile."""
@@ -116,313 +164,108 @@ class CallFuture(Future[Any]):
                 self.set_exception(error)
             else:
                 self.set_result(result)
-        self.wake_readers()
+            self._ended(error)
 
-    def wake_readers(self) -> None:
-        """End the waits of threads that read on this future's behalf."""
-        for slot in list(self.readers):
-            lib.shmrpc_poke(slot.c)
+    def expire(self) -> None:
+        """Its deadline has passed, or nobody can read any more."""
+        if not self._forget():
+            return  # it is finished, or about to be by the thread that took its reply
+        peer = self._connection.peer
+        error: Exception
+        if time.monotonic() >= self.deadline:
+            error = DeadlineExceeded(f"{self.method!r} on {peer} took longer than its timeout")
+        else:
+            error = self._connection.lost(errno.EPIPE, lib.SHMRPC_UNKNOWN, self.method)
+        self.finish(None, error)
+
+    def abandon(self) -> None:
+        """The client is being closed."""
+        if self._forget():
+            peer = self._connection.peer
+            msg = f"{self.method!r} on {peer}: the client was closed meanwhile"
+            self.finish(None, Cancelled(msg))
+
+    def _forget(self) -> bool:
+        """Take no reply any more, and tell the peer; False if it has come already."""
+        if self._connection.session.calls.pop(self.call_id, None) is None:
+            return False
+        self._connection.send_now(lib.SHMRPC_CANCEL, self.call_id)
+        return True
+
+    # ---- waiting ----
+
+    def _read_until_done(self, timeout: float | None) -> float | None:
+        """Read until it is finished; returns how long ``Future``'s own wait may still take."""
+        finished = super().done
+        if finished():
+            return 0
+        poller = self._connection.poller
+        if poller.forked:
+            msg = f"this call of {self.method!r} was made before the fork, by the parent"
+            raise ForkedError(msg)
+        if self.call_id not in self._connection.session.calls:
+            return timeout  # about to be finished by the thread that took its reply
+        until = FOREVER if timeout is None else time.monotonic() + timeout
+        limit = min(until, self.deadline)
+        if not poller.wait_until(self._connection, self.threads, finished, limit) and (
+            limit == self.deadline or until == FOREVER
+        ):
+            self.expire()
+        return 0 if timeout is not None or finished() else None
 
     def read_in_background(self) -> None:
         """Make sure that it finishes without anybody asking."""
         if not super().done():
-            self.futures.start_reader()
-
-    def _read_until_done(self, timeout: float | None) -> float | None:
-        """Read until it is finished; returns how long ``Future``'s own wait may still take."""
-        if super().done():
-            return 0
-        until = FOREVER if timeout is None else time.monotonic() + timeout
-        link = self.futures.link_of(self)
-        if link is None:
-            return timeout  # finished, or about to be by the thread that took it
-        slot = self.futures.slot_of(link)
-        self.readers.append(slot)
-        try:
-            while not super().done():
-                if not self.futures.read(slot, min(until, self.deadline)):
-                    if time.monotonic() >= self.deadline:
-                        self.futures.expire(self)
-                    elif time.monotonic() >= until:
-                        return 0
-        finally:
-            self.readers.remove(slot)
-        link.slots.append(slot)
-        return 0
+            _Reader.of(self._connection).watch(self)
 
 
-class Futures:
-    """The pending futures of one client."""
+class _Reader:
+    """A thread that reads one connection as long as some futures have to finish by themselves."""
 
-    def __init__(self, host: Host) -> None:
-        self._host = host
-        self._pending: dict[int, tuple[CallFuture, Link]] = {}
-        self._ids = itertools.count(1)
-        self._wanted = threading.Condition()
-        self._reader: threading.Thread | None = None
-        self._reader_slot: Slot | None = None
-        self._closed = False
+    _lock = threading.Lock()
 
-    # ---- sending ----
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._watched: list[CallFuture] = []
+        self._waiters = Waiters()
+        self._running = False
 
-    def submit(
-        self,
-        method: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        timeout: float | None,
-        metadata: Metadata | None,
-    ) -> CallFuture:
-        """Send a request; see ``Client.submit``."""
-        deadline = FOREVER if timeout is None else time.monotonic() + check_timeout(timeout)
-        return self._send(lib.SHMRPC_REQUEST, method, args, kwargs, deadline, metadata)
+    @classmethod
+    def of(cls, connection: Connection) -> _Reader:
+        """The reader of this connection."""
+        with cls._lock:
+            if connection.reader is None:
+                connection.reader = cls(connection)
+            reader: _Reader = connection.reader
+            return reader
 
-    def notify(
-        self,
-        method: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        timeout: float | None,
-        metadata: Metadata | None,
-    ) -> None:
-        """Send a notification; see ``Client.notify``."""
-        deadline = FOREVER if timeout is None else time.monotonic() + check_timeout(timeout)
-        self._send(lib.SHMRPC_NOTIFY, method, args, kwargs, deadline, metadata)
+    def watch(self, future: CallFuture) -> None:
+        """Read until this future is finished, too."""
+        with self._lock:
+            self._watched.append(future)
+            if not self._running:
+                self._running = True
+                threading.Thread(target=self._run, name="shmrpc-futures", daemon=True).start()
+        self._waiters.wake()  # its deadline may be nearer than the one that is waited for
 
-    def ping(self, timeout: float) -> float:
-        """See ``Client.ping``."""
-        start = time.perf_counter()
-        deadline = time.monotonic() + check_timeout(timeout)
-        self._send(lib.SHMRPC_PING, "ping", (), {}, deadline).result()
-        return time.perf_counter() - start
-
-    def _send(
-        self,
-        kind: int,
-        method: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        deadline: float,
-        metadata: Metadata | None = None,
-    ) -> CallFuture:
-        """Send a message, over a new connection if the old one turns out to be gone."""
-        beside = b"" if metadata is None else pack_metadata(metadata)
+    def _run(self) -> None:
         while True:
-            left = None if deadline == FOREVER else max(0.0, deadline - time.monotonic())
-            slot = self._host._slot(left)
-            future = CallFuture(self, slot.link, method, deadline)
-            if kind != lib.SHMRPC_NOTIFY:
-                future.call_id = next(self._ids) << 16 | lib.SHMRPC_PYTHON_INDEX
-                self._pending[future.call_id] = (future, slot.link)
-            status = self._send_once(slot, kind, future, args, kwargs, beside)
-            if status > 0:  # the ring is full: wait for room here, and read meanwhile
-                status = self._flush(slot, deadline)
-            if status == 0:
-                slot.link.slots.append(slot)
-                return future
-            self._pending.pop(future.call_id, None)
-            if status == _ENOTCONN:
-                self._host._drop(slot.link)
-                continue
-            if status in (_EPIPE, _EPROTO):
-                slot.message.outcome = lib.shmrpc_outcome_of(
-                    slot.link.poller, slot.link.conn_id, future.call_id, future.position
-                )
-            raise self._host._failure(slot, method, status)
+            with self._lock:
+                self._watched = [f for f in self._watched if not Future.done(f)]
+                watched = list(self._watched)
+                if not watched:
+                    self._running = False
+                    return
+            self._read(watched)
 
-    def _send_once(
-        self,
-        slot: Slot,
-        kind: int,
-        future: CallFuture,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        beside: bytes,
-    ) -> int:
-        name, body, flags = ffi.NULL, b"", 0
-        if kind != lib.SHMRPC_PING:
-            name = self._host._name(future.method)
-            try:
-                body = slot.pack([args, kwargs] if kwargs else args)
-            except Exception as error:
-                self._pending.pop(future.call_id, None)
-                raise self._host._unpackable(slot, future.method, args, kwargs, error) from error
-            flags = lib.SHMRPC_FLAG_KEYWORDS if kwargs else 0
-        deadline_ns = 0
-        if kind == lib.SHMRPC_REQUEST and future.deadline != FOREVER:
-            deadline_ns = int(min(future.deadline, 9e9) * 1e9)
-        position = ffi.new("uint64_t *")
-        status: int = lib.shmrpc_send(
-            slot.c,
-            kind,
-            flags,
-            future.call_id,
-            name,
-            0,
-            beside,
-            len(beside),
-            body,
-            len(body),
-            deadline_ns,
-            position,
-        )
-        future.position = position[0]
-        return status
+    def _read(self, watched: list[CallFuture]) -> None:
+        def changed() -> bool:
+            return len(self._watched) != len(watched) or all(map(Future.done, watched))
 
-    def _flush(self, slot: Slot, deadline: float) -> int:
-        status: int = lib.shmrpc_flush(slot.c, nanoseconds_until(deadline))
-        while status in (_EAGAIN, _EINTR, lib.SHMRPC_EVENTS):
-            if status == lib.SHMRPC_EVENTS:
-                self.dispatch(slot.link)
-            status = lib.shmrpc_wait(slot.c)
-        return status
-
-    # ---- reading ----
-
-    def link_of(self, future: CallFuture) -> Link | None:
-        """The link that a pending future's reply will come by."""
-        self._host._check_fork()
-        entry = self._pending.get(future.call_id)
-        return entry[1] if entry is not None else None
-
-    def slot_of(self, link: Link) -> Slot:
-        """A free slot of this link, which may be another than the client's current one."""
-        self._host._check_fork()
-        try:
-            return link.slots.pop()
-        except IndexError:
-            return Slot(link, self._host._codec)
-
-    def read(self, slot: Slot, until: float) -> bool:
-        """Wait for something to happen; False when the time (``time.monotonic()``) is up."""
-        status = lib.shmrpc_wait_events(slot.c, nanoseconds_until(until))
-        if status == lib.SHMRPC_EVENTS:
-            self.dispatch(slot.link)
-        elif status < 0 and status not in (_EAGAIN, _EINTR):
-            if status != _ETIMEDOUT:
-                self._lose(slot.link, status)
-            return False
-        return True
-
-    def dispatch(self, link: Link) -> None:
-        """Take the events that the link has and finish their futures."""
-        slot = self.slot_of(link)
-        message = slot.message
-        while lib.shmrpc_take(slot.c):
-            if message.kind == lib.SHMRPC_REPLY:
-                entry = self._pending.get(message.call_id)
-                if entry is not None:
-                    self._settle(entry[0], slot)
-                    self._pending.pop(message.call_id, None)
-            elif message.kind == lib.SHMRPC_CLOSED:
-                self._lose(link, -message.status)
-        link.slots.append(slot)
-
-    def _settle(self, future: CallFuture, slot: Slot) -> None:
-        message = slot.message
-        body = slot.body() if message.body_bytes else memoryview(b"")
-        if message.status != 0:
-            error = self._host._remote_error(slot.link, future.method, message.status, bytes(body))
-            future.finish(None, error)
-            return
-        try:
-            result = self._host._codec.decode(body) if body else None
-        except (ValueError, TypeError) as reason:
-            msg = f"{slot.link.peer} sent a result of {future.method!r} that is none: {reason}"
-            future.finish(None, ProtocolError(msg))
-        else:
-            future.finish(result)
-
-    # ---- ends ----
-
-    def _lose(self, link: Link, status: int) -> None:
-        """The link has ended: tell each of its futures what became of its call."""
-        for call_id, (future, carrier) in list(self._pending.items()):
-            if carrier is link and self._pending.pop(call_id, None) is not None:
-                outcome = lib.shmrpc_outcome_of(link.poller, link.conn_id, call_id, future.position)
-                future.finish(None, link.lost(status, outcome, future.method))
-
-    def expire(self, future: CallFuture) -> None:
-        """Its deadline has passed."""
-        msg = f"{future.method!r} on {future.peer} took longer than its timeout"
-        self.forget(future)
-        future.finish(None, DeadlineExceeded(msg))
-
-    def forget(self, future: CallFuture) -> None:
-        """Take no reply for it any more, and tell the server."""
-        entry = self._pending.pop(future.call_id, None)
-        if entry is None:
-            return
-        slot = self.slot_of(entry[1])
-        lib.shmrpc_send(
-            slot.c,
-            lib.SHMRPC_CANCEL,
-            0,
-            future.call_id,
-            ffi.NULL,
-            0,
-            ffi.NULL,
-            0,
-            b"",
-            0,
-            0,
-            ffi.new("uint64_t *"),
-        )
-        slot.link.slots.append(slot)
-
-    def close(self) -> None:
-        """The client is closing: nobody will read any more."""
-        self._closed = True
-        for call_id, (future, link) in list(self._pending.items()):
-            if self._pending.pop(call_id, None) is not None:
-                msg = f"{future.method!r} on {link.peer}: the client was closed meanwhile"
-                future.finish(None, Cancelled(msg))
-        with self._wanted:
-            self._wanted.notify_all()
-
-    # ---- the background reader ----
-
-    def start_reader(self) -> None:
-        """Read in a thread until no future is pending; it is kept for the next time."""
-        with self._wanted:
-            if self._reader is None or not self._reader.is_alive():
-                self._reader = threading.Thread(
-                    target=self._read_for_all, name="shmrpc-futures", daemon=True
-                )
-                self._reader.start()
-            self._wanted.notify_all()
-        slot = self._reader_slot
-        if slot is not None:
-            lib.shmrpc_poke(slot.c)  # a deadline may be nearer than the one it waits for
-
-    def _read_for_all(self) -> None:
-        while not self._closed:
-            if self._pending:
-                self._read_once()
-                continue
-            with self._wanted:
-                if not self._pending and not self._closed:
-                    self._wanted.wait()
-
-    def _read_once(self) -> None:
-        """Wait for something to happen to any pending future, and expire those that are due."""
-        link = next((link for _, link in list(self._pending.values())), None)
-        if link is None:
-            return
-        slot = self.slot_of(link)
-        self._reader_slot = slot  # from here on a new deadline pokes us
-        pending = list(self._pending.values())
-        if not pending:
-            link.slots.append(slot)
-            return
-        future = pending[0][0]
-        future.readers.append(slot)
-        self.read(slot, min(other.deadline for other, _ in pending))
-        self._reader_slot = None
-        with contextlib.suppress(ValueError):
-            future.readers.remove(slot)
-        link.slots.append(slot)
-        now = time.monotonic()
-        for other, _ in list(self._pending.values()):
-            if now >= other.deadline:
-                self.expire(other)
+        deadline = min(future.deadline for future in watched)
+        poller = self._connection.poller
+        if not poller.wait_until(self._connection, self._waiters, changed, deadline):
+            now = time.monotonic()
+            for future in watched:
+                if now >= future.deadline or now < deadline:  # the latter: the poller has stopped
+                    future.expire()

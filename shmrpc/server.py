@@ -8,7 +8,6 @@ One more thread (acceptor.py) makes new connections; a client that is slow at it
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 import os
 import signal
@@ -20,19 +19,22 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from . import address as addresses
 from . import handshake, segments
-from ._native import ffi, lib
 from .acceptor import Acceptor
+from .caller import Caller
 from .codec import Codec, MsgpackCodec
-from .errors import Error, ForkedError
-from .link import Wait, check_options, forget_descriptors, make_name, new_poller
+from .errors import Abort, Error, ForkedError
+from .intercepted import intercept_handlers
+from .link import check_options
+from .poller import Connection, Poller, Wait
 from .proxy import public_methods
-from .rendezvous import Credentials
+from .registry import Registry
 from .worker import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from types import FrameType, TracebackType
 
+    from .interceptors import Interceptor
     from .segments import Backing
 
 __all__ = ["Server"]
@@ -47,7 +49,8 @@ class Server:
 
     ``workers`` handlers run at a time, on as many threads. ``max_concurrency`` calls may run or
     wait for a worker; the next is refused with ``Overloaded``. ``show_tracebacks`` is whether
-    callers see a handler's traceback: by default those of our own uid do.
+    callers see a handler's traceback: by default those of our own uid do. ``interceptors`` see
+    every call before its handler, the first outermost (see ``shmrpc.interceptors``).
 
     Methods may be added from any thread at any time. A server made before a fork raises
     ``ForkedError`` in the child.
@@ -65,6 +68,7 @@ class Server:
         wait: Wait = "auto",
         spin_budget: float | None = None,
         codec: Codec | None = None,
+        interceptors: Iterable[Interceptor] = (),
     ) -> None:
         """Make a server that listens from ``start`` on; ``ConnectError`` for a bad address."""
         check_options(max_message_bytes, backing, wait, spin_budget)
@@ -88,14 +92,11 @@ class Server:
         self._spin_budget = spin_budget
         self.codec: Codec = codec if codec is not None else MsgpackCodec()
         self._lock = threading.Lock()
-        self.functions: list[Callable[..., Any]] = []
-        self._indexes: dict[str, int] = {}
+        self.registry = Registry(intercept_handlers(interceptors))
+        self.registry.add(self._describe, "shmrpc.describe", idempotent=True)
         self._forked = False
-        self._poller: Any = None
+        self._poller: Poller | None = None
         self._acceptor: Acceptor | None = None
-        self._threads: list[threading.Thread] = []
-        self.peers: dict[int, Credentials] = {}
-        self._peers_lock = threading.Lock()
         _servers.add(self)
 
     # ---- methods ----
@@ -103,37 +104,31 @@ class Server:
     @overload
     def method(self, function: F, /) -> F: ...
     @overload
-    def method(self, /, *, name: str | None = None) -> Callable[[F], F]: ...
-    def method(self, function: Any = None, /, *, name: str | None = None) -> Any:
+    def method(
+        self, /, *, name: str | None = None, requests: bool = False, idempotent: bool = False
+    ) -> Callable[[F], F]: ...
+    def method(
+        self,
+        function: Any = None,
+        /,
+        *,
+        name: str | None = None,
+        requests: bool = False,
+        idempotent: bool = False,
+    ) -> Any:
         """Offer a function to callers, under its own name or ``name``. Use it as a decorator.
 
-        Registering a name again replaces the method.
+        A generator function streams what it yields. With ``requests`` the first parameter iterates
+        over the caller's messages. ``idempotent`` says that running it twice is as good as once:
+        clients with ``retries`` then repeat a call that may have run. Registering a name again
+        replaces the method.
         """
-        if function is None:
-            return lambda wrapped: self._add(wrapped, name)
-        return self._add(function, name)
 
-    def _add(self, function: Any, name: str | None) -> Any:
-        if not callable(function):
-            msg = f"a method must be callable, not {function!r}"
-            raise TypeError(msg)
-        name = function.__name__ if name is None else name
-        if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
-            msg = f"method {name!r} is async; a synchronous Server can't run it"
-            raise TypeError(msg)
-        make_name(name)
-        with self._lock:
-            index = len(self.functions)
-            self.functions.append(function)
-            self._indexes[name] = index
-            if self._poller is not None:
-                self._add_to_core(name, index)
-        return function
+        def add(wrapped: Any) -> Any:
+            self.registry.add(wrapped, name, requests=requests, idempotent=idempotent)
+            return wrapped
 
-    def _add_to_core(self, name: str, index: int) -> None:
-        text = name.encode()
-        if lib.shmrpc_method_add(self._poller, text, len(text), index, 1) < 0:
-            raise MemoryError
+        return add if function is None else add(function)
 
     def add_service(self, service: object, prefix: str = "") -> None:
         """Offer every public method of an object, with ``prefix`` before its name."""
@@ -142,7 +137,7 @@ class Server:
             msg = f"{service!r} has no public methods"
             raise ValueError(msg)
         for name in names:
-            self._add(getattr(service, name), prefix + name)
+            self.registry.add(getattr(service, name), prefix + name)
 
     # ---- running ----
 
@@ -161,30 +156,20 @@ class Server:
             segments.sweep()
             acceptor = Acceptor(self, self._terms)
             try:
-                self._poller = new_poller(
-                    self._workers, self._max_concurrency, self._wait, self._spin_budget
+                poller = Poller(
+                    self.codec, server=True, wait=self._wait, spin_budget=self._spin_budget
                 )
-                for name, index in self._indexes.items():
-                    self._add_to_core(name, index)
+                self.registry.bind(poller)
             except BaseException:
                 acceptor.close()
-                self._poller = None
                 raise
+            self._poller = poller
             self._acceptor = acceptor
-        for _ in range(2):  # one to lead, one to stand by
-            self.spawn_worker(self._poller)
+        poller.serve(self._run_worker, workers=self._workers, max_concurrency=self._max_concurrency)
         acceptor.start()
 
-    def spawn_worker(self, poller: Any) -> None:
-        """Start another worker thread; the core asks for it, up to one more than ``workers``."""
-        if poller is not self._poller:
-            return  # it is stopping
-        worker = Worker(self, poller)
-        thread = threading.Thread(
-            target=worker.run, name=f"shmrpc-worker-{len(self._threads)}", daemon=True
-        )
-        self._threads.append(thread)
-        thread.start()
+    def _run_worker(self, poller: Poller) -> None:
+        Worker(self, poller).run()
 
     def stop(self, grace: float = 5.0) -> None:
         """Stop: refuse new calls, let those under way end within ``grace`` seconds, hang up.
@@ -198,22 +183,15 @@ class Server:
                 return
             self._poller = self._acceptor = None
         acceptor.close()
-        lib.shmrpc_poller_drain(poller)
+        poller.drain()
         deadline = time.monotonic() + grace
-        while _busy(poller) and time.monotonic() < deadline:
+        while poller.busy and time.monotonic() < deadline:
             time.sleep(0.002)
-        lib.shmrpc_poller_stop(poller)
-        patience = time.monotonic() + 1.0
-        for thread in self._threads:
-            if thread is not threading.current_thread():
-                thread.join(max(0.0, patience - time.monotonic()))
-        stuck = [thread.name for thread in self._threads if thread.is_alive()]
+        poller.hang_up()
+        stuck = poller.stop(patience=1.0)
         if stuck:
             _log.warning("handlers still run after the grace of %g s: %s", grace, stuck)
-        self._threads = []
-        for conn_id in list(self.peers):
-            lib.shmrpc_conn_shutdown(poller, conn_id)
-        self.peers.clear()
+        self.registry.bind(None)
 
     def serve_forever(self) -> None:
         """Start, and serve until SIGTERM or SIGINT; then stop with the usual grace.
@@ -227,8 +205,8 @@ class Server:
                     self.start()
                 if signals is not None:
                     signals.wait()
-                for thread in list(self._threads) if signals is None else ():
-                    thread.join()
+                elif self._poller is not None:
+                    self._poller.join()
             finally:
                 self.stop()
 
@@ -249,11 +227,20 @@ class Server:
         """Counters of the server: calls, connections, spins, sleeps, wake-ups sent."""
         self._check_usable()
         poller = self._poller
-        if poller is None:
-            return {}
-        counters = ffi.new("shmrpc_stats *")
-        lib.shmrpc_poller_stats(poller, counters)
-        return {name: int(getattr(counters, name)) for name in dir(counters)}
+        return poller.stats() if poller is not None else {}
+
+    def _describe(self, name: str) -> dict[str, Any]:
+        """What clients may ask of a method: ``shmrpc.describe``."""
+        method = self.registry.find(name)
+        if method is None:
+            code = "NOT_FOUND"
+            raise Abort(code, f"no method {name!r}")
+        return {
+            "name": name,
+            "requests": method.requests,
+            "streams": method.generator,
+            "idempotent": method.idempotent,
+        }
 
     # ---- what workers and the acceptor need ----
 
@@ -262,32 +249,21 @@ class Server:
         poller = self._poller
         if poller is None:
             agreement.close()
-            return
-        credentials = agreement.credentials
-        if credentials.pid < 0:
-            credentials = Credentials(agreement.peer_pid)
-        # A request may come, or the connection end, before this thread runs on: see peer_of.
-        with self._peers_lock:
-            self.peers[agreement.add(poller)] = credentials
+        else:
+            poller.add(agreement, agreement.terms.address)
 
-    def peer_of(self, conn_id: int) -> Credentials:
-        """Who is at the other end of a connection."""
-        peer = self.peers.get(conn_id)
-        if peer is None:
-            with self._peers_lock:
-                peer = self.peers.get(conn_id, Credentials())
-        return peer
+    def caller_of(self, connection: Connection) -> Caller:
+        """What calls the client at the other end."""
+        if connection.caller is None:
+            connection.caller = Caller(connection)
+        caller: Caller = connection.caller
+        return caller
 
-    def forget_peer(self, conn_id: int) -> None:
-        """A connection has ended."""
-        with self._peers_lock:
-            self.peers.pop(conn_id, None)
-
-    def shows_tracebacks(self, conn_id: int) -> bool:
+    def shows_tracebacks(self, connection: Connection) -> bool:
         """Whether this peer sees tracebacks."""
         if self._show_tracebacks is not None:
             return self._show_tracebacks
-        return self.peer_of(conn_id).uid == os.geteuid()
+        return connection.credentials.uid == os.geteuid()
 
     def _check_usable(self) -> None:
         if self._forked:
@@ -299,14 +275,6 @@ class Server:
         self._forked = True
         if self._acceptor is not None:
             self._acceptor.close_inherited()
-        if self._poller is not None:
-            forget_descriptors(self._poller)
-
-
-def _busy(poller: Any) -> bool:
-    counters = ffi.new("shmrpc_stats *")
-    lib.shmrpc_poller_stats(poller, counters)
-    return bool(counters.running or counters.queued or counters.outbox_bytes)
 
 
 class _StopSignals:

@@ -8,24 +8,29 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
+import threading
 import time
 import traceback
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from msgpack import unpackb
 
 from ._native import ffi, lib
+from .calls import Requests
 from .codec import Codec, MsgpackCodec
-from .context import CallContext, enter_worker
-from .errors import STATUS_NUMBERS, Error, RemoteError
-from .metadata import unpack_metadata
+from .context import CallContext, enter_worker, leave_worker
+from .errors import STATUS_NUMBERS, Cancelled, ConnectionLost, Error, MessageTooLarge, RemoteError
+from .metadata import pack_metadata, pack_reply_metadata, unpack_metadata
+from .poller import FOREVER, Connection, Poller, Waiters
 from .rendezvous import Credentials
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Iterator
 
-__all__ = ["Worker"]
+    from .registry import Method, Registry
+    from .session import Stream
+
+__all__ = ["InlineWorkers", "Worker"]
 
 _log = logging.getLogger("shmrpc.server")
 
@@ -38,51 +43,49 @@ _reply_next = lib.shmrpc_reply_next
 
 
 class Host(Protocol):
-    """The server, as far as its workers need it."""
+    """The server or client whose methods are called, as far as its workers need it."""
 
-    codec: Codec
-    functions: list[Callable[..., Any]]
+    registry: Registry
 
-    def peer_of(self, conn_id: int) -> Credentials: ...
-    def forget_peer(self, conn_id: int) -> None: ...
-    def shows_tracebacks(self, conn_id: int) -> bool: ...
-    def spawn_worker(self, poller: Any) -> None: ...
+    @property
+    def codec(self) -> Codec: ...
+    def shows_tracebacks(self, connection: Connection) -> bool: ...
+    def caller_of(self, connection: Connection, /) -> Any: ...
 
 
 _NOT_YET: Any = object()  # what a request has not come to when it fails
 
 
 class Worker:
-    """One thread that runs handlers."""
+    """What runs handlers: the requests of one thread, one at a time."""
 
-    def __init__(self, server: Host, poller: Any) -> None:
-        self._server = server
+    def __init__(self, host: Host, poller: Poller) -> None:
+        self._host = host
         self._poller = poller
         self._context: CallContext | None = None
-        self._running = False
+        slot = lib.shmrpc_worker_new(poller.c)
+        if slot == ffi.NULL:
+            raise MemoryError
+        self.c = self._slot = ffi.gc(slot, lib.shmrpc_slot_free)
+        poller.slots.add(self)
+        self._message = lib.shmrpc_slot_message(self._slot)
+        self._pack = host.codec.encoder()
+        size = lib.shmrpc_slot_view_bytes(self._slot)
+        self._view = memoryview(ffi.buffer(lib.shmrpc_slot_view(self._slot), size))
 
     def run(self) -> None:
         """Serve until the poller stops."""
-        poller = self._poller
-        slot = lib.shmrpc_slot_new(poller, 0)
-        if slot == ffi.NULL:
-            _log.error("no memory for another worker thread")
-            return
-        self._slot = slot
-        self._message = lib.shmrpc_slot_message(slot)
-        self._pack = self._server.codec.encoder()
-        size = lib.shmrpc_slot_view_bytes(slot)
-        self._view = memoryview(ffi.buffer(lib.shmrpc_slot_view(slot), size))
         enter_worker(self)
         try:
             self._serve()
         finally:
-            lib.shmrpc_slot_free(slot)
+            self._context = None  # which knows us
+            ffi.release(self._slot)
 
     def _serve(self) -> None:
         slot, message, view, pack = self._slot, self._message, self._view, self._pack
-        functions, decode = self._server.functions, self._server.codec.decode
-        plain = type(self._server.codec) is MsgpackCodec
+        functions, decode = self._host.registry.functions, self._host.codec.decode
+        plain = type(self._host.codec) is MsgpackCodec
         status = _next(slot)
         while True:
             if status >= 0:
@@ -95,68 +98,186 @@ class Worker:
                     result = functions[message.method](*args)
                     body = pack(result)
                 except BaseException as error:
-                    status = self._fail(error, args, result)
+                    self._fail(error, args, result)
                     pack = self._pack
+                    status = _next(slot)
                     continue
                 status = _reply_next(slot, body, len(body))
                 continue
             if status == lib.SHMRPC_STOPPED:
                 return
-            status = self._special(status)
+            self._special(status)
+            pack = self._pack
+            status = _next(slot)
 
-    def _special(self, status: int) -> int:
+    def serve_queued(self) -> None:
+        """Run the requests that are queued, in a thread that waits for something else."""
+        before = enter_worker(self)
+        try:
+            while lib.shmrpc_next_queued(self._slot) == lib.SHMRPC_MESSAGE:
+                self._run_message()
+        finally:
+            leave_worker(before)
+
+    def _special(self, status: int) -> None:
         """Whatever is not a plain request."""
         if status == lib.SHMRPC_MESSAGE:
-            return self._run_message()
-        if status == lib.SHMRPC_SPAWN:
-            self._server.spawn_worker(self._poller)
-        elif status == lib.SHMRPC_EVENTS:
-            while lib.shmrpc_take(self._slot):
-                if self._message.kind == lib.SHMRPC_CLOSED:
-                    self._server.forget_peer(self._message.conn_id)
+            self._run_message()
         elif status == _EMSGSIZE:
-            text = "the result is longer than the caller accepts (its max_message_bytes)"
-            self._reply_error("shmrpc.MessageTooLarge", text, "RESOURCE_EXHAUSTED")
+            self._refuse_result()
         else:
-            _log.error("waiting for requests failed: %s", os.strerror(-status))
-            time.sleep(_FAILED_WAIT_PAUSE)
-        return int(_next(self._slot))
+            try:
+                self._poller.attend(status)
+            except Error as error:
+                _log.error("can't wait for requests: %s", error)
+                time.sleep(_FAILED_WAIT_PAUSE)
 
-    def _run_message(self) -> int:
-        """A request with keywords, a large one, a queued one, or a notification."""
+    def _refuse_result(self) -> None:
+        text = "the result is longer than the caller accepts (its max_message_bytes)"
+        self._reply_error("shmrpc.MessageTooLarge", text, "RESOURCE_EXHAUSTED")
+
+    def _run_message(self) -> None:
+        """A request with keywords, a large one, a queued one, a stream, or a notification."""
         message = self._message
         size = message.body_bytes
         body = memoryview(ffi.buffer(message.body, size)) if size else memoryview(b"")
-        function = self._server.functions[message.method]
+        registry = self._host.registry
+        method = registry.methods[message.method]
+        function = registry.functions[message.method]
+        if message.flags & lib.SHMRPC_FLAG_STREAM or method.streams:
+            self._run_stream(method, function, body)
+            return
         args = result = _NOT_YET
         try:
-            args = self._server.codec.decode(body)
+            args = self._host.codec.decode(body)
             if message.flags & lib.SHMRPC_FLAG_KEYWORDS:
                 result = function(*args[0], **args[1])
             else:
                 result = function(*args)
-            if message.kind == lib.SHMRPC_NOTIFY:
-                return int(_next(self._slot))
-            reply = self._pack(result)
+            if message.kind != lib.SHMRPC_NOTIFY:
+                self._reply(self._pack(result))
         except BaseException as error:
-            return self._fail(error, args, result)
-        return int(_reply_next(self._slot, reply, len(reply)))
+            self._fail(error, args, result)
 
-    def _fail(self, error: BaseException, args: Any, result: Any) -> int:
+    def _reply(self, body: bytes) -> None:
+        if lib.shmrpc_reply(self._slot, 0, body, len(body)) == _EMSGSIZE:
+            self._refuse_result()
+
+    # ---- streams ----
+
+    def _run_stream(self, method: Method, function: Any, body: memoryview) -> None:
+        """A call that may have messages both ways, or should have."""
+        message = self._message
+        connection = self._poller.connection(message.conn_id)
+        if not message.flags & lib.SHMRPC_FLAG_STREAM or message.kind == lib.SHMRPC_NOTIFY:
+            how = "open()" if method.requests else "stream() or open()"
+            text = f"{method.name!r} takes or returns a stream of messages: call it by {how}"
+            if message.kind == lib.SHMRPC_NOTIFY:
+                _log.error("notification refused: %s", text)
+            else:
+                self._reply_error("TypeError", text, "INVALID_ARGUMENT")
+            return
+        stream = None
+        if connection is not None:
+            stream = connection.session.requests.get(message.call_id)
+            if stream is None:  # what announces it waits still
+                self._poller.dispatch()
+                stream = connection.session.requests.get(message.call_id)
+        if connection is None or stream is None:
+            return  # its caller has cancelled it, or is gone
+        stream.started = True
+        try:
+            self._run_handler(method, function, body, connection, stream)
+        finally:
+            connection.session.requests.pop(message.call_id, None)
+
+    def _run_handler(
+        self,
+        method: Method,
+        function: Any,
+        body: memoryview,
+        connection: Connection,
+        stream: Stream,
+    ) -> None:
+        message = self._message
+        waiters = cast("Waiters", stream.waiters)
+        args = result = _NOT_YET
+        try:
+            args, kwargs = self._host.codec.decode(body), {}
+            if message.flags & lib.SHMRPC_FLAG_KEYWORDS:
+                args, kwargs = args
+            if method.requests:
+                args = [Requests(connection, stream, waiters, message.call_id), *args]
+            outcome = function(*args, **kwargs)
+            if not method.generator:
+                result = outcome
+                self._reply(self._pack(result))
+                return
+            self._send_items(outcome, connection, stream)
+            self._reply(b"")
+        except BaseException as error:
+            # To a caller that has cancelled there is nothing to report.
+            if not (stream.cancelled and isinstance(error, Cancelled)):
+                self._fail(error, args, result)
+
+    def _send_items(self, items: Iterator[Any], connection: Connection, stream: Stream) -> None:
+        """Send what a generator yields; ``Cancelled`` when the caller wants no more."""
+        slot, call_id = self._slot, self._message.call_id
+        pack, send = self._pack, lib.shmrpc_send_item
+        try:
+            for item in items:
+                body = pack(item)
+                size = len(body)
+                if stream.cancelled or not stream.may_send():
+                    self._wait_for_credit(connection, stream)
+                status = send(slot, 0, call_id, body, size)
+                if status < 0:
+                    self._refuse_item(connection, status, size)
+                stream.sent_messages += 1
+                stream.sent_bytes += size
+        finally:
+            # GeneratorExit in the handler, unless it has ended by itself.
+            close = getattr(items, "close", None)
+            if close is not None:
+                close()
+
+    def _wait_for_credit(self, connection: Connection, stream: Stream) -> None:
+        def ready() -> bool:
+            return stream.cancelled or stream.may_send()
+
+        deadline = self._message.deadline_ns / 1e9 or FOREVER
+        waiters = cast("Waiters", stream.waiters)
+        waited = self._poller.wait_until(connection, waiters, ready, deadline)
+        if not waited or stream.cancelled:
+            stream.cancelled = True
+            msg = f"{connection.peer} does not wait for {self._method_name()!r} any more"
+            raise Cancelled(msg)
+
+    def _refuse_item(self, connection: Connection, status: int, size: int) -> None:
+        if status == _EMSGSIZE:
+            msg = f"an item of {size} bytes is longer than {connection.peer} accepts"
+            raise MessageTooLarge(msg)
+        if status == -errno.ENOMEM:
+            raise MemoryError
+        msg = f"lost {connection.peer} while streaming to it"
+        raise Cancelled(msg)
+
+    # ---- errors ----
+
+    def _fail(self, error: BaseException, args: Any, result: Any) -> None:
         """Reply with what the handler raised, or what kept it from running or replying."""
         message = self._message
-        self._pack = self._server.codec.encoder()  # the old one may hold half a message
+        self._pack = self._host.codec.encoder()  # the old one may hold half a message
         if message.kind == lib.SHMRPC_NOTIFY:
             _log.error("notification %r failed", self._method_name(), exc_info=error)
-        else:
-            try:
-                self._report(error, args, result)
-            except Exception:
-                # An exception that can't even be described; its caller waits all the same.
-                _log.exception("an error of %r resists reporting", self._method_name())
-                text = f"{self._method_name()!r} raised an error that can't be described"
-                self._reply_error(type(error).__name__, text, "INTERNAL")
-        return int(_next(self._slot))
+            return
+        try:
+            self._report(error, args, result)
+        except Exception:
+            # An exception that can't even be described; its caller waits all the same.
+            _log.exception("an error of %r resists reporting", self._method_name())
+            text = f"{self._method_name()!r} raised an error that can't be described"
+            self._reply_error(type(error).__name__, text, "INTERNAL")
 
     def _report(self, error: BaseException, args: Any, result: Any) -> None:
         message = self._message
@@ -178,17 +299,12 @@ class Worker:
             self._reply_error(name, str(error), "INVALID_ARGUMENT")
         else:
             shown = ""
-            if self._server.shows_tracebacks(message.conn_id):
+            connection = self._poller.connection(message.conn_id)
+            if connection is not None and self._host.shows_tracebacks(connection):
                 lines = traceback.format_exception(kind, error, frames)
                 shown = "".join(lines)[-_TRACEBACK_MAX:]
             code = error.code if isinstance(error, Error) else "UNKNOWN"
             self._reply_error(name, str(error), code, shown=shown)
-
-    def _metadata(self) -> dict[str, str | bytes]:
-        message = self._message
-        size = message.method_bytes + message.metadata_bytes
-        head = bytes(ffi.buffer(message.head, size)) if size else b""
-        return unpack_metadata(head[message.method_bytes :])
 
     def _method_name(self) -> str:
         message = self._message
@@ -208,11 +324,11 @@ class Worker:
         except (TypeError, ValueError, OverflowError):
             body = MsgpackCodec().encoder()({**fields, "details": _plain(repr(details))})
         number = STATUS_NUMBERS.get(code, 2)
-        status = lib.shmrpc_reply(self._slot, number, ffi.NULL, 0, body, len(body))
+        status = lib.shmrpc_reply(self._slot, number, body, len(body))
         if status == _EMSGSIZE:
             fields = {"type": fields["type"][:256], "message": fields["message"][:256]}
             body = MsgpackCodec().encoder()(fields)
-            lib.shmrpc_reply(self._slot, number, ffi.NULL, 0, body, len(body))
+            lib.shmrpc_reply(self._slot, number, body, len(body))
 
     # ---- for current_call() ----
 
@@ -220,21 +336,99 @@ class Worker:
         """The call that runs now."""
         message = self._message
         context = self._context
-        ids = (message.conn_id, message.call_id)
-        if context is None or (context.conn_id, context.call_id) != ids:
-            deadline = message.deadline_ns / 1e9 if message.deadline_ns else None
-            peer = self._server.peer_of(message.conn_id)
-            context = CallContext(self, ids, self._method_name(), peer, deadline, self._metadata())
+        if context is None or not self._is_current(context):
+            connection = self._poller.connection(message.conn_id)
+            context = CallContext(
+                self,
+                connection,
+                message.call_id,
+                self._method_name(),
+                connection.credentials if connection is not None else Credentials(),
+                message.deadline_ns / 1e9 if message.deadline_ns else None,
+                unpack_metadata(self._request_metadata()),
+            )
+            context.conn_id = message.conn_id
+            context.one_way = message.kind == lib.SHMRPC_NOTIFY
             self._context = context
         return context
 
+    def _request_metadata(self) -> bytes:
+        message = self._message
+        size = message.metadata_bytes
+        return bytes(ffi.buffer(message.head + message.method_bytes, size)) if size else b""
+
+    def _is_current(self, context: CallContext) -> bool:
+        message = self._message
+        return (message.conn_id, message.call_id) == (context.conn_id, context.call_id)
+
     def cancelled(self, context: CallContext) -> bool:
         """Whether the caller of this call has given up, or is gone."""
-        message = self._message
-        if (message.conn_id, message.call_id) != (context.conn_id, context.call_id):
+        if not self._is_current(context):
             return False
-        gone = lib.shmrpc_conn_status(self._poller, message.conn_id) != 0
-        return gone or bool(message.cancelled)
+        gone = lib.shmrpc_conn_status(self._poller.c, context.conn_id) != 0
+        return gone or bool(self._message.cancelled)
+
+    def caller(self, context: CallContext) -> Any:
+        """What calls the caller of this call."""
+        if context.connection is None:
+            msg = f"the caller of {context.method!r} is gone"
+            raise ConnectionLost(msg, "not_sent")
+        return self._host.caller_of(context.connection)
+
+    def set_metadata(self, context: CallContext) -> None:
+        """Send the reply with the context's metadata."""
+        if not self._is_current(context):
+            msg = f"the call of {context.method!r} is over"
+            raise RuntimeError(msg)
+        streams = self._message.flags & lib.SHMRPC_FLAG_STREAM
+        initial = {} if streams else context.initial_metadata or {}
+        packed = pack_reply_metadata(context.trailing_metadata, initial)
+        if lib.shmrpc_reply_metadata(self._slot, packed, len(packed)) < 0:
+            raise MemoryError
+
+    def send_initial(self, context: CallContext) -> None:
+        """Send the context's initial metadata: at once to a caller that has a stream."""
+        if not self._is_current(context) or not self._message.flags & lib.SHMRPC_FLAG_STREAM:
+            self.set_metadata(context)
+            return
+        packed = pack_metadata(context.initial_metadata)
+        position = ffi.new("uint64_t *")
+        lib.shmrpc_send(
+            self._slot,
+            lib.SHMRPC_INITIAL,
+            0,
+            context.call_id,
+            ffi.NULL,
+            0,
+            packed,
+            len(packed),
+            b"",
+            0,
+            0,
+            position,
+        )
+
+
+class InlineWorkers:
+    """Workers for threads that wait on a client's poller and serve requests meanwhile."""
+
+    def __init__(self, host: Host, poller: Poller) -> None:
+        self._host = host
+        self._poller = poller
+        self._free: list[Worker] = []
+        self._lock = threading.Lock()
+
+    def serve(self) -> None:
+        """Run what is queued in this thread."""
+        with self._lock:
+            worker = self._free.pop() if self._free else None
+        if worker is None:
+            worker = Worker(self._host, self._poller)
+        try:
+            worker.serve_queued()
+        finally:
+            with self._lock:
+                self._free.append(worker)
 
 
 def _plain(text: object) -> str:

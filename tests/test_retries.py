@@ -7,9 +7,7 @@ import time
 import weakref
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from intercepted import (
+from chains import (
     ERRORS,
     HAS_NOT_RUN,
     REPEATED,
@@ -20,6 +18,8 @@ from intercepted import (
     intercepted,
     intercepted_async,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import shmrpc
 from shmrpc.interceptors import compose

@@ -51,7 +51,8 @@ static inline void victim_open(struct victim *victim, struct pair *pair, bool se
     shmrpc_method_add(victim->poller, "a", 1, 0, 1);
     shmrpc_method_add(victim->poller, "bb", 2, 1, 0);
     victim->conn_id = pair_give(pair, 0, victim->poller);
-    victim->slot = shmrpc_slot_new(victim->poller, server ? 0 : victim->conn_id);
+    victim->slot = server ? shmrpc_worker_new(victim->poller)
+                          : shmrpc_slot_new(victim->poller, victim->conn_id);
     REQUIRE(victim->slot != NULL);
     if (!server)
         victim->waiter = shmrpc_slot_new(victim->poller, victim->conn_id);
@@ -130,7 +131,8 @@ static inline void victim_drive(struct victim *victim, uint64_t choice)
     heat(victim);
     if (victim->server) {
         if (victim->has_request && choice % 4 == 1)
-            shmrpc_reply(slot, 2, body, choice % 64, body, 100);
+            shmrpc_reply_metadata(slot, body, choice % 64);
+            shmrpc_reply(slot, 2, body, 100);
         if (victim->has_request && choice % 4 == 0)
             victim_next(victim, shmrpc_reply_next(slot, body, choice * 16));
         else
@@ -159,7 +161,7 @@ static inline void victim_drive(struct victim *victim, uint64_t choice)
         break;
     default:
         shmrpc_flush(slot, 0);
-        shmrpc_outcome_of(victim->poller, victim->conn_id, choice, victim->position);
+        shmrpc_outcome_of(slot, choice, victim->position);
     }
 }
 

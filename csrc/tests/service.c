@@ -45,7 +45,8 @@ static int64_t run(struct service *service, shmrpc_slot *slot)
         block(service);
         break;
     case METHOD_FAIL:
-        shmrpc_reply(slot, 2, "meta", 4, body, message->body_bytes);
+        shmrpc_reply_metadata(slot, "meta", 4);
+        shmrpc_reply(slot, 2, body, message->body_bytes);
         return shmrpc_next(slot);
     case METHOD_NOTE:
         count(service, &service->notes);
@@ -65,7 +66,7 @@ static int64_t run(struct service *service, shmrpc_slot *slot)
 static void *work(void *argument)
 {
     struct service *service = argument;
-    shmrpc_slot *slot = shmrpc_slot_new(service->poller, 0);
+    shmrpc_slot *slot = shmrpc_worker_new(service->poller);
 
     REQUIRE(slot != NULL);
     int64_t result = shmrpc_next(slot);
@@ -81,7 +82,7 @@ static void *work(void *argument)
                 if (shmrpc_slot_message(slot)->kind == SHMRPC_CLOSED)
                     count(service, &service->closed);
         } else if (result == -EMSGSIZE) {
-            shmrpc_reply(slot, 8, NULL, 0, NULL, 0);
+            shmrpc_reply(slot, 8, NULL, 0);
         } else if (result != -EINTR) {
             service->odd = result;
             sleep_us(1000);

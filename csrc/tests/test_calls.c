@@ -442,7 +442,7 @@ static void flush_after_the_end(enum transport transport)
     shutdown(pair.options[1].control_fd, SHUT_RDWR);
     CHECK_EQUAL(flush(slot, 2000 * MS), -EPIPE);
     CHECK_EQUAL(flush(slot, 2000 * MS), -EPIPE); /* and once more */
-    CHECK_EQUAL(shmrpc_outcome_of(client, id, 1, position), SHMRPC_NOT_SENT);
+    CHECK_EQUAL(shmrpc_outcome_of(slot, 1, position), SHMRPC_NOT_SENT);
     shmrpc_slot_free(slot);
     shmrpc_poller_free(client);
     pair_close(&pair);

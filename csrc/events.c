@@ -1,0 +1,131 @@
+/* events.c - messages that no slot waits for, kept until Python takes them.
+ *
+ *   replies whose call id has SHMRPC_PYTHON_INDEX in its low bits
+ *   REQUEST without a payload: a stream was admitted; its first items may follow while it queues
+ *   ITEM, END, CREDIT, INITIAL: frames of streams; items that follow each other share one event
+ *   CANCEL: the caller of a stream gave up, or it was dropped before it started
+ *   CLOSED: a conn has ended
+ *
+ * Everything here runs with the poller's lock held, but for events_stream, which takes it.
+ */
+#include "poller.h"
+
+#include <errno.h>
+#include <stdlib.h>
+
+enum {
+    EVENTS_MAX = 65536,     /* a peer that sends what nobody fetches is cut off there */
+    RUN_ITEMS_MAX = 1024,   /* items in one event: */
+    RUN_BYTES_MAX = 1 << 16 /* Python copies it as a whole while others wait */
+};
+
+int events_add(struct shmrpc_poller *poller, const struct conn *conn,
+               const shmrpc_message *message, uint8_t *payload)
+{
+    struct stored *stored = calloc(1, sizeof *stored);
+
+    if (stored == NULL || load_relaxed(&poller->event_count) >= EVENTS_MAX) {
+        free(stored);
+        free(payload);
+        return -ENOMEM;
+    }
+    stored->message = *message;
+    stored->message.conn_id = conn->id;
+    stored->message.item_count = message->kind == SHMRPC_ITEM;
+    stored->payload = payload;
+    stored->payload_capacity = (uint32_t)message->body_bytes + message->metadata_bytes;
+    stored_append(&poller->events, stored);
+    store_relaxed(&poller->event_count, load_relaxed(&poller->event_count) + 1);
+    return 0;
+}
+
+int events_note(struct shmrpc_poller *poller, const struct conn *conn, uint32_t kind,
+                uint64_t call_id, uint32_t flags)
+{
+    const shmrpc_message message = {.kind = kind, .call_id = call_id, .flags = flags};
+
+    return events_add(poller, conn, &message, NULL);
+}
+
+int events_receive(struct shmrpc_poller *poller, struct conn *conn,
+                   const struct frame_header *header)
+{
+    shmrpc_message message;
+    uint8_t *payload = conn_take_payload(conn);
+
+    if (payload == NULL) {
+        payload = malloc(header->total_bytes + 1u);
+        if (payload == NULL)
+            return -ENOMEM;
+        conn_read(conn, header->total_bytes, payload);
+    }
+    message_from_header(&message, conn, header);
+    return events_add(poller, conn, &message, payload);
+}
+
+/* The event that this item can join: the last one, if it has items of the same stream. */
+static struct stored *open_run(struct shmrpc_poller *poller, const struct conn *conn,
+                               const struct frame_header *header)
+{
+    if (poller->events.first == NULL || conn->partial.received != 0)
+        return NULL;
+    /* `last` is where the next one is hung up: the first member of the last one. */
+    struct stored *stored = (struct stored *)poller->events.last;
+    const shmrpc_message *message = &stored->message;
+    bool same = message->kind == SHMRPC_ITEM && message->conn_id == conn->id &&
+                message->call_id == header->call_id && message->flags == header->flags;
+    bool bare = message->metadata_bytes == 0 && header->metadata_bytes == 0;
+    bool fits = message->item_count < RUN_ITEMS_MAX &&
+                message->body_bytes + header->total_bytes <= RUN_BYTES_MAX;
+
+    return same && bare && fits ? stored : NULL;
+}
+
+static int reserve(struct stored *stored, uint32_t bytes)
+{
+    uint32_t items = stored->message.item_count + 1;
+
+    if (items > stored->end_capacity) {
+        uint32_t capacity = stored->end_capacity == 0 ? 16 : stored->end_capacity * 2;
+        uint32_t *ends = realloc(stored->ends, capacity * sizeof *ends);
+        if (ends == NULL)
+            return -ENOMEM;
+        if (stored->end_capacity == 0)
+            ends[0] = (uint32_t)stored->message.body_bytes;
+        stored->ends = ends;
+        stored->end_capacity = capacity;
+    }
+    if (bytes > stored->payload_capacity) {
+        uint32_t capacity = bytes * 2;
+        uint8_t *payload = realloc(stored->payload, capacity);
+        if (payload == NULL)
+            return -ENOMEM;
+        stored->payload = payload;
+        stored->payload_capacity = capacity;
+    }
+    return 0;
+}
+
+static int join(struct stored *stored, struct conn *conn, const struct frame_header *header)
+{
+    shmrpc_message *message = &stored->message;
+    uint32_t end = (uint32_t)message->body_bytes + header->total_bytes;
+
+    if (reserve(stored, end) < 0)
+        return -ENOMEM;
+    conn_read(conn, header->total_bytes, stored->payload + message->body_bytes);
+    message->body_bytes = end;
+    stored->ends[message->item_count++] = end;
+    return 0;
+}
+
+int events_stream(struct shmrpc_poller *poller, struct conn *conn,
+                  const struct frame_header *header)
+{
+    poller_lock(poller);
+    struct stored *run = header->kind == SHMRPC_ITEM ? open_run(poller, conn, header) : NULL;
+    int status = run != NULL ? join(run, conn, header) : events_receive(poller, conn, header);
+    poller_unlock(poller);
+    conn_finish(conn, header->length, &poller->bells);
+    return status;
+}

@@ -1,0 +1,520 @@
+"""Calling: what a client and a handler that calls its caller back have in common.
+
+``call`` packs its arguments, makes one C call that sends the request and waits for the reply, and
+unpacks the result; everything else here is what to do when that is not the whole story.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
+
+import msgpack
+
+from ._native import ffi, lib
+from .calls import Call
+from .codec import Codec, MsgpackCodec, explain_arguments
+from .errors import (
+    STATUS_NAMES,
+    Cancelled,
+    ConnectionLost,
+    DeadlineExceeded,
+    Error,
+    MessageTooLarge,
+    MethodNotFound,
+    Overloaded,
+    ProtocolError,
+    RemoteError,
+)
+from .futures import CallFuture
+from .metadata import Metadata, pack_metadata
+from .poller import FOREVER, Connection, Slot, check_timeout, nanoseconds_until
+from .proxy import Proxy, make_proxy
+from .registry import make_name
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Channel"]
+
+T = TypeVar("T")
+P = TypeVar("P", bound="Registered")
+
+_NAMES_MAX = 4096
+_STREAM = lib.SHMRPC_FLAG_STREAM
+_STREAM_ENDED = lib.SHMRPC_FLAG_STREAM | lib.SHMRPC_FLAG_ENDED
+
+_call = lib.shmrpc_call
+_unpackb = msgpack.unpackb
+_MESSAGE = lib.SHMRPC_MESSAGE
+_EINTR, _EAGAIN, _ENOMEM, _EPIPE = -errno.EINTR, -errno.EAGAIN, -errno.ENOMEM, -errno.EPIPE
+_EPROTO, _EMSGSIZE, _ENOTCONN = -errno.EPROTO, -errno.EMSGSIZE, -errno.ENOTCONN
+_ETIMEDOUT = -errno.ETIMEDOUT
+_GOES_ON = frozenset((_EAGAIN, _EINTR, lib.SHMRPC_EVENTS, lib.SHMRPC_SPAWN, lib.SHMRPC_QUEUED))
+
+
+class Registered(Protocol):
+    """A future or an open call, as far as sending its request is concerned."""
+
+    position: int
+
+    @property
+    def call_id(self) -> int: ...
+    def register(self) -> None: ...
+    def unregister(self) -> None: ...
+
+
+class Channel:
+    """Calls over a connection. All methods may be used by any number of threads at once."""
+
+    def __init__(self, codec: Codec, timeout: float) -> None:
+        """``timeout`` in seconds is for connecting, and for ``ping`` by default."""
+        self._timeout = timeout
+        self._codec = codec
+        self._decode = codec.decode
+        self._plain = type(codec) is MsgpackCodec
+        self._names: dict[str, Any] = {}
+        # The pool of the connection's free slots. Empty when there is none, so that the path of
+        # every call needs to look at nothing else.
+        self._slots: list[Slot] = []
+        self._closed = False
+
+    # ---- what differs ----
+
+    def _connection(self, deadline: float, /) -> Connection:
+        """The live connection, made now if there is none."""
+        raise NotImplementedError
+
+    def _drop(self, connection: Connection, /) -> None:
+        """Stop using a connection that was lost."""
+        raise NotImplementedError
+
+    def _retire(self, connection: Connection) -> None:
+        """Make no more calls on a connection whose peer takes none."""
+
+    # ---- slots and names ----
+
+    def _slot(self, deadline: float = FOREVER) -> Slot:
+        """A free slot of a live connection."""
+        try:
+            return self._slots.pop()
+        except IndexError:
+            return Slot(self._connection(deadline))
+
+    def _name(self, method: Any) -> Any:
+        if not isinstance(method, str):
+            msg = f"the method's name must be a str, not {type(method).__name__}"
+            raise TypeError(msg)
+        name = make_name(method)
+        if len(self._names) >= _NAMES_MAX:
+            self._names.clear()
+        self._names[method] = name
+        return name
+
+    # ---- calls ----
+
+    def call(
+        self,
+        method: str,
+        /,
+        *args: Any,
+        timeout: float | None = None,
+        metadata: Metadata | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Call a method and return its result.
+
+        ``timeout`` in seconds bounds the whole call; None waits as long as the server lives. In a
+        handler, the deadline of the call that it serves bounds it as well.
+        ``metadata`` (str to str or bytes, up to 8 KiB) is what the handler finds in
+        ``current_call().metadata``. Other keywords go to the method.
+        Arguments are copied; the result is a new object. Raises ``DeadlineExceeded``,
+        ``RemoteError``, ``MethodNotFound``, ``Overloaded``, ``MessageTooLarge``,
+        ``ConnectionLost``, ``ConnectError``, and TypeError or ValueError for arguments that can't
+        be sent. Interrupting it (Ctrl-C) cancels the call.
+        """
+        if kwargs or timeout is not None or metadata is not None:
+            return self._call_with(method, args, kwargs, timeout, metadata)
+        try:
+            slot = self._slots.pop()
+        except IndexError:
+            slot = self._slot()
+        try:
+            name = self._names[method]
+        except (KeyError, TypeError):
+            name = self._name(method)
+        try:
+            body = slot.pack(args)
+        except Exception as error:
+            raise self._unpackable(slot, method, args, kwargs, error) from error
+        count = _call(slot.c, name, body, len(body), -1)
+        if count < 0:
+            if count == _ENOTCONN:
+                self._drop(slot.connection)
+                return self.call(method, *args)
+            return self._finish(slot, method, count)
+        try:
+            if self._plain:  # MsgpackCodec.decode written out: 0.1 us less
+                result = _unpackb(slot.view[:count], strict_map_key=False)
+            else:
+                result = self._decode(slot.view[:count])
+        except (ValueError, TypeError) as error:
+            raise self._undecodable(slot, method, error) from error
+        slot.connection.slots.append(slot)
+        return result
+
+    def _call_with(
+        self,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        timeout: float | None,
+        metadata: Metadata | None,
+        reply_metadata: list[bytes] | None = None,
+    ) -> Any:
+        """Call with more than arguments; the timeout includes connecting again."""
+        beside = b"" if metadata is None else pack_metadata(metadata)
+        deadline = FOREVER if timeout is None else time.monotonic() + check_timeout(timeout)
+        while True:
+            slot = self._slot(deadline)
+            name = self._names.get(method) or self._name(method)
+            try:
+                body = slot.pack([args, kwargs] if kwargs else args)
+            except Exception as error:
+                raise self._unpackable(slot, method, args, kwargs, error) from error
+            left_ns = nanoseconds_until(deadline)
+            flags = lib.SHMRPC_FLAG_KEYWORDS if kwargs else 0
+            status = lib.shmrpc_call_with(
+                slot.c, name, flags, beside, len(beside), body, len(body), left_ns
+            )
+            if status != _ENOTCONN:
+                return self._finish(slot, method, status, reply_metadata)
+            self._drop(slot.connection)
+
+    def _unpackable(
+        self,
+        slot: Slot,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        error: Exception,
+    ) -> Exception:
+        slot.pack = self._codec.encoder()  # the old one may hold half a message
+        slot.connection.slots.append(slot)
+        return explain_arguments(self._codec, method, args, kwargs, error)
+
+    def _undecodable(self, slot: Slot, method: str, error: Exception) -> ProtocolError:
+        connection = slot.connection
+        connection.slots.append(slot)
+        return ProtocolError(f"{connection.peer} sent a result of {method!r} that is none: {error}")
+
+    def _finish(
+        self, slot: Slot, method: str, status: int, reply_metadata: list[bytes] | None = None
+    ) -> Any:
+        """Bring a call to its end whose C call returned anything but a plain result."""
+        connection = slot.connection
+        try:
+            while status in _GOES_ON:
+                connection.poller.attend(status)
+                # Between two C calls Python runs the handlers of pending signals.
+                status = lib.shmrpc_wait(slot.c)
+        except BaseException:
+            lib.shmrpc_abandon(slot.c)
+            raise
+        if status < 0 and status != _MESSAGE:
+            raise self._failure(slot, method, status)
+        body: memoryview | bytes
+        if status >= 0:
+            body = slot.view[:status]
+        else:
+            body = slot.body()
+            if reply_metadata is not None:
+                reply_metadata.append(slot.metadata())
+            if slot.message.status != 0:
+                failure = self._remote_error(connection, method, slot.message.status, bytes(body))
+                connection.slots.append(slot)
+                raise failure
+        try:
+            result = self._decode(body)
+        except (ValueError, TypeError) as error:
+            raise self._undecodable(slot, method, error) from error
+        connection.slots.append(slot)
+        return result
+
+    # ---- errors ----
+
+    def _remote_error(self, connection: Connection, method: str, status: int, body: bytes) -> Error:
+        code = STATUS_NAMES[status] if status < len(STATUS_NAMES) else "UNKNOWN"
+        if not body:
+            return self._core_error(connection, method, code)
+        try:
+            fields = MsgpackCodec().decode(body)
+            error = RemoteError(
+                str(fields["message"]),
+                type=str(fields["type"]),
+                code=code,
+                remote_traceback=str(fields.get("traceback", "")),
+                details=fields.get("details"),
+            )
+        except (ValueError, TypeError, KeyError, AttributeError):
+            msg = f"{connection.peer} sent an error for {method!r} that is not readable"
+            return ProtocolError(msg)
+        if error.type == "shmrpc.MessageTooLarge":
+            return MessageTooLarge(f"{connection.peer}: {error.message}")
+        return error
+
+    def _core_error(self, connection: Connection, method: str, code: str) -> Error:
+        """What an error without a body means: the peer's core sent it, no handler did."""
+        peer = connection.peer
+        if code == "UNIMPLEMENTED":
+            return MethodNotFound(f"{peer} has no method {method!r}")
+        if code == "RESOURCE_EXHAUSTED":
+            return Overloaded(f"{peer} refused {method!r}: it has as many calls as it may take")
+        if code == "DEADLINE_EXCEEDED":
+            return DeadlineExceeded(f"{method!r} on {peer} expired before it was started")
+        if code == "CANCELLED":
+            return Cancelled(f"{peer} ended {method!r}: it was cancelled, or the peer is stopping")
+        if code == "UNAVAILABLE":
+            self._retire(connection)
+            msg = f"{peer} is stopping and did not start {method!r}: calling again is safe"
+            return ConnectionLost(msg, "not_started")
+        return RemoteError(f"{peer} ended {method!r}", code=code)
+
+    def _failure(self, slot: Slot, method: str, status: int) -> Exception:
+        """The exception for a call that ended without a reply."""
+        connection = slot.connection
+        peer = connection.peer
+        if status == _ETIMEDOUT:
+            connection.slots.append(slot)
+            return DeadlineExceeded(f"{method!r} on {peer} took longer than its timeout")
+        if status == _EMSGSIZE:
+            connection.slots.append(slot)
+            return MessageTooLarge(
+                f"the request of {method!r} is longer than {peer} accepts "
+                f"(max_message_bytes={connection.max_request_bytes})"
+            )
+        if status == _ENOMEM:
+            connection.slots.append(slot)
+            return MemoryError(f"no memory to send the request of {method!r} to {peer}")
+        if status in (_EPIPE, _EPROTO, lib.SHMRPC_STOPPED):
+            self._drop(connection)
+            if self._closed:
+                return Cancelled(f"{method!r} on {peer}: the client was closed meanwhile")
+            if status == lib.SHMRPC_STOPPED:
+                return connection.lost(errno.EPIPE, lib.SHMRPC_UNKNOWN, method)
+            return connection.lost(-status, slot.message.outcome, method)
+        return Error(f"waiting for {method!r} on {peer} failed: {os.strerror(-status)}")
+
+    # ---- calls that are not waited for at once ----
+
+    def notify(
+        self,
+        method: str,
+        /,
+        *args: Any,
+        timeout: float | None = None,
+        metadata: Metadata | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Call a method without waiting for it, or for a result or an error of it.
+
+        Returns once the message has left this process: with a server that does not keep up it
+        waits for room, at most ``timeout`` seconds. Raises as ``call``, but nothing remote.
+        """
+        self._send(lib.SHMRPC_NOTIFY, 0, method, args, kwargs, timeout, metadata, _NoPending)
+
+    def submit(
+        self,
+        method: str,
+        /,
+        *args: Any,
+        timeout: float | None = None,
+        metadata: Metadata | None = None,
+        **kwargs: Any,
+    ) -> CallFuture:
+        """Start a call and return a ``concurrent.futures.Future`` of its result.
+
+        ``timeout`` in seconds bounds the call; ``cancel`` on the future cancels it also after it
+        was sent. Raises at once what ``call`` would before sending; all else is in the future.
+        """
+
+        def future(connection: Connection, deadline: float) -> CallFuture:
+            return CallFuture(self, connection, method, deadline)
+
+        return self._send(lib.SHMRPC_REQUEST, 0, method, args, kwargs, timeout, metadata, future)
+
+    def ping(self, timeout: float | None = None) -> float:
+        """Ask the peer's core for an answer and return the seconds that took.
+
+        Works also while all its handlers are busy. Raises as ``call``.
+        """
+
+        def future(connection: Connection, deadline: float) -> CallFuture:
+            return CallFuture(self, connection, "ping", deadline)
+
+        timeout = self._timeout if timeout is None else timeout
+        start = time.perf_counter()
+        self._send(lib.SHMRPC_PING, 0, "ping", (), {}, timeout, None, future).result()
+        return time.perf_counter() - start
+
+    def stream(
+        self,
+        method: str,
+        /,
+        *args: Any,
+        timeout: float | None = None,
+        metadata: Metadata | None = None,
+        **kwargs: Any,
+    ) -> Call:
+        """Call a method that streams its results; iterate over the ``Call`` to get them.
+
+        ``timeout`` in seconds bounds the whole stream. Closing the call (``close``, a ``with``
+        block, dropping it) cancels it, and the handler is told. Raises as ``call``, the handler's
+        errors after the items that came before them.
+        """
+        return self._open(_STREAM_ENDED, method, args, kwargs, timeout, metadata)
+
+    def open(
+        self,
+        method: str,
+        /,
+        *args: Any,
+        timeout: float | None = None,
+        metadata: Metadata | None = None,
+        **kwargs: Any,
+    ) -> Call:
+        """Open a call of any kind: ``send`` messages, iterate over replies, ask for its result.
+
+        ``timeout`` in seconds bounds the whole call. Use it as a context manager: leaving the
+        block cancels the call unless it is over. Raises as ``call``.
+        """
+        return self._open(_STREAM, method, args, kwargs, timeout, metadata)
+
+    def _open(
+        self,
+        flags: int,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        timeout: float | None,
+        metadata: Metadata | None,
+    ) -> Call:
+        def call(connection: Connection, deadline: float) -> Call:
+            return Call(self, connection, method, deadline, streams=flags == _STREAM_ENDED)
+
+        return self._send(lib.SHMRPC_REQUEST, flags, method, args, kwargs, timeout, metadata, call)
+
+    def _send(
+        self,
+        kind: int,
+        flags: int,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        timeout: float | None,
+        metadata: Metadata | None,
+        make: Callable[[Connection, float], P],
+    ) -> P:
+        """Send a request whose reply is Python's, over a new connection if the old one is gone."""
+        beside = b"" if metadata is None else pack_metadata(metadata)
+        deadline = FOREVER if timeout is None else time.monotonic() + check_timeout(timeout)
+        inherited_ns = lib.shmrpc_inherited_deadline()
+        if inherited_ns:
+            deadline = min(deadline, inherited_ns / 1e9)
+        while True:
+            slot = self._slot(deadline)
+            connection = slot.connection
+            pending = make(connection, deadline)
+            body, name = b"", ffi.NULL
+            if kind != lib.SHMRPC_PING:
+                name = self._names.get(method) or self._name(method)
+                try:
+                    body = slot.pack([args, kwargs] if kwargs else args)
+                except Exception as error:
+                    raise self._unpackable(slot, method, args, kwargs, error) from error
+                if kwargs:
+                    flags |= lib.SHMRPC_FLAG_KEYWORDS
+            pending.register()
+            status = self._send_once(slot, kind, flags, pending, name, beside, body, deadline)
+            if status == 0:
+                connection.slots.append(slot)
+                return pending
+            pending.unregister()
+            if status != _ENOTCONN:
+                if status == _ETIMEDOUT and kind == lib.SHMRPC_REQUEST:
+                    connection.send_now(lib.SHMRPC_CANCEL, pending.call_id)  # a part may be out
+                if status in (_EPIPE, _EPROTO):
+                    slot.message.outcome = lib.shmrpc_outcome_of(
+                        slot.c, pending.call_id, pending.position
+                    )
+                raise self._failure(slot, method, status)
+            self._drop(connection)
+
+    def _send_once(
+        self,
+        slot: Slot,
+        kind: int,
+        flags: int,
+        pending: Registered,
+        name: Any,
+        beside: bytes,
+        body: bytes,
+        deadline: float,
+    ) -> int:
+        position = ffi.new("uint64_t *")
+        deadline_ns = 0
+        if kind == lib.SHMRPC_REQUEST and deadline != FOREVER:
+            deadline_ns = int(min(deadline, 9e9) * 1e9)
+        status: int = lib.shmrpc_send(
+            slot.c,
+            kind,
+            flags,
+            pending.call_id,
+            name,
+            0,
+            beside,
+            len(beside),
+            body,
+            len(body),
+            deadline_ns,
+            position,
+        )
+        pending.position = position[0]
+        if status > 0:  # the ring is full: wait for room here, and read meanwhile
+            status = lib.shmrpc_flush(slot.c, nanoseconds_until(deadline))
+            while status in _GOES_ON:
+                slot.connection.poller.attend(status)
+                status = lib.shmrpc_wait(slot.c)
+        return status
+
+    # ---- views ----
+
+    @overload
+    def proxy(self, interface: Callable[..., T], *, prefix: str = "") -> T: ...
+    @overload
+    def proxy(self, interface: None = None, *, prefix: str = "") -> Proxy: ...
+    def proxy(self, interface: Any = None, *, prefix: str = "") -> Any:
+        """Return an object whose methods are calls: ``client.proxy(Calculator).add(1, 2)``.
+
+        With a class or Protocol, it has that class's public methods and type-checks as it; without,
+        any attribute is a method. ``prefix`` is put before each name.
+        """
+        return make_proxy(self.call, interface, prefix)
+
+
+class _NoPending:
+    """A notification: nothing comes back for it."""
+
+    call_id = 0
+    position = 0
+
+    def __init__(self, connection: Connection, deadline: float) -> None:
+        """Needs neither."""
+
+    def register(self) -> None:
+        """Nothing to take."""
+
+    def unregister(self) -> None:
+        """Nothing to forget."""

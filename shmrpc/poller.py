@@ -1,0 +1,522 @@
+"""Who waits: the core's poller with its connections, and how threads wait for something on it.
+
+A ``Poller`` belongs to one client connection or to a whole server. There is no reader thread:
+whoever waits reads for all, and hands what is not for the core to the sessions (``dispatch``).
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+import time
+import weakref
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from ._native import ffi, lib
+from .errors import ConnectError, ConnectionLost, Error, ForkedError, ProtocolError
+from .rendezvous import Credentials
+from .session import Pending, Session, Stream, Waiting
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from .address import Address
+    from .codec import Codec
+    from .handshake import Agreement
+
+__all__ = [
+    "FOREVER",
+    "Connection",
+    "Poller",
+    "Slot",
+    "Wait",
+    "check_timeout",
+    "nanoseconds_until",
+]
+
+_log = logging.getLogger("shmrpc")
+
+Wait = Literal["auto", "spin", "block"]
+WAIT_MODES: dict[str, int] = {"auto": 0, "spin": 1, "block": 2}
+OUTCOMES = ("unknown", "not_sent", "not_started")
+FOREVER = float("inf")
+_SECONDS_MAX = 9e9  # the core counts nanoseconds in 64 bits
+
+_EPROTO, _ETIMEDOUT = errno.EPROTO, errno.ETIMEDOUT
+_GO_ON = frozenset((-errno.EAGAIN, -errno.EINTR, 0))
+
+
+def check_timeout(timeout: Any) -> float:
+    """Refuse a timeout that is no number of seconds from 0 on."""
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout >= 0:
+        msg = f"timeout must be seconds from 0 on, not {timeout!r}"
+        raise ValueError(msg)
+    return timeout
+
+
+def nanoseconds_until(deadline: float) -> int:
+    """What is left until a ``time.monotonic()`` deadline; -1 if that is ``FOREVER``."""
+    if deadline > _SECONDS_MAX:
+        return -1
+    return max(0, int((deadline - time.monotonic()) * 1e9))
+
+
+class Freed(Protocol):
+    """What owns a C slot."""
+
+    c: Any
+
+
+class Slot:
+    """What one thread uses for one call at a time: a C slot, its view and a packer."""
+
+    __slots__ = ("__weakref__", "c", "connection", "message", "pack", "view")
+
+    def __init__(self, connection: Connection) -> None:
+        slot = lib.shmrpc_slot_new(connection.poller.c, connection.conn_id)
+        if slot == ffi.NULL:
+            if connection.closed:
+                raise connection.lost(errno.EPIPE, lib.SHMRPC_NOT_SENT, "a call")
+            msg = "no memory for another waiting thread"
+            raise ConnectError(msg)
+        self.c = ffi.gc(slot, lib.shmrpc_slot_free)
+        self.connection = connection
+        connection.poller.slots.add(self)
+        self.message = lib.shmrpc_slot_message(slot)
+        size = lib.shmrpc_slot_view_bytes(slot)
+        self.view = memoryview(ffi.buffer(lib.shmrpc_slot_view(slot), size))
+        self.pack: Callable[[Any], bytes] = connection.codec.encoder()
+
+    def body(self) -> memoryview:
+        """The body of the message just received, wherever it lies."""
+        size = self.message.body_bytes
+        return memoryview(ffi.buffer(self.message.body, size)) if size else memoryview(b"")
+
+    def metadata(self) -> bytes:
+        """A copy of the metadata of the message just received."""
+        return _metadata(self.message)
+
+
+def _metadata(message: Any) -> bytes:
+    size = message.metadata_bytes
+    if not size:
+        return b""
+    return bytes(ffi.buffer(message.head + message.method_bytes, size))
+
+
+class _NoSlots(list[Slot]):
+    """The pool of a connection that takes no more calls."""
+
+    def append(self, slot: Slot) -> None:
+        """Let it go."""
+
+
+class Connection:
+    """One live connection to a peer."""
+
+    def __init__(self, poller: Poller, agreement: Agreement, address: Address) -> None:
+        self.poller = poller
+        self.address = address
+        self.codec = poller.codec
+        self.credentials: Credentials = agreement.credentials
+        if self.credentials.pid < 0:
+            self.credentials = Credentials(agreement.peer_pid)
+        self.peer_pid = agreement.peer_pid
+        self.trusted = agreement.trusted
+        self.max_request_bytes = agreement.peer_max_message_bytes
+        self.session = Session()
+        self.slots: list[Slot] = []
+        self.closed = False
+        self.retired = False
+        self.caller: Any = None  # what handlers call their caller with, once one has asked
+        self.reader: Any = None  # the thread that reads for futures, once one has to
+        self._probe: Slot | None = None  # keeps the core's knowledge of a lost connection
+        self.conn_id = agreement.add(poller.c)
+
+    @property
+    def peer(self) -> str:
+        """The peer as errors name it."""
+        return f"{self.address} (pid {self.peer_pid})" if self.peer_pid >= 0 else str(self.address)
+
+    def slot(self) -> Slot:
+        """A free slot; it goes back to ``slots``."""
+        try:
+            return self.slots.pop()
+        except IndexError:
+            if self.poller.forked:
+                msg = f"this call to {self.peer} was made before the fork, by the parent"
+                raise ForkedError(msg) from None
+            return Slot(self)
+
+    def register(self, call_id: int, pending: Pending | Stream) -> None:
+        """A call of ours is about to be sent: take frames for it."""
+        if self._probe is None:
+            self._probe = self.slot()
+        self.session.calls[call_id] = pending
+
+    def outcome(self, call_id: int, position: int) -> int:
+        """What became of a registered call whose connection was lost."""
+        if self._probe is None:
+            return int(lib.SHMRPC_UNKNOWN)
+        return int(lib.shmrpc_outcome_of(self._probe.c, call_id, position))
+
+    def retire(self) -> None:
+        """Take no more calls; those under way go on."""
+        self.retired = True
+        self.slots = _NoSlots()
+
+    def shutdown(self) -> None:
+        """Hang up. Threads that wait get ``ConnectionLost``.
+
+        Descriptors and memory go with the last reference to the connection, that is, at once
+        unless somebody still waits.
+        """
+        self.retire()
+        lib.shmrpc_conn_shutdown(self.poller.c, self.conn_id)
+        if not self.session.calls and not self.poller.serving:
+            self._probe = None
+            self.poller.connections.pop(self.conn_id, None)
+
+    def end(self, error: int) -> list[Callable[[], None]]:
+        """It has ended with this errno (the poller's lock is held)."""
+        self.closed = True
+        self.retire()
+        self.caller = None
+        for call_id, call in self.session.calls.items():
+            if isinstance(call, Stream):
+                call.outcome = self.outcome(call_id, call.position)
+        later = self.session.lost(error)
+        self._probe = None
+        return later
+
+    def lost(self, error: int, outcome: int, method: str) -> ConnectionLost | ProtocolError:
+        """The error for a call that ended with this errno."""
+        if error == _EPROTO:
+            msg = f"{self.peer} broke the protocol during {method!r}; the connection is closed"
+            return ProtocolError(msg)
+        name = OUTCOMES[outcome]
+        advice = {
+            "not_sent": "it was not sent, calling again is safe",
+            "not_started": "it was never started there, calling again is safe",
+            "unknown": "it may have run",
+        }[name]
+        return ConnectionLost(f"lost {self.peer} during {method!r}: {advice}", name)
+
+    # ---- sending what is no call ----
+
+    def send(
+        self,
+        slot: Slot,
+        kind: int,
+        call_id: int,
+        body: bytes = b"",
+        *,
+        flags: int = 0,
+        metadata: bytes = b"",
+    ) -> int:
+        """Send one frame of a call that exists; -errno if that failed."""
+        position = ffi.new("uint64_t *")
+        size = len(body)
+        beside = len(metadata)
+        status: int = lib.shmrpc_send(
+            slot.c, kind, flags, call_id, ffi.NULL, 0, metadata, beside, body, size, 0, position
+        )
+        return status
+
+    def send_now(self, kind: int, call_id: int, body: bytes = b"", *, flags: int = 0) -> None:
+        """The same from a slot of the pool, with nobody who would want to know if it failed."""
+        if self.closed or self.poller.forked:
+            return
+        slot = self.slot()
+        self.send(slot, kind, call_id, body, flags=flags)
+        self.slots.append(slot)
+
+
+class Waiters(list[Slot]):
+    """The threads that wait for one thing; ``wake`` makes them look again."""
+
+    def wake(self) -> None:
+        """End their waits."""
+        for slot in list(self):
+            if not slot.connection.poller.forked:
+                lib.shmrpc_poke(slot.c)
+
+
+_pollers: weakref.WeakSet[Poller] = weakref.WeakSet()
+
+
+class Poller:
+    """The core's poller, its connections, and its worker threads if it serves."""
+
+    def __init__(
+        self,
+        codec: Codec,
+        *,
+        server: bool = False,
+        wait: Wait = "auto",
+        spin_budget: float | None = None,
+    ) -> None:
+        """For a client's one connection, or a server's. ``ConnectError`` without descriptors."""
+        budget_ns = int(spin_budget * 1e9) if spin_budget is not None else 0
+        c = lib.shmrpc_poller_new(server, server, WAIT_MODES[wait], budget_ns)
+        if c == ffi.NULL:
+            msg = f"can't wait for connections: {os.strerror(ffi.errno)} (ulimit -n)"
+            raise ConnectError(msg)
+        self.c = ffi.gc(c, lib.shmrpc_poller_free)
+        self.codec = codec
+        self.forked = False
+        self.slots: weakref.WeakSet[Freed] = weakref.WeakSet()
+        self.connections: dict[int, Connection] = {}
+        self.threads: list[threading.Thread] = []
+        self._lock = threading.Lock()
+        self._taker = ffi.gc(lib.shmrpc_slot_new(self.c, 0), lib.shmrpc_slot_free)
+        if self._taker == ffi.NULL:
+            raise MemoryError
+        self._message = lib.shmrpc_slot_message(self._taker)
+        self.make_waiters: Callable[[], Waiting] = Waiters
+        self._run_worker: Callable[[Poller], None] | None = None
+        self._serve_queued: Callable[[], None] | None = None
+        _pollers.add(self)
+
+    # ---- connections ----
+
+    def add(self, agreement: Agreement, address: Address) -> Connection:
+        """Take a new connection in."""
+        # A request may come, or the connection end, before this thread runs on: both are looked
+        # up under the lock.
+        with self._lock:
+            connection = Connection(self, agreement, address)
+            self.connections[connection.conn_id] = connection
+        return connection
+
+    def connection(self, conn_id: int) -> Connection | None:
+        """The connection with this id."""
+        connection = self.connections.get(conn_id)
+        if connection is None:
+            with self._lock:
+                connection = self.connections.get(conn_id)
+        return connection
+
+    # ---- events ----
+
+    def dispatch(self) -> None:
+        """Take what the core has for us, and tell those concerned."""
+        later: list[Callable[[], None]] = []
+        with self._lock:
+            while lib.shmrpc_take(self._taker):
+                self._take(later)
+        for run in later:
+            run()
+
+    def _take(self, later: list[Callable[[], None]]) -> None:
+        message = self._message
+        kind, call_id = message.kind, message.call_id
+        connection = self.connections.get(message.conn_id)
+        if connection is None:
+            return
+        session = connection.session
+        if kind == lib.SHMRPC_ITEM:
+            self._take_items(session, call_id)
+        elif kind == lib.SHMRPC_REPLY:
+            run = session.replied(call_id, message.status, _metadata(message), _body(message))
+            if run is not None:
+                later.append(run)
+            if connection.retired and not session.calls:
+                self.connections.pop(connection.conn_id, None)
+        elif kind == lib.SHMRPC_CREDIT:
+            stream = session.stream_of(call_id, from_caller=self._from_caller())
+            if stream is not None and not stream.credit(_body(message)):
+                session.dropped += 1
+        elif kind == lib.SHMRPC_REQUEST:
+            ended = bool(message.flags & lib.SHMRPC_FLAG_ENDED)
+            session.opened(call_id, Stream(self.make_waiters(), ended=ended))
+        elif kind == lib.SHMRPC_CANCEL:
+            session.cancelled(call_id)
+        elif kind == lib.SHMRPC_END:
+            stream = session.stream_of(call_id, from_caller=True)
+            if stream is not None:
+                stream.ended = True
+                stream.waiters.wake()
+        elif kind == lib.SHMRPC_INITIAL:
+            stream = session.stream_of(call_id, from_caller=False)
+            if stream is not None and stream.initial is None:
+                stream.initial = _metadata(message)
+                stream.waiters.wake()
+        elif kind == lib.SHMRPC_CLOSED:
+            self.connections.pop(connection.conn_id, None)
+            later += connection.end(message.status)
+
+    def _from_caller(self) -> bool:
+        return bool(self._message.flags & lib.SHMRPC_FLAG_CALLER)
+
+    def _take_items(self, session: Session, call_id: int) -> None:
+        stream = session.stream_of(call_id, from_caller=self._from_caller())
+        if stream is None:
+            return
+        count = self._message.item_count
+        data = _body(self._message)
+        ends: Sequence[int] = ffi.unpack(self._message.ends, count) if count > 1 else (len(data),)
+        if not stream.items(data, ends):
+            session.dropped += count
+
+    # ---- waiting ----
+
+    def attend(self, status: int) -> None:
+        """Do what has to be done before a wait that ended with this can go on."""
+        if status == lib.SHMRPC_EVENTS:
+            self.dispatch()
+        elif status == lib.SHMRPC_QUEUED:
+            if self._serve_queued is not None:
+                self._serve_queued()
+        elif status == lib.SHMRPC_SPAWN:
+            self.spawn_worker()
+        elif status not in _GO_ON:
+            msg = f"waiting failed: {os.strerror(-status)}"
+            raise Error(msg)
+
+    def wait(self, slot: Slot, deadline: float) -> bool:
+        """Wait until something happens; False when the time has passed or the poller stops."""
+        status: int = lib.shmrpc_wait_events(slot.c, nanoseconds_until(deadline))
+        if status in (-_ETIMEDOUT, lib.SHMRPC_STOPPED):
+            return False
+        self.attend(status)
+        return True
+
+    def wait_until(
+        self,
+        connection: Connection,
+        waiters: Waiters,
+        ready: Callable[[], bool],
+        deadline: float,
+    ) -> bool:
+        """Wait until ``ready()``; False when the time has passed or the poller stops."""
+        slot = connection.slot()
+        waiters.append(slot)
+        try:
+            while not ready():
+                if not self.wait(slot, deadline):
+                    return ready()
+        finally:
+            waiters.remove(slot)
+        connection.slots.append(slot)
+        return True
+
+    # ---- serving ----
+
+    def serve(
+        self,
+        run_worker: Callable[[Poller], None],
+        serve_queued: Callable[[], None] | None = None,
+        *,
+        workers: int,
+        max_concurrency: int,
+    ) -> None:
+        """Take requests from now on, in threads that run this.
+
+        ``serve_queued``, on a client, serves in a thread that waits for something else.
+        """
+        self._run_worker = run_worker
+        self._serve_queued = serve_queued
+        lib.shmrpc_poller_serve(self.c, workers, max_concurrency)
+        for _ in range(2):  # one to lead, one to stand by
+            self.spawn_worker()
+
+    @property
+    def serving(self) -> bool:
+        """Whether it takes requests."""
+        return self._run_worker is not None
+
+    def spawn_worker(self) -> None:
+        """Start another worker thread, when the core asks for it."""
+        if self._run_worker is None:
+            return  # it is stopping
+        thread = threading.Thread(
+            target=self._run_worker,
+            args=(self,),
+            name=f"shmrpc-worker-{len(self.threads)}",
+            daemon=True,
+        )
+        try:
+            thread.start()
+        except RuntimeError as error:  # no more threads: those there are go on
+            _log.error("can't start another worker thread: %s", error)
+            return
+        self.threads = [other for other in self.threads if other.is_alive()] + [thread]
+
+    def drain(self) -> None:
+        """Refuse new requests from now on."""
+        lib.shmrpc_poller_drain(self.c)
+
+    @property
+    def busy(self) -> bool:
+        """Whether requests run or wait, or something was not sent yet."""
+        stats = self.stats()
+        return bool(stats["running"] or stats["queued"] or stats["outbox_bytes"])
+
+    def hang_up(self) -> None:
+        """Cancel what still runs, and end every connection."""
+        for connection in list(self.connections.values()):
+            for stream in list(connection.session.requests.values()):
+                stream.cancel()
+            connection.shutdown()
+
+    def join(self) -> None:
+        """Wait for the worker threads to end."""
+        for thread in list(self.threads):
+            thread.join()
+
+    def stop(self, patience: float) -> list[str]:
+        """End all waits and workers; the names of threads that still run after that time."""
+        self._run_worker = None
+        lib.shmrpc_poller_stop(self.c)
+        until = time.monotonic() + patience
+        for thread in self.threads:
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, until - time.monotonic()))
+        return [thread.name for thread in self.threads if thread.is_alive()]
+
+    # ---- statistics, forks ----
+
+    def stats(self) -> dict[str, int]:
+        """The core's counters, and what the sessions dropped."""
+        counters = ffi.new("shmrpc_stats *")
+        lib.shmrpc_poller_stats(self.c, counters)
+        stats = {name: int(getattr(counters, name)) for name in dir(counters)}
+        connections = list(self.connections.values())
+        stats["frames_dropped"] += sum(other.session.dropped for other in connections)
+        return stats
+
+    def forget(self) -> None:
+        """In a forked child: give up what is the parent's.
+
+        Descriptors are closed, so that the parent's death can still be noticed by its peers;
+        memory stays as it is, because its locks may be held by threads that the child does not
+        have.
+        """
+        self.forked = True
+        for connection in self.connections.values():
+            connection.slots.clear()
+        for slot in list(self.slots):
+            ffi.gc(slot.c, None)
+        ffi.gc(self._taker, None)
+        ffi.gc(self.c, None)
+        count = 1 << 18
+        fds = ffi.new("int[]", count)
+        for fd in fds[0 : lib.shmrpc_poller_fds(self.c, fds, count)]:
+            os.close(fd)
+
+
+def _body(message: Any) -> bytes:
+    size = message.body_bytes
+    return bytes(ffi.buffer(message.body, size)) if size else b""
+
+
+def _after_fork_in_child() -> None:
+    for poller in list(_pollers):
+        poller.forget()
+    _pollers.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,105 @@
+"""The methods that one side offers: functions by name, and what kind of call each of them is."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ._native import ffi, lib
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .poller import Poller
+
+__all__ = ["Method", "Registry", "make_name"]
+
+
+def make_name(method: str) -> Any:
+    """A method's name as the core wants it; ``ValueError`` if it is empty or too long."""
+    text = method.encode()
+    if not 0 < len(text) <= lib.SHMRPC_METHOD_MAX:
+        msg = f"method name {method!r}: 1 to {lib.SHMRPC_METHOD_MAX} bytes of UTF-8 are allowed"
+        raise ValueError(msg)
+    return ffi.new("shmrpc_name *", {"bytes": len(text), "text": text})
+
+
+class Method(NamedTuple):
+    """One method as it was registered."""
+
+    name: str
+    function: Callable[..., Any]
+    requests: bool  # its first parameter iterates over the caller's messages
+    generator: bool  # it streams its results
+    idempotent: bool
+
+    @property
+    def streams(self) -> bool:
+        """Whether it has to be called by ``stream`` or ``open``."""
+        return self.requests or self.generator
+
+
+def is_generator(function: Any) -> bool:
+    """Whether calling it makes a generator: also for objects that are called, and partials."""
+    while hasattr(function, "func"):  # functools.partial
+        function = function.func
+    if inspect.isgeneratorfunction(function):
+        return True
+    return inspect.isgeneratorfunction(getattr(type(function), "__call__", None))  # noqa: B004
+
+
+class Registry:
+    """Methods by number (the core's) and by name. Safe to use from any thread."""
+
+    def __init__(self, wrap: Callable[[Method], Callable[..., Any]] | None = None) -> None:
+        """``wrap`` makes the function that is called in a method's place."""
+        self._lock = threading.Lock()
+        self._wrap = wrap
+        self.functions: list[Callable[..., Any]] = []  # what is called, by number
+        self.methods: list[Method] = []
+        self._indexes: dict[str, int] = {}
+        self._poller: Poller | None = None
+
+    def __len__(self) -> int:
+        return len(self._indexes)
+
+    def find(self, name: str) -> Method | None:
+        """The method of this name, or None."""
+        index = self._indexes.get(name)
+        return self.methods[index] if index is not None else None
+
+    def add(
+        self, function: Any, name: str | None, *, requests: bool = False, idempotent: bool = False
+    ) -> None:
+        """Offer a function; a name that is taken means the new one from now on."""
+        if not callable(function):
+            msg = f"a method must be callable, not {function!r}"
+            raise TypeError(msg)
+        name = function.__name__ if name is None else name
+        if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+            msg = f"method {name!r} is async; a synchronous Server or Client can't run it"
+            raise TypeError(msg)
+        make_name(name)
+        method = Method(name, function, requests, is_generator(function), idempotent)
+        with self._lock:
+            index = len(self.methods)
+            self.methods.append(method)
+            self.functions.append(self._wrap(method) if self._wrap is not None else function)
+            self._indexes[name] = index
+            if self._poller is not None:
+                self._add_to_core(self._poller, name, index)
+
+    def bind(self, poller: Poller | None) -> None:
+        """Offer the methods on this poller, those that are added later, too."""
+        with self._lock:
+            self._poller = poller
+            if poller is not None:
+                for name, index in self._indexes.items():
+                    self._add_to_core(poller, name, index)
+
+    def _add_to_core(self, poller: Poller, name: str, index: int) -> None:
+        text = name.encode()
+        fast = not self.methods[index].streams
+        if lib.shmrpc_method_add(poller.c, text, len(text), index, fast) < 0:
+            raise MemoryError

@@ -1,0 +1,226 @@
+"""What one connection knows of its calls: pure state, no I/O, no waiting, no C.
+
+Somebody reads frames and tells the session (``poller.Poller`` does, holding its lock); threads or
+tasks that wait for a stream look at its ``Stream`` and are woken to look again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from collections import deque
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+__all__ = ["WINDOW_BYTES", "WINDOW_MESSAGES", "Pending", "Session", "Stream", "Waiting"]
+
+# What a sender of items may have under way beyond what the receiver has taken: so much is buffered
+# for a reader that stops, and about half of it fits into a ring.
+WINDOW_MESSAGES = 512
+WINDOW_BYTES = 256 << 10
+
+_CREDIT = struct.Struct("<II")
+
+
+class Pending(Protocol):
+    """A call of ours that waits for its reply."""
+
+    def replied(self, status: int, metadata: bytes, body: bytes) -> Callable[[], None] | None:
+        """Take the reply. What has to run other people's code is returned, to be run later."""
+
+    def lost(self, error: int) -> Callable[[], None] | None:
+        """Learn that the connection ended, with this errno; as ``replied``."""
+
+
+class Waiting(Protocol):
+    """Who waits for a stream."""
+
+    def wake(self) -> None:
+        """Make them look again. Must not wait, nor take the poller's lock."""
+
+
+class Stream:
+    """One stream as either side sees it: what came and was not taken, and what may be sent.
+
+    Counters have one writer each, so that a reading and a consuming thread need no lock: the
+    reader of the connection writes ``granted_*`` and ``received_*``, the sender ``sent_*``, the
+    consumer ``taken_*`` and ``returned_*``.
+    """
+
+    __slots__ = (
+        "cancelled",
+        "ended",
+        "granted_bytes",
+        "granted_messages",
+        "initial",
+        "lost_error",
+        "outcome",
+        "overrun",
+        "position",
+        "received_bytes",
+        "received_messages",
+        "reply",
+        "returned_bytes",
+        "returned_messages",
+        "runs",
+        "sent_bytes",
+        "sent_messages",
+        "started",
+        "taken_bytes",
+        "taken_messages",
+        "waiters",
+    )
+
+    def __init__(self, waiters: Waiting, *, ended: bool = False) -> None:
+        self.waiters = waiters
+        self.runs: deque[tuple[bytes, Sequence[int]]] = deque()  # items, and where each ends
+        self.started = False  # callee: a handler has it
+        self.ended = ended  # no more items come
+        self.cancelled = False  # callee: the caller has given up, or is gone
+        self.overrun = False  # the peer sent more than it had credit for
+        self.initial: bytes | None = None  # caller: metadata that came before everything else
+        self.reply: tuple[int, bytes, bytes] | None = None  # caller: status, metadata, body
+        self.lost_error = 0  # errno that ended the connection
+        self.position = 0  # caller: of the request, see the core's shmrpc_outcome_of
+        self.outcome = 0  # caller: what became of the call when the connection ended
+        self.granted_messages, self.granted_bytes = WINDOW_MESSAGES, WINDOW_BYTES
+        self.sent_messages = self.sent_bytes = 0
+        self.received_messages = self.received_bytes = 0
+        self.taken_messages = self.taken_bytes = 0
+        self.returned_messages = self.returned_bytes = 0
+
+    # ---- for the sender ----
+
+    def may_send(self) -> bool:
+        """Whether there is credit. One item may be larger than what is left of it."""
+        return self.sent_messages < self.granted_messages and self.sent_bytes < self.granted_bytes
+
+    def sent(self, size: int) -> None:
+        """An item of this many bytes was sent."""
+        self.sent_messages += 1
+        self.sent_bytes += size
+
+    # ---- for the consumer ----
+
+    def take(self) -> tuple[bytes, Sequence[int]]:
+        """Next items; IndexError if there are none now."""
+        data, ends = self.runs.popleft()
+        self.taken_messages += len(ends)
+        self.taken_bytes += len(data)
+        return data, ends
+
+    def due_credit(self) -> bytes:
+        """The body of a CREDIT frame to be sent now, or nothing."""
+        messages = self.taken_messages - self.returned_messages
+        size = self.taken_bytes - self.returned_bytes
+        if messages < WINDOW_MESSAGES // 2 and size < WINDOW_BYTES // 2:
+            return b""
+        self.returned_messages += messages
+        self.returned_bytes += size
+        return _CREDIT.pack(messages, size)
+
+    @property
+    def over(self) -> bool:
+        """Caller: whether nothing comes any more."""
+        return self.reply is not None or self.lost_error != 0 or self.overrun
+
+    # ---- for who reads the connection ----
+
+    def items(self, data: bytes, ends: Sequence[int]) -> bool:
+        """Items have come. False if they are beyond the credit, and dropped."""
+        granted_messages = WINDOW_MESSAGES + self.returned_messages
+        granted_bytes = WINDOW_BYTES + self.returned_bytes
+        last = len(data) - (ends[-2] if len(ends) > 1 else 0)
+        self.received_messages += len(ends)
+        self.received_bytes += len(data)
+        if self.received_messages > granted_messages or self.received_bytes - last >= granted_bytes:
+            self.overrun = True
+        if self.ended or self.overrun:
+            self.waiters.wake()
+            return False
+        self.runs.append((data, ends))
+        self.waiters.wake()
+        return True
+
+    def credit(self, body: bytes) -> bool:
+        """The receiver takes more. False if that can't be read."""
+        if len(body) != _CREDIT.size:
+            return False
+        messages, size = _CREDIT.unpack(body)
+        self.granted_messages += messages
+        self.granted_bytes += size
+        self.waiters.wake()
+        return True
+
+    def replied(self, status: int, metadata: bytes, body: bytes) -> None:
+        """As ``Pending.replied``."""
+        self.reply = (status, metadata, body)
+        self.ended = True
+        self.waiters.wake()
+
+    def lost(self, error: int) -> None:
+        """As ``Pending.lost``, and for a stream that the peer called."""
+        self.lost_error = error
+        self.ended = self.cancelled = True
+        self.waiters.wake()
+
+    def cancel(self) -> None:
+        """Callee: the caller has given up."""
+        self.cancelled = self.ended = True
+        self.waiters.wake()
+
+
+class Session:
+    """The calls of one connection, in both directions."""
+
+    def __init__(self) -> None:
+        self.calls: dict[int, Pending | Stream] = {}  # ours, by call id
+        self.requests: dict[int, Stream] = {}  # the peer's streams
+        self.dropped = 0  # frames that belong to no call
+        self._ids = itertools.count(1)
+
+    def new_id(self, low_bits: int) -> int:
+        """A call id that was never used on this connection."""
+        return next(self._ids) << 16 | low_bits
+
+    def stream_of(self, call_id: int, *, from_caller: bool) -> Stream | None:
+        """The stream that a frame belongs to; counts it as dropped if there is none."""
+        stream = self.requests.get(call_id) if from_caller else self.calls.get(call_id)
+        if isinstance(stream, Stream):
+            return stream
+        self.dropped += 1
+        return None
+
+    def opened(self, call_id: int, stream: Stream) -> None:
+        """The peer has called a stream. It may not use an id twice at a time."""
+        if call_id in self.requests:
+            self.dropped += 1
+        else:
+            self.requests[call_id] = stream
+
+    def cancelled(self, call_id: int) -> None:
+        """The peer has cancelled a stream, or it was dropped before it started."""
+        stream = self.requests.get(call_id)
+        if stream is not None:
+            stream.cancel()
+            if not stream.started:
+                self.requests.pop(call_id, None)
+
+    def replied(
+        self, call_id: int, status: int, metadata: bytes, body: bytes
+    ) -> Callable[[], None] | None:
+        """A call of ours is over."""
+        pending = self.calls.pop(call_id, None)
+        if pending is None:
+            self.dropped += 1
+            return None
+        return pending.replied(status, metadata, body)
+
+    def lost(self, error: int) -> list[Callable[[], None]]:
+        """The connection has ended: everybody learns it."""
+        pending = list(self.calls.values()) + list(self.requests.values())
+        self.calls.clear()
+        later = [call.lost(error) for call in pending]
+        return [run for run in later if run is not None]
