@@ -2,6 +2,8 @@
 
 import threading
 
+import pytest
+
 from shmrpc.scheduler import Scheduler
 
 
@@ -25,11 +27,13 @@ def test_what_is_due_earlier_does_not_wait_for_what_came_earlier():
     assert late.wait(10)
 
 
-def test_what_blocks_holds_up_nobody():
+@pytest.mark.parametrize("pause", [0.0, 0.05])
+def test_what_blocks_holds_up_nobody(pause):
+    """Be it that nobody waits for the second, or that one thread has waited for both."""
     scheduler = Scheduler("shmrpc-test", 2)
     go, done = threading.Event(), threading.Event()
-    scheduler.after(0, lambda: go.wait(10))
-    scheduler.after(0, done.set)
+    scheduler.after(pause, lambda: go.wait(10))
+    scheduler.after(pause, done.set)
     assert done.wait(10)
     go.set()
 
