@@ -2,7 +2,7 @@
 
 import threading
 
-import pytest
+from conftest import wait_until
 
 from shmrpc.scheduler import Scheduler
 
@@ -27,13 +27,21 @@ def test_what_is_due_earlier_does_not_wait_for_what_came_earlier():
     assert late.wait(10)
 
 
-@pytest.mark.parametrize("pause", [0.0, 0.05])
-def test_what_blocks_holds_up_nobody(pause):
-    """Be it that nobody waits for the second, or that one thread has waited for both."""
+def test_what_blocks_holds_up_nobody():
     scheduler = Scheduler("shmrpc-test", 2)
     go, done = threading.Event(), threading.Event()
-    scheduler.after(pause, lambda: go.wait(10))
-    scheduler.after(pause, done.set)
+    scheduler.after(0, lambda: go.wait(10))
+    scheduler.after(0, done.set)
+    assert done.wait(10)
+    go.set()
+
+
+def test_one_thread_that_waits_for_two_and_blocks_in_the_first():
+    scheduler = Scheduler("shmrpc-test", 2)
+    go, done = threading.Event(), threading.Event()
+    scheduler.after(0.3, lambda: go.wait(10))
+    wait_until(lambda: scheduler._waiting == 1)
+    scheduler.after(0.3, done.set)
     assert done.wait(10)
     go.set()
 
