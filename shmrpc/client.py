@@ -83,8 +83,8 @@ def connect(
     )
 
 
-def _retries(attempts: int) -> list[Interceptor]:
-    if isinstance(attempts, bool) or not isinstance(attempts, int) or attempts < 0:
+def _retries(attempts: Any) -> list[Interceptor]:
+    if not isinstance(attempts, int) or isinstance(attempts, bool) or attempts < 0:
         msg = f"retries must be a number of repetitions from 0 on, not {attempts!r}"
         raise ValueError(msg)
     return [Retries(attempts + 1)] if attempts else []
@@ -262,7 +262,9 @@ class Client(Channel):
         )
 
     def _run_worker(self, poller: Poller) -> None:
-        Worker(self, poller).run()
+        worker = Worker(self, poller)
+        del poller  # the traceback of an error that somebody keeps knows this frame
+        worker.run()
 
     @property
     def codec(self) -> Codec:

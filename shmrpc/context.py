@@ -43,6 +43,7 @@ class CallContext:
         "conn_id",
         "connection",
         "deadline",
+        "initial_default",
         "initial_metadata",
         "metadata",
         "method",
@@ -71,6 +72,7 @@ class CallContext:
         self.metadata = metadata
         self.deadline = deadline  # time.monotonic() seconds, or None
         self.initial_metadata: dict[str, str | bytes] | None = None  # None: not sent
+        self.initial_default: dict[str, str | bytes] = {}  # what interceptors add to it
         self.trailing_metadata: dict[str, str | bytes] = {}
 
     def time_remaining(self) -> float | None:
@@ -115,7 +117,7 @@ class CallContext:
         if self.initial_metadata is not None:
             msg = f"the initial metadata of {self.method!r} was sent already"
             raise RuntimeError(msg)
-        self.initial_metadata = dict(metadata)
+        self.initial_metadata = {**self.initial_default, **metadata}
         try:
             self._source.send_initial(self)
         except ValueError:

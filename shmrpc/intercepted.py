@@ -1,4 +1,4 @@
-"""Where interceptors meet calls: around a channel's methods, and around the handlers of a server."""
+"""Where interceptors meet calls: around a channel's methods, and a server's handlers."""
 
 from __future__ import annotations
 
@@ -239,8 +239,12 @@ def _error_of(future: Any) -> BaseException | None:
 def intercept_handlers(
     interceptors: Iterable[Interceptor],
 ) -> Callable[[Method], Callable[..., Any]]:
-    """What makes the functions that are called in place of methods."""
+    """What makes the functions that are called in place of methods.
+
+    TypeError for what is no interceptor.
+    """
     interceptors = list(interceptors)
+    compose(interceptors, lambda info: info)
 
     def wrap(method: Method) -> Callable[..., Any]:
         if not interceptors or method.name.startswith("shmrpc."):
@@ -270,6 +274,7 @@ def _intercepted_handler(method: Method, interceptors: list[Interceptor]) -> Cal
             deadline=context.deadline,
             peer=peer,
         )
+        context.initial_default = info.initial_metadata
         try:
             result = chain(info)
         except BaseException as error:
@@ -287,8 +292,7 @@ def _intercepted_handler(method: Method, interceptors: list[Interceptor]) -> Cal
 
 def _items(result: Any, info: CallInfo, context: CallContext) -> Iterator[Any]:
     """What a streaming handler yields, and then the end of its call."""
-    if info.initial_metadata and context.initial_metadata is None:
-        context.send_initial_metadata(info.initial_metadata)
+    _send_initial(context)
     try:
         yield from result
     except BaseException as error:
@@ -299,9 +303,13 @@ def _items(result: Any, info: CallInfo, context: CallContext) -> Iterator[Any]:
     info.finish()
 
 
+def _send_initial(context: CallContext) -> None:
+    if context.initial_default and context.initial_metadata is None:
+        context.send_initial_metadata({})
+
+
 def _send_metadata(info: CallInfo, context: CallContext) -> None:
     """What interceptors want sent with the reply; the handler's own of the same key wins."""
-    if info.initial_metadata and context.initial_metadata is None:
-        context.send_initial_metadata(info.initial_metadata)
+    _send_initial(context)
     if info.trailing_metadata:
         context.set_trailing_metadata({**info.trailing_metadata, **context.trailing_metadata})

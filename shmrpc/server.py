@@ -22,7 +22,7 @@ from . import handshake, segments
 from .acceptor import Acceptor
 from .caller import Caller
 from .codec import Codec, MsgpackCodec
-from .errors import Abort, Error, ForkedError
+from .errors import Error, ForkedError
 from .intercepted import intercept_handlers
 from .link import check_options
 from .poller import Connection, Poller, Wait
@@ -169,7 +169,9 @@ class Server:
         acceptor.start()
 
     def _run_worker(self, poller: Poller) -> None:
-        Worker(self, poller).run()
+        worker = Worker(self, poller)
+        del poller  # the traceback of an error that somebody keeps knows this frame
+        worker.run()
 
     def stop(self, grace: float = 5.0) -> None:
         """Stop: refuse new calls, let those under way end within ``grace`` seconds, hang up.
@@ -229,12 +231,11 @@ class Server:
         poller = self._poller
         return poller.stats() if poller is not None else {}
 
-    def _describe(self, name: str) -> dict[str, Any]:
-        """What clients may ask of a method: ``shmrpc.describe``."""
+    def _describe(self, name: str) -> dict[str, Any] | None:
+        """What clients may ask of a method: ``shmrpc.describe``. None if there is none."""
         method = self.registry.find(name)
         if method is None:
-            code = "NOT_FOUND"
-            raise Abort(code, f"no method {name!r}")
+            return None
         return {
             "name": name,
             "requests": method.requests,

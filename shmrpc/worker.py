@@ -79,8 +79,10 @@ class Worker:
         try:
             self._serve()
         finally:
-            self._context = None  # which knows us
             ffi.release(self._slot)
+            self._forget_context()
+            # Errors that somebody keeps know our frames, and must not keep the connections.
+            self.__dict__.clear()
 
     def _serve(self) -> None:
         slot, message, view, pack = self._slot, self._message, self._view, self._pack
@@ -337,6 +339,7 @@ class Worker:
         message = self._message
         context = self._context
         if context is None or not self._is_current(context):
+            self._forget_context()
             connection = self._poller.connection(message.conn_id)
             context = CallContext(
                 self,
@@ -351,6 +354,11 @@ class Worker:
             context.one_way = message.kind == lib.SHMRPC_NOTIFY
             self._context = context
         return context
+
+    def _forget_context(self) -> None:
+        """The call it belonged to is over; whoever keeps it must not keep the connection."""
+        if self._context is not None:
+            self._context.connection = None
 
     def _request_metadata(self) -> bytes:
         message = self._message

@@ -18,10 +18,9 @@ FENCE_REGISTER = ROOT / "docs" / "memory-model.md"
 LAYERS = [
     ["_native"],
     ["errors"],
-    ["address", "codec", "metadata", "scheduler"],
-    ["interceptors"],
+    ["address", "codec", "metadata", "scheduler", "session"],
+    ["segments", "rendezvous", "interceptors"],
     ["otel", "prometheus", "retries"],
-    ["segments", "rendezvous", "session"],
     ["handshake"],
     ["poller"],
     ["link", "registry", "context"],
