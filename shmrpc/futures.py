@@ -19,9 +19,10 @@ from ._native import lib
 from .errors import Cancelled, DeadlineExceeded, Error, ForkedError, ProtocolError
 from .metadata import unpack_reply_metadata
 from .poller import FOREVER, Connection, Waiters
+from .session import NOT_SENT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 __all__ = ["CallFuture"]
 
@@ -57,7 +58,7 @@ class CallFuture(Future[Any]):
         self.method = method
         self.deadline = deadline  # time.monotonic() seconds
         self.call_id = connection.session.new_id(lib.SHMRPC_PYTHON_INDEX)
-        self.position = 0
+        self.position: Sequence[int] = NOT_SENT
         self.threads = Waiters()
         self._channel = channel
         self._connection = connection
@@ -140,7 +141,7 @@ class CallFuture(Future[Any]):
 
     def lost(self, error: int) -> Callable[[], None]:
         """The connection has ended."""
-        outcome = self._connection.outcome(self.call_id, self.position)
+        outcome = self._connection.outcome(self.call_id, self.position[0])
         return lambda: self.finish(None, self._connection.lost(error, outcome, self.method))
 
     def _settle(self, status: int, body: bytes) -> None:

@@ -184,9 +184,9 @@ class Connection:
         self.closed = True
         self.retire()
         self.caller = None
-        for call_id, call in self.session.calls.items():
+        for call_id, call in list(self.session.calls.items()):  # others register theirs meanwhile
             if isinstance(call, Stream):
-                call.outcome = self.outcome(call_id, call.position)
+                call.outcome = self.outcome(call_id, call.position[0])
         later = self.session.lost(error)
         self._probe = None
         return later
