@@ -247,12 +247,18 @@ class _Reader:
             if not self._running:
                 self._running = True
                 threading.Thread(target=self._run, name="shmrpc-futures", daemon=True).start()
-        self._waiters.wake()  # its deadline may be nearer than the one that is waited for
+        self.wake()  # its deadline may be nearer than the one that is waited for
+
+    def wake(self) -> None:
+        """Have the thread look again whether it still has to read."""
+        self._waiters.wake()
 
     def _run(self) -> None:
         while True:
+            # Not with our lock held: who watches a future may hold the future's.
+            finished = {id(future) for future in list(self._watched) if Future.done(future)}
             with self._lock:
-                self._watched = [f for f in self._watched if not Future.done(f)]
+                self._watched = [f for f in self._watched if id(f) not in finished]
                 watched = list(self._watched)
                 if not watched:
                     self._running = False

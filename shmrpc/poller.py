@@ -178,6 +178,7 @@ class Connection:
         if not self.session.calls and not self.poller.serving:
             self._probe = None
             self.poller.connections.pop(self.conn_id, None)
+            self.wake_reader()
 
     def end(self, error: int) -> list[Callable[[], None]]:
         """It has ended with this errno (the poller's lock is held)."""
@@ -188,8 +189,14 @@ class Connection:
             if isinstance(call, Stream):
                 call.outcome = self.outcome(call_id, call.position[0])
         later = self.session.lost(error)
+        later.append(self.wake_reader)
         self._probe = None
         return later
+
+    def wake_reader(self) -> None:
+        """Nothing comes any more that would. To be called when every future is finished."""
+        if self.reader is not None:
+            self.reader.wake()
 
     def lost(self, error: int, outcome: int, method: str) -> ConnectionLost | ProtocolError:
         """The error for a call that ended with this errno."""
@@ -325,6 +332,7 @@ class Poller:
                 later.append(run)
             if connection.retired and not session.calls:
                 self.connections.pop(connection.conn_id, None)
+                later.append(connection.wake_reader)
         elif kind == lib.SHMRPC_CREDIT:
             stream = session.stream_of(call_id, from_caller=self._from_caller())
             if stream is not None and not stream.credit(_body(message)):
