@@ -447,7 +447,7 @@ static int64_t wait_goal(struct shmrpc_poller *poller, struct shmrpc_slot *slot,
 {
     int64_t result = wait_inside(poller, slot, leads);
     struct outgoing cancel = {.header = {.kind = SHMRPC_CANCEL}};
-    uint64_t position;
+    atomic_u64 position;
 
     poller_lock(poller);
     leave(poller, slot);
@@ -485,7 +485,7 @@ static void begin(struct shmrpc_slot *slot, enum slot_goal goal, uint64_t deadli
 /* ---- calls ---- */
 
 int poller_send(struct shmrpc_poller *poller, struct conn *conn, struct outgoing *message,
-                uint64_t *position)
+                atomic_u64 *position)
 {
     uint64_t bells = 0;
     int status = conn_send(conn, message, position, &bells);
@@ -538,9 +538,7 @@ int64_t shmrpc_call_with(shmrpc_slot *slot, const shmrpc_name *name, uint32_t fl
 
     if (slot->deadline_ns != 0)
         set_deadline(&message, slot->conn, slot->deadline_ns);
-    uint64_t position;
-    int status = poller_send(poller, slot->conn, &message, &position);
-    store_relaxed(&slot->position, position);
+    int status = poller_send(poller, slot->conn, &message, &slot->position);
     if (status >= 0)
         return wait_goal(poller, slot, leads);
 
@@ -574,7 +572,7 @@ void shmrpc_abandon(shmrpc_slot *slot)
 {
     struct shmrpc_poller *poller = slot->poller;
     struct outgoing message = {.header = {.kind = SHMRPC_CANCEL}};
-    uint64_t position;
+    atomic_u64 position;
 
     poller_lock(poller);
     if (slot->goal == GOAL_REPLY && !poller->closed)
@@ -607,7 +605,7 @@ int shmrpc_send(shmrpc_slot *slot, uint32_t kind, uint32_t flags, uint64_t call_
     if (!slot->worker && conn_hung_up(slot->conn))
         return -ENOTCONN;
     set_deadline(&message, slot->conn, deadline_ns);
-    return poller_send(slot->poller, slot->conn, &message, position);
+    return poller_send(slot->poller, slot->conn, &message, (atomic_u64 *)position);
 }
 
 int shmrpc_send_item(shmrpc_slot *slot, uint32_t flags, uint64_t call_id, const char *body,
@@ -617,7 +615,7 @@ int shmrpc_send_item(shmrpc_slot *slot, uint32_t flags, uint64_t call_id, const 
         .header = {.kind = SHMRPC_ITEM, .flags = (uint8_t)flags, .call_id = call_id},
         .parts = {{(void *)(uintptr_t)body, body_bytes}},
     };
-    uint64_t position;
+    atomic_u64 position;
 
     return poller_send(slot->poller, slot->conn, &message, &position);
 }

@@ -114,12 +114,13 @@ static void fail_conn(struct shmrpc_poller *poller, struct conn *conn, int error
     epoll_ctl(poller->epoll_fd, EPOLL_CTL_DEL, conn->control_fd, NULL);
     if (conn->own_bell_fd >= 0 && conn->own_bell_fd != poller->kick_fd)
         epoll_ctl(poller->epoll_fd, EPOLL_CTL_DEL, conn->own_bell_fd, NULL);
-    shutdown(conn->control_fd, SHUT_RDWR);
 
     poller_lock(poller);
     if (error != EPIPE)
         store_relaxed(&conn->ended_here, 1);
     store_release(&conn->error, (uint64_t)error);
+    /* After the error: a peer that sees the end may rely on it that nothing queued starts. */
+    shutdown(conn->control_fd, SHUT_RDWR);
     callers_lost(poller, conn, error);
     const shmrpc_message closed = {.kind = SHMRPC_CLOSED, .status = (uint32_t)error};
     events_add(poller, conn, &closed, NULL);

@@ -223,7 +223,7 @@ int callers_reply(struct shmrpc_poller *poller, struct shmrpc_slot *leader, stru
 void callers_room(struct shmrpc_poller *poller, struct conn *conn);
 /* Send; rings, counts and wakes whom it concerns. As conn_send. */
 int poller_send(struct shmrpc_poller *poller, struct conn *conn, struct outgoing *message,
-                uint64_t *position);
+                atomic_u64 *position);
 /* With the lock held: the conn has ended with this errno. */
 void callers_lost(struct shmrpc_poller *poller, struct conn *conn, int error);
 /* Sleep until *state is not SLOT_SLEEPING: 0, -ETIMEDOUT, -EINTR. */

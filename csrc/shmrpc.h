@@ -191,8 +191,9 @@ int64_t shmrpc_wait(shmrpc_slot *slot);
 void shmrpc_abandon(shmrpc_slot *slot);
 
 /* Send without waiting for a reply. `call_id` with SHMRPC_PYTHON_INDEX in its low 16 bits brings
- * the reply as an event. *position says where the frame lies, for shmrpc_outcome_of. Returns 0, or
- * 1 if part of it waits in this process for room. */
+ * the reply as an event. *position says where the frame lies, for shmrpc_outcome_of; it is
+ * stored before the peer can see the frame, by another thread too. Returns 0, or 1 if part of it
+ * waits in this process for room. */
 int shmrpc_send(shmrpc_slot *slot, uint32_t kind, uint32_t flags, uint64_t call_id,
                 const shmrpc_name *name, uint32_t status, const char *metadata,
                 size_t metadata_bytes, const char *body, size_t body_bytes, uint64_t deadline_ns,

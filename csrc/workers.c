@@ -43,7 +43,7 @@ void workers_answer(struct shmrpc_poller *poller, struct conn *conn, uint64_t ca
                                    .method_bytes = (uint16_t)status,
                                    .call_id = call_id,
                                }};
-    uint64_t position;
+    atomic_u64 position;
 
     poller_send(poller, conn, &message, &position);
 }
@@ -111,14 +111,14 @@ static void start(struct shmrpc_poller *poller, struct shmrpc_slot *slot, struct
 }
 
 /* With the lock held: say in our segment that this call is taken but not started, before the
- * peer can see that it is taken. */
+ * peer can see that it is taken. Returns its place in the table; a notification has none. */
 static uint32_t mark_queued(struct conn *conn, uint64_t call_id)
 {
     uint32_t i = 0;
 
     store_relaxed(&conn->queued, load_relaxed(&conn->queued) + 1);
-    if (!conn->is_shm)
-        return 0;
+    if (!conn->is_shm || call_id == 0)
+        return LAYOUT_QUEUED_MAX;
     while (i < LAYOUT_QUEUED_MAX && load_relaxed(&conn->wake.own->queued[i]) != 0)
         i++;
     if (i < LAYOUT_QUEUED_MAX)
@@ -129,7 +129,7 @@ static uint32_t mark_queued(struct conn *conn, uint64_t call_id)
 static void unmark_queued(struct conn *conn, uint32_t index)
 {
     store_relaxed(&conn->queued, load_relaxed(&conn->queued) - 1);
-    if (conn->is_shm && index < LAYOUT_QUEUED_MAX)
+    if (index < LAYOUT_QUEUED_MAX)
         store_release(&conn->wake.own->queued[index], 0);
 }
 
@@ -613,7 +613,7 @@ int shmrpc_reply(shmrpc_slot *slot, uint32_t status, const char *body, size_t bo
         .parts = {{slot->reply_metadata, slot->reply_metadata_bytes},
                   {(void *)(uintptr_t)body, body_bytes}},
     };
-    uint64_t position;
+    atomic_u64 position;
 
     if (!slot->running || slot->replied)
         return 0;

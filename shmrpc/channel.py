@@ -22,9 +22,10 @@ from .outcomes import remote_error, send_error
 from .poller import FOREVER, Connection, Slot, check_timeout, nanoseconds_until
 from .proxy import Proxy, make_proxy
 from .registry import make_name
+from .session import NOT_SENT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 __all__ = ["Channel"]
 
@@ -46,7 +47,7 @@ _GOES_ON = frozenset((_EAGAIN, _EINTR, lib.SHMRPC_EVENTS, lib.SHMRPC_SPAWN, lib.
 class Registered(Protocol):
     """A future or an open call, as far as sending its request is concerned."""
 
-    position: int
+    position: Sequence[int]  # one number: see the core's shmrpc_outcome_of
 
     @property
     def call_id(self) -> int: ...
@@ -393,7 +394,7 @@ class Channel:
                     connection.send_now(lib.SHMRPC_CANCEL, pending.call_id)  # a part may be out
                 if status in (_EPIPE, _EPROTO):
                     slot.message.outcome = lib.shmrpc_outcome_of(
-                        slot.c, pending.call_id, pending.position
+                        slot.c, pending.call_id, pending.position[0]
                     )
                 raise self._failure(slot, method, status)
             self._drop(connection)
@@ -409,7 +410,10 @@ class Channel:
         body: bytes,
         deadline: float,
     ) -> int:
-        position = ffi.new("uint64_t *")
+        # The core fills it in before the peer can see the request: another thread may need it
+        # before this one runs on.
+        position = ffi.new("uint64_t *", NOT_SENT[0])
+        pending.position = position
         deadline_ns = 0
         if kind == lib.SHMRPC_REQUEST and deadline != FOREVER:
             deadline_ns = int(min(deadline, 9e9) * 1e9)
@@ -427,12 +431,13 @@ class Channel:
             deadline_ns,
             position,
         )
-        pending.position = position[0]
         if status > 0:  # the ring is full: wait for room here, and read meanwhile
             status = lib.shmrpc_flush(slot.c, nanoseconds_until(deadline))
             while status in _GOES_ON:
                 slot.connection.poller.attend(status)
                 status = lib.shmrpc_wait(slot.c)
+            if status in (_EPIPE, _EPROTO) and kind != lib.SHMRPC_NOTIFY:
+                return 0  # what became of it is told later: it may have run, its reply be here
         return status
 
     # ---- views ----
@@ -454,7 +459,7 @@ class _NoPending:
     """A notification: nothing comes back for it."""
 
     call_id = 0
-    position = 0
+    position: Sequence[int] = NOT_SENT
 
     def __init__(self, connection: Connection, deadline: float) -> None:
         """Needs neither."""

@@ -177,6 +177,7 @@ class Connection:
         if self.retired and not self.session.calls and not self.poller.serving:
             self._probe = None
             self.poller.connections.pop(self.conn_id, None)
+            self.wake_reader()
 
     def shutdown(self) -> None:
         """Hang up. Threads that wait get ``ConnectionLost``.
@@ -193,12 +194,18 @@ class Connection:
         self.closed = True
         self.retire()
         self.caller = None
-        for call_id, call in self.session.calls.items():
+        for call_id, call in list(self.session.calls.items()):  # others register theirs meanwhile
             if isinstance(call, Stream):
-                call.outcome = self.outcome(call_id, call.position)
+                call.outcome = self.outcome(call_id, call.position[0])
         later = self.session.lost(error)
+        later.append(self.wake_reader)
         self._probe = None
         return later
+
+    def wake_reader(self) -> None:
+        """Nothing comes any more that would. To be called when every future is finished."""
+        if self.reader is not None:
+            self.reader.wake()
 
     def lost(self, error: int, outcome: int, method: str) -> ConnectionLost | ProtocolError:
         """The error for a call that ended with this errno."""

@@ -16,7 +16,7 @@ from shmrpc.session import Stream
 from .loop import LoopPoller, LoopWaiters
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
     from types import TracebackType
 
     from shmrpc.poller import Connection
@@ -185,12 +185,12 @@ class Call:
             self._instead = result
 
     @property
-    def position(self) -> int:
+    def position(self) -> Sequence[int]:
         """Where its request lies, for what became of it."""
         return self._stream.position
 
     @position.setter
-    def position(self, position: int) -> None:
+    def position(self, position: Sequence[int]) -> None:
         self._stream.position = position
 
     def register(self) -> None:

@@ -16,12 +16,13 @@ from shmrpc.outcomes import remote_error, send_error
 from shmrpc.poller import FOREVER, Connection, Slot, check_timeout
 from shmrpc.proxy import Proxy, make_proxy
 from shmrpc.registry import make_name
+from shmrpc.session import NOT_SENT
 
 from .calls import Call
 from .loop import LoopPoller, check_loop
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 __all__ = ["Channel", "Pending"]
 
@@ -40,7 +41,7 @@ _EPIPE, _EPROTO, _ENOTCONN = -errno.EPIPE, -errno.EPROTO, -errno.ENOTCONN
 class Registered(Protocol):
     """A pending or open call, as far as sending its request is concerned."""
 
-    position: int
+    position: Sequence[int]  # one number: see the core's shmrpc_outcome_of
 
     @property
     def call_id(self) -> int: ...
@@ -65,7 +66,7 @@ class Pending:
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
         self.call_id = connection.session.new_id(_INDEX)
-        self.position = 0
+        self.position: Sequence[int] = NOT_SENT
         self.status = -1  # gRPC status number, once it is there
         self.error = 0  # errno that ended the connection
         self.body = b""
@@ -88,7 +89,7 @@ class Pending:
     def lost(self, error: int) -> None:
         """The connection has ended."""
         self.error = error
-        self.status = self.connection.outcome(self.call_id, self.position)
+        self.status = self.connection.outcome(self.call_id, self.position[0])
         self._wake()
 
     def _wake(self) -> None:
@@ -148,7 +149,8 @@ class Channel:
     ) -> int:
         """Send it: 0, 1 if it waits for room, or -errno (and it is not registered any more)."""
         slot = connection.slot()
-        position = ffi.new("uint64_t *")
+        position = ffi.new("uint64_t *", NOT_SENT[0])
+        pending.position = position
         deadline_ns = 0
         if kind == _REQUEST and deadline != FOREVER:
             deadline_ns = int(min(deadline, 9e9) * 1e9)
@@ -167,7 +169,6 @@ class Channel:
             deadline_ns,
             position,
         )
-        pending.position = position[0]
         connection.slots.append(slot)
         if status < 0:
             pending.unregister()
@@ -444,7 +445,7 @@ class _NoPending:
     """A notification: nothing comes back for it."""
 
     call_id = 0
-    position = 0
+    position: Sequence[int] = NOT_SENT
 
     def __init__(self, connection: Connection) -> None:
         """Needs no connection."""
