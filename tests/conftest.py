@@ -20,6 +20,7 @@ import pytest
 
 import shmrpc
 
+ASYNC_SERVICES = Path(__file__).parent / "async_services.py"
 SERVICES = Path(__file__).resolve().parent / "services.py"
 TRANSPORTS = ("shm", "unix", "tcp")
 # How much longer than named something may take where other work runs on the same CPUs.
@@ -79,10 +80,10 @@ def pause(pid):
 class Service:
     """A server in a process of its own."""
 
-    def __init__(self, *addresses, env=None, prefix=(), wait=True, **options):
+    def __init__(self, *addresses, env=None, prefix=(), wait=True, program=SERVICES, **options):
         setup = json.dumps({"addresses": addresses, "options": options})
         self.process = subprocess.Popen(
-            [*prefix, sys.executable, str(SERVICES), setup],
+            [*prefix, sys.executable, str(program), setup],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=None if env is None else {**os.environ, **env},

@@ -24,13 +24,13 @@ from .loop import LoopPoller, check_loop
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["Channel", "Pending"]
+__all__ = ["STREAM", "STREAM_ENDED", "Channel", "Pending"]
 
 T = TypeVar("T")
 
 _NAMES_MAX = 4096
-_STREAM = lib.SHMRPC_FLAG_STREAM
-_STREAM_ENDED = lib.SHMRPC_FLAG_STREAM | lib.SHMRPC_FLAG_ENDED
+STREAM = lib.SHMRPC_FLAG_STREAM
+STREAM_ENDED = lib.SHMRPC_FLAG_STREAM | lib.SHMRPC_FLAG_ENDED
 _INDEX = lib.SHMRPC_PYTHON_INDEX
 _REQUEST = lib.SHMRPC_REQUEST
 _send = lib.shmrpc_send
@@ -382,7 +382,7 @@ class Channel:
 
         The call begins when it is awaited first. Else as ``shmrpc.Client.stream``.
         """
-        return self._open(_STREAM_ENDED, method, args, kwargs, timeout, metadata)
+        return self._open(STREAM_ENDED, method, args, kwargs, timeout, metadata)
 
     def open(
         self,
@@ -397,7 +397,7 @@ class Channel:
 
         The call begins when it is awaited first. Else as ``shmrpc.Client.open``.
         """
-        return self._open(_STREAM, method, args, kwargs, timeout, metadata)
+        return self._open(STREAM, method, args, kwargs, timeout, metadata)
 
     def _open(
         self,
@@ -411,14 +411,15 @@ class Channel:
         deadline = self._deadline(timeout)
 
         async def begin(call: Call) -> Call:
-            return await self._begin_call(call, flags, args, kwargs, deadline, metadata)
+            return await self._begin_call(call, flags, method, args, kwargs, deadline, metadata)
 
-        return Call(self, method, begin, streams=flags == _STREAM_ENDED)
+        return Call(self, method, begin, streams=flags == STREAM_ENDED)
 
     async def _begin_call(
         self,
         call: Call,
         flags: int,
+        method: str,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         deadline: float,
@@ -427,7 +428,7 @@ class Channel:
         def attach(connection: Connection) -> Call:
             return call.attach(connection, deadline)
 
-        await self._send(_REQUEST, flags, call.method, args, kwargs, deadline, metadata, attach)
+        await self._send(_REQUEST, flags, method, args, kwargs, deadline, metadata, attach)
         return call
 
     # ---- views ----
