@@ -151,6 +151,7 @@ class Client:
         # path of every call needs to look at nothing else.
         self._slots: list[Slot] = []
         self._link: Link | None = None
+        self._retired: weakref.WeakSet[Link] = weakref.WeakSet()
         self._futures: Futures | None = None
         _clients.add(self)
         self._current_link(time.monotonic() + timeout, once=True)
@@ -205,11 +206,17 @@ class Client:
 
     def _drop(self, link: Link) -> None:
         """Stop using a link that was lost; the next call makes a new one."""
+        self._retire(link)
+        link.shutdown()
+
+    def _retire(self, link: Link) -> None:
+        """Make no more calls over a link, whose server stops; those under way go on."""
         with self._lock:
             if self._link is link:
                 self._link = None
                 self._slots = []
-        link.shutdown()
+            self._retired.add(link)
+        link.retire()
 
     def _check_fork(self) -> None:
         if self._forked:
@@ -394,6 +401,7 @@ class Client:
         if code == "DEADLINE_EXCEEDED":
             return DeadlineExceeded(f"{method!r} on {peer} expired before it was started")
         if code == "UNAVAILABLE":
+            self._retire(link)
             return ConnectionLost(f"{peer} is stopping and did not start {method!r}", "not_started")
         return RemoteError(f"{peer} ended {method!r}", code=code)
 
@@ -509,7 +517,9 @@ class Client:
             self._closed = True
             link, self._link = self._link, None
             self._slots = []
-        if link is not None:
+            links = [link] if link is not None else []
+            links += self._retired
+        for link in links:
             link.shutdown()
         if self._futures is not None:
             self._futures.close()

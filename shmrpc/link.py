@@ -167,6 +167,13 @@ class Slot:
         return head[: message.method_bytes], head[message.method_bytes :]
 
 
+class _Retired(list[Slot]):
+    """The free slots of a link that nobody is to use any more: none, whoever gives one back."""
+
+    def append(self, slot: Slot) -> None:
+        """Keep nothing."""
+
+
 _links: weakref.WeakSet[Link] = weakref.WeakSet()
 
 
@@ -210,14 +217,18 @@ class Link:
         """The server as errors name it."""
         return describe_peer(self.address, self.peer_pid)
 
-    def shutdown(self) -> None:
-        """Hang up. Threads that wait get ``ConnectionLost``.
+    def retire(self) -> None:
+        """Keep no free slots: calls under way go on, and it hangs up when the last has ended.
 
-        Descriptors and memory go with the last reference to the link, that is, at once unless
-        somebody still waits.
+        Descriptors and memory go with the last reference to the link.
         """
+        free, self.slots = self.slots, _Retired()
+        free.clear()
+
+    def shutdown(self) -> None:
+        """Hang up. Threads that wait get ``ConnectionLost``."""
         lib.shmrpc_conn_shutdown(self.poller, self.conn_id)
-        self.slots.clear()
+        self.retire()
 
     def lost(self, status: int, outcome: int, method: str) -> ConnectionLost | ProtocolError:
         """The error for a call that ended with this -errno."""
