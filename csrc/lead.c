@@ -149,6 +149,10 @@ static int dispatch(struct shmrpc_poller *poller, struct shmrpc_slot *slot, stru
         conn_finish(conn, header->length, &poller->bells);
         workers_cancel(poller, conn, header->call_id);
         return 0;
+    case SHMRPC_GOODBYE:
+        conn_finish(conn, header->length, &poller->bells);
+        store_relaxed(&conn->said_goodbye, 1);
+        return -EPIPE;
     default: /* of a later version: not ours to understand, nobody else's problem */
         conn_finish(conn, header->length, &poller->bells);
         count_own(&poller->counters.frames_dropped, 1);

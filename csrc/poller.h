@@ -207,6 +207,10 @@ void workers_request(struct shmrpc_poller *poller, struct shmrpc_slot *slot, str
 void workers_cancel(struct shmrpc_poller *poller, struct conn *conn, uint64_t call_id);
 /* Whether no more requests may be taken from this conn now. */
 bool workers_full(const struct shmrpc_poller *poller, const struct conn *conn);
+/* With the lock held: whether a request of this conn runs. */
+bool workers_run(const struct shmrpc_poller *poller, const struct conn *conn);
+/* With the lock held: tell all requests that run that nobody waits for them any more. */
+void workers_cancel_all(struct shmrpc_poller *poller);
 /* With the lock held: wake every worker, to see that the poller stops. */
 void workers_wake_all(struct shmrpc_poller *poller);
 /* Reply without a body from the core itself. */

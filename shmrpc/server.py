@@ -212,6 +212,7 @@ class Server:
             _log.warning("handlers still run after the grace of %g s: %s", grace, stuck)
         self._threads = []
         for conn_id in list(self.peers):
+            lib.shmrpc_conn_goodbye(poller, conn_id)
             lib.shmrpc_conn_shutdown(poller, conn_id)
         self.peers.clear()
 
