@@ -19,7 +19,7 @@ LAYERS = [
     ["_native"],
     ["errors"],
     ["address", "codec", "metadata"],
-    ["segments", "rendezvous"],
+    ["segments", "handover", "rendezvous"],
     ["handshake"],
     ["link"],
     ["context"],
