@@ -35,6 +35,7 @@ struct conn {
     bool hung_up; /* leader: the peer is gone, its last frames are still to be read */
     atomic_u64 error; /* 0, or the errno that ended it */
     atomic_u64 ended_here; /* we ended it, the peer may live */
+    atomic_u64 said_goodbye; /* W: leader: the peer starts none of our requests any more */
     uint32_t references; /* poller lock: registry, slots, running and queued requests */
     bool destroyed;      /* poller lock: the poller was given up, only this struct is left */
     atomic_u64 queued;   /* W: under the poller's lock: requests taken and not started */

@@ -159,6 +159,10 @@ static int dispatch(struct shmrpc_poller *poller, struct shmrpc_slot *slot, stru
     case SHMRPC_CREDIT:
     case SHMRPC_INITIAL:
         return events_stream(poller, conn, header);
+    case SHMRPC_GOODBYE:
+        conn_finish(conn, header->length, &poller->bells);
+        store_relaxed(&conn->said_goodbye, 1);
+        return -EPIPE;
     default: /* of a later version: not ours to understand, nobody else's problem */
         conn_finish(conn, header->length, &poller->bells);
         count_own(&poller->counters.frames_dropped, 1);

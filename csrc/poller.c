@@ -189,6 +189,7 @@ void shmrpc_poller_stop(shmrpc_poller *poller)
 {
     poller_lock(poller);
     store_release(&poller->stopping, 1);
+    workers_cancel_all(poller);
     workers_wake_all(poller);
     callers_stop(poller);
     poller_unlock(poller);
@@ -368,6 +369,26 @@ int shmrpc_conn_shutdown(shmrpc_poller *poller, uint64_t conn_id)
     }
     poller_unlock(poller);
     return conn != NULL ? 0 : -EPIPE;
+}
+
+int shmrpc_conn_goodbye(shmrpc_poller *poller, uint64_t conn_id)
+{
+    struct outgoing message = {.header = {.kind = SHMRPC_GOODBYE}};
+    atomic_u64 position;
+
+    poller_lock(poller);
+    struct conn *conn = poller_find(poller, conn_id);
+    int status = conn == NULL ? -EPIPE : workers_run(poller, conn) ? -EBUSY : 0;
+    if (status == 0)
+        conn->references++;
+    poller_unlock(poller);
+    if (status < 0)
+        return status;
+    status = poller_send(poller, conn, &message, &position);
+    poller_lock(poller);
+    conn_release(conn);
+    poller_unlock(poller);
+    return status < 0 ? status : 0;
 }
 
 int shmrpc_conn_status(shmrpc_poller *poller, uint64_t conn_id)

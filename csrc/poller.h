@@ -251,6 +251,10 @@ void workers_block(struct shmrpc_poller *poller, struct shmrpc_slot *slot);
 void workers_unblock(struct shmrpc_poller *poller, struct shmrpc_slot *slot);
 /* With the lock held: a worker's slot goes, whatever it was doing. */
 void workers_forget(struct shmrpc_poller *poller, struct shmrpc_slot *slot);
+/* With the lock held: whether a request of this conn runs. */
+bool workers_run(const struct shmrpc_poller *poller, const struct conn *conn);
+/* With the lock held: tell all requests that run that nobody waits for them any more. */
+void workers_cancel_all(struct shmrpc_poller *poller);
 /* With the lock held: wake every worker, to see that the poller stops. */
 void workers_wake_all(struct shmrpc_poller *poller);
 /* Reply without a body from the core itself. */

@@ -42,6 +42,7 @@ enum shmrpc_kind {
     SHMRPC_END = 8,      /* the caller sends no more items */
     SHMRPC_CREDIT = 9,   /* the receiver of items has room for more */
     SHMRPC_INITIAL = 10, /* metadata before the first item or the reply */
+    SHMRPC_GOODBYE = 11, /* last of a server that stops: no request without a reply was started */
     SHMRPC_CLOSED = 100, /* never on the wire: this conn has ended */
     SHMRPC_ROOM = 101    /* nor this: what waited to be sent on this conn has left */
 };
@@ -68,7 +69,7 @@ enum shmrpc_result {
 enum shmrpc_outcome {
     SHMRPC_UNKNOWN = 0,    /* it may have run */
     SHMRPC_NOT_SENT = 1,   /* it never left this process */
-    SHMRPC_NOT_STARTED = 2 /* the peer's own segment shows that it never started it */
+    SHMRPC_NOT_STARTED = 2 /* the peer's own segment shows, or it said, that it never started it */
 };
 
 enum { SHMRPC_METHOD_MAX = 255, SHMRPC_PYTHON_INDEX = 65535 };
@@ -149,7 +150,7 @@ void shmrpc_poller_serve_events(shmrpc_poller *poller);
 int shmrpc_poller_fd(shmrpc_poller *poller);
 /* Refuse new requests with UNAVAILABLE from now on; those running and queued go on. */
 void shmrpc_poller_drain(shmrpc_poller *poller);
-/* End every wait with SHMRPC_STOPPED, now and later. */
+/* End every wait with SHMRPC_STOPPED, now and later, and cancel the requests that run. */
 void shmrpc_poller_stop(shmrpc_poller *poller);
 void shmrpc_poller_stats(shmrpc_poller *poller, shmrpc_stats *stats);
 /* Requests for `name` get message.method = index and, if fast, a count instead of SHMRPC_MESSAGE. */
@@ -160,6 +161,10 @@ int shmrpc_method_add(shmrpc_poller *poller, const char *name, size_t name_bytes
 int64_t shmrpc_conn_add(shmrpc_poller *poller, const shmrpc_conn_options *options);
 /* End it as if the peer had hung up. Waiters get -EPIPE, the leader sees SHMRPC_CLOSED. */
 int shmrpc_conn_shutdown(shmrpc_poller *poller, uint64_t conn_id);
+/* After shmrpc_poller_drain and shmrpc_poller_stop, and before shmrpc_conn_shutdown: tell the peer
+ * that its requests without a reply were not started and will not be. Not if one of them runs: its
+ * outcome stays unknown, -EBUSY. */
+int shmrpc_conn_goodbye(shmrpc_poller *poller, uint64_t conn_id);
 /* The descriptors a poller holds (at most `count` are written): for a forked child to close. */
 int shmrpc_poller_fds(shmrpc_poller *poller, int *fds, int count);
 /* 0 while it lives, else the -errno that ended it. */

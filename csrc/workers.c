@@ -296,6 +296,21 @@ void workers_cancel(struct shmrpc_poller *poller, struct conn *conn, uint64_t ca
     poller_unlock(poller);
 }
 
+bool workers_run(const struct shmrpc_poller *poller, const struct conn *conn)
+{
+    for (uint32_t i = 0; i < poller->slot_capacity; i++)
+        if (poller->slots[i] != NULL && poller->slots[i]->running && poller->slots[i]->conn == conn)
+            return true;
+    return false;
+}
+
+void workers_cancel_all(struct shmrpc_poller *poller)
+{
+    for (uint32_t i = 0; i < poller->slot_capacity; i++)
+        if (poller->slots[i] != NULL && poller->slots[i]->running)
+            store_release32((atomic_u32 *)&poller->slots[i]->message.cancelled, 1);
+}
+
 /* ---- the queue ---- */
 
 /* With the lock held: the first queued request whose caller fetches its replies. The others wait,

@@ -128,6 +128,7 @@ class Client(Channel):
         self._forked = False
         self._reconnects = -1
         self._link: Connection | None = None
+        self._retired: weakref.WeakSet[Connection] = weakref.WeakSet()
         self.registry = Registry()
         around = [*interceptors, *_retries(retries)]
         if around:
@@ -203,6 +204,7 @@ class Client(Channel):
             if self._link is connection:
                 self._link = None
                 self._slots = []
+            self._retired.add(connection)
         connection.retire()
 
     def _check_fork(self) -> None:
@@ -315,16 +317,16 @@ class Client(Channel):
             if self._closed:
                 return
             self._closed = True
-            link, self._link = self._link, None
+            links = [*self._retired] if self._link is None else [self._link, *self._retired]
+            self._link = None
             self._slots = []
-        if link is None:
-            return
-        for call_id, pending in list(link.session.calls.items()):
-            if isinstance(pending, CallFuture):
-                pending.abandon()
-            elif link.session.calls.pop(call_id, None) is not None:
-                pending.lost(errno.EPIPE)
-        link.shutdown()
+        for link in links:
+            for call_id, pending in list(link.session.calls.items()):
+                if isinstance(pending, CallFuture):
+                    pending.abandon()
+                elif link.session.calls.pop(call_id, None) is not None:
+                    pending.lost(errno.EPIPE)
+            link.shutdown()
 
     def __enter__(self) -> Client:
         return self

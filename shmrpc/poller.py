@@ -490,11 +490,16 @@ class Poller:
         stats = self.stats()
         return bool(stats["running"] or stats["queued"] or stats["outbox_bytes"])
 
-    def hang_up(self) -> None:
-        """Cancel what still runs, and end every connection."""
+    def cancel_streams(self) -> None:
+        """Tell the handlers of streams that nobody waits for them any more."""
         for connection in list(self.connections.values()):
             for stream in list(connection.session.requests.values()):
                 stream.cancel()
+
+    def hang_up(self) -> None:
+        """End every connection, after ``stop``; say that nothing unanswered was started."""
+        for connection in list(self.connections.values()):
+            lib.shmrpc_conn_goodbye(self.c, connection.conn_id)
             connection.shutdown()
 
     def join(self) -> None:

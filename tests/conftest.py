@@ -250,6 +250,21 @@ def service(directory):
 
 
 @pytest.fixture
+def generations(directory):
+    """Start a server that can have successors; see restarting.py and generations.py."""
+    from restarting import Generations  # which needs this module
+
+    with contextlib.ExitStack() as stack:
+
+        def start(*addresses, **setup):
+            started = Generations(*addresses, **setup)
+            stack.callback(started.end)
+            return started
+
+        yield start
+
+
+@pytest.fixture
 def connect(no_leaks):
     """``shmrpc.connect`` whose clients are closed after the test."""
     with contextlib.ExitStack() as stack:
