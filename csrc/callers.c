@@ -301,6 +301,7 @@ void callers_room(struct shmrpc_poller *poller, const struct conn *conn)
 static bool enter(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
 {
     slot->inside = true;
+    slot->alone = poller->client && poller->workers == 0;
     poller->inside++;
     if (poller->workers != 0)
         workers_block(poller, slot);

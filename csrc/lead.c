@@ -389,12 +389,13 @@ bool poller_must_check_signals(struct shmrpc_slot *slot)
 }
 
 /* A caller on its only socket needs no epoll: blocking in recv itself is answered some ten
- * microseconds sooner (measured: 37 against 65 us a round trip). Not with a deadline, and not with
- * output waiting; output that comes to wait later is its sender's to push, see callers.c. */
+ * microseconds sooner (measured: 37 against 65 us a round trip). Not where other conns or kicks
+ * have to be heard, because requests are served; not with a deadline, and not with output waiting;
+ * output that comes to wait later is its sender's to push, see callers.c. */
 static bool may_receive(struct shmrpc_poller *poller, const struct shmrpc_slot *slot)
 {
-    if (slot->goal != GOAL_REPLY || slot->conn->is_shm || slot->deadline_ns != 0 ||
-        has_input(poller, slot->conn))
+    if (slot->goal != GOAL_REPLY || !slot->alone || slot->conn->is_shm ||
+        slot->deadline_ns != 0 || has_input(poller, slot->conn))
         return false;
     store_relaxed(&poller->receiving, 1);
     full_fence(); /* receiving before outbox_bytes, see poller_send */

@@ -58,6 +58,7 @@ struct shmrpc_slot {
     enum slot_goal goal;
     bool worker;    /* else a caller */
     bool inside;    /* a thread waits in C with this slot */
+    bool alone;     /* its own conn is all that there is to read, and replies all that comes */
     bool may_sleep; /* main thread: Python has just checked for signals */
     bool checked_signals; /* the same, between two shmrpc_wait_events */
     bool poked;           /* lock: shmrpc_poke came while it was out in Python */

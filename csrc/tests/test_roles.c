@@ -1,0 +1,197 @@
+/* test_roles.c - both sides call and serve: who leads while handlers wait for each other. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "party.h"
+#include "segment.h"
+
+static const int64_t MS = 1000000;
+
+/* A server and a client that are connected. */
+struct duo {
+    struct party server, client;
+    struct pair pair;
+    uint64_t client_conn, server_conn;
+};
+
+static void duo_open(struct duo *duo, enum transport transport, uint32_t workers, uint32_t mode)
+{
+    party_open_server(&duo->server, workers, 1024, mode);
+    party_open(&duo->client, true, mode);
+    pair_open(&duo->pair, transport, 65536, 65536);
+    duo->client_conn = pair_give(&duo->pair, 0, duo->client.poller);
+    duo->server_conn = pair_give(&duo->pair, 1, duo->server.poller);
+}
+
+static void duo_close(struct duo *duo)
+{
+    party_close(&duo->server);
+    party_close(&duo->client);
+    pair_close(&duo->pair);
+}
+
+static shmrpc_slot *slot_of(struct party *party, uint64_t conn)
+{
+    shmrpc_slot *slot = shmrpc_slot_new(party->poller, conn);
+
+    REQUIRE(slot != NULL);
+    return slot;
+}
+
+static bool echoes(struct party *party, shmrpc_slot *slot, int64_t timeout_ns)
+{
+    return party_call(party, slot, "echo", "hello", 5, timeout_ns) == 5 &&
+           memcmp(shmrpc_slot_view(slot), "hello", 5) == 0;
+}
+
+/* A thread with one call, or some. */
+struct thread {
+    struct party *party;
+    uint64_t conn;
+    const char *method;
+    uint32_t depth, calls;
+    int64_t result;
+    pthread_t thread;
+};
+
+static void *run_calls(void *argument)
+{
+    struct thread *thread = argument;
+    shmrpc_slot *slot = slot_of(thread->party, thread->conn);
+
+    for (uint32_t i = 0; i < thread->calls && thread->result >= 0; i++) {
+        if (strcmp(thread->method, "nest") == 0)
+            thread->result = party_nest(thread->party, slot, thread->depth, -1) ? 0 : -1;
+        else
+            thread->result = party_call(thread->party, slot, thread->method, NULL, 0, -1);
+    }
+    shmrpc_slot_free(slot);
+    return NULL;
+}
+
+static void start(struct thread *thread, struct party *party, uint64_t conn, const char *method,
+                  uint32_t depth, uint32_t calls)
+{
+    *thread = (struct thread){
+        .party = party, .conn = conn, .method = method, .depth = depth, .calls = calls};
+    REQUIRE(pthread_create(&thread->thread, NULL, run_calls, thread) == 0);
+}
+
+static int64_t end(struct thread *thread)
+{
+    pthread_join(thread->thread, NULL);
+    return thread->result;
+}
+
+/* A thread that does nothing but lead: it waits for events until it is poked. */
+struct reader {
+    struct party *party;
+    shmrpc_slot *slot;
+    int64_t result;
+    uint32_t queued; /* how often it was asked to serve */
+    pthread_t thread;
+};
+
+static void *read_events(void *argument)
+{
+    struct reader *reader = argument;
+
+    for (;;) {
+        int64_t result = shmrpc_wait_events(reader->slot, -1);
+        reader->result = result;
+        if (result == SHMRPC_EVENTS)
+            party_take(reader->party);
+        else if (result != -EAGAIN && result != -EINTR)
+            return NULL;
+    }
+}
+
+static void read_start(struct reader *reader, struct party *party)
+{
+    *reader = (struct reader){.party = party, .slot = slot_of(party, 0)};
+    REQUIRE(pthread_create(&reader->thread, NULL, read_events, reader) == 0);
+}
+
+static int64_t read_end(struct reader *reader)
+{
+    pthread_join(reader->thread, NULL);
+    shmrpc_slot_free(reader->slot);
+    return reader->result;
+}
+
+/* ---- nested calls ---- */
+
+static void nested(enum transport transport, uint32_t mode, uint32_t workers, bool serves,
+                   int threads, uint32_t depth, uint32_t calls)
+{
+    struct duo duo;
+    struct thread callers[8];
+
+    harness_progress(HANG_SECONDS);
+    duo_open(&duo, transport, workers, mode);
+    if (serves)
+        party_serve(&duo.client, workers, 1024);
+    for (int i = 0; i < threads; i++)
+        start(&callers[i], &duo.client, duo.client_conn, "nest", depth, calls);
+    for (int i = 0; i < threads; i++)
+        CHECK_EQUAL(end(&callers[i]), 0);
+    duo_close(&duo);
+}
+
+TEST(nested_calls_on_every_transport_and_mode)
+{
+    for (int transport = 0; transport < TRANSPORTS; transport++)
+        for (uint32_t mode = 0; mode <= 2; mode++)
+            nested((enum transport)transport, mode, 4, true, 1, 3, 30);
+}
+
+TEST(nested_calls_from_many_threads)
+{
+    for (int transport = 0; transport < TRANSPORTS; transport++)
+        nested((enum transport)transport, 0, 4, true, 6, 4, 20);
+}
+
+/* Handlers that wait for handlers do not use up the workers. */
+TEST(deep_nesting_with_one_worker)
+{
+    for (int transport = 0; transport < TRANSPORTS; transport++) {
+        nested((enum transport)transport, 0, 1, true, 1, 60, 2);
+        nested((enum transport)transport, 2, 1, true, 4, 12, 5);
+    }
+}
+
+/* While a handler waits on one stream socket, the server reads the others. */
+TEST(nested_call_does_not_deafen_the_server)
+{
+    for (int transport = 0; transport < TRANSPORTS; transport++) {
+        struct duo duo;
+        struct party other;
+        struct pair pair;
+        struct thread caller;
+
+        harness_progress(HANG_SECONDS);
+        duo_open(&duo, (enum transport)transport, 4, 0);
+        party_serve(&duo.client, 4, 64);
+        party_open(&other, true, 0);
+        pair_open(&pair, (enum transport)transport, 65536, 65536);
+        shmrpc_slot *slot = slot_of(&other, pair_give(&pair, 0, other.poller));
+        pair_give(&pair, 1, duo.server.poller);
+        start(&caller, &duo.server, duo.server_conn, "block", 0, 1); /* leads on the server */
+        party_await(&duo.client, &duo.client.blocked, 1);
+        for (int i = 0; i < 20; i++)
+            CHECK(echoes(&other, slot, 2000 * MS));
+        party_gate(&duo.client, true);
+        CHECK_EQUAL(end(&caller), 0);
+        shmrpc_slot_free(slot);
+        duo_close(&duo);
+        party_close(&other);
+        pair_close(&pair);
+    }
+}
+
+int main(int argc, char **argv)
+{
+    return harness_main(argc, argv);
+}
