@@ -336,6 +336,12 @@ void callers_promote(struct shmrpc_poller *poller, const struct shmrpc_slot *lea
     hand_on(poller, leader);
 }
 
+void callers_inherit(struct shmrpc_poller *poller, const struct shmrpc_slot *leader)
+{
+    poller->leader = NULL;
+    callers_promote(poller, leader);
+}
+
 /* With the lock held: go out, and hand the role on. */
 static void leave(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
 {
@@ -355,7 +361,9 @@ void callers_stop(struct shmrpc_poller *poller)
 {
     for (uint32_t i = 0; i < poller->slot_capacity; i++) {
         struct shmrpc_slot *slot = poller->slots[i];
-        if (slot != NULL && slot->inside && load_acquire32(&slot->state) != SLOT_DONE)
+        /* Who leads sees it by itself, and writes its own result. */
+        if (slot != NULL && slot->inside && slot != poller->leader &&
+            load_acquire32(&slot->state) != SLOT_DONE)
             slot_finish(slot, SHMRPC_STOPPED);
     }
 }

@@ -225,6 +225,8 @@ void callers_lost(struct shmrpc_poller *poller, struct conn *conn, int error);
 int slot_sleep(struct shmrpc_slot *slot, uint64_t deadline_ns);
 /* With the lock held: the slot's worker leads, and a caller wants the role: hand it over. */
 void callers_promote(struct shmrpc_poller *poller, const struct shmrpc_slot *leader);
+/* With the lock held: the leading worker ends; who waits inside has to read by itself. */
+void callers_inherit(struct shmrpc_poller *poller, const struct shmrpc_slot *leader);
 /* With the lock held: end every wait, because the poller stops. */
 void callers_stop(struct shmrpc_poller *poller);
 struct shmrpc_slot *slot_new(struct shmrpc_poller *poller, uint64_t conn_id, bool worker);

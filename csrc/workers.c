@@ -441,8 +441,9 @@ void workers_forget(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
         serving = slot->serves;
     poller->worker_threads--;
     if (poller->leader == slot) {
-        poller->leader = NULL;
-        workers_go_away(poller);
+        callers_inherit(poller, slot);
+        if (poller->leader == NULL)
+            workers_go_away(poller);
     }
 }
 
@@ -489,7 +490,7 @@ static int64_t find_work(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
     for (;;) {
         if (must_end(poller)) {
             if (poller->leader == slot)
-                poller->leader = NULL;
+                callers_inherit(poller, slot);
             return SHMRPC_STOPPED;
         }
         if (!left_to_callers(poller) && start_queued(poller, slot, poller->workers)) {

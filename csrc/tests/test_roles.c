@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include "party.h"
+#include "poller.h"
 #include "segment.h"
 
 static const int64_t MS = 1000000;
@@ -121,6 +122,19 @@ static int64_t read_end(struct reader *reader)
     return reader->result;
 }
 
+/* Wait until this slot leads. */
+static void await_leader(struct party *party, const shmrpc_slot *slot)
+{
+    bool leads = false;
+
+    while (!leads) {
+        sleep_us(50);
+        poller_lock(party->poller);
+        leads = party->poller->leader == slot;
+        poller_unlock(party->poller);
+    }
+}
+
 /* ---- nested calls ---- */
 
 static void nested(enum transport transport, uint32_t mode, uint32_t workers, bool serves,
@@ -188,6 +202,90 @@ TEST(nested_call_does_not_deafen_the_server)
         duo_close(&duo);
         party_close(&other);
         pair_close(&pair);
+    }
+}
+
+/* ---- the end ---- */
+
+static void *stop_soon(void *argument)
+{
+    struct party *party = argument;
+
+    for (uint64_t i = harness_seed() % 200; i > 0; i--)
+        cpu_pause();
+    shmrpc_poller_stop(party->poller);
+    return NULL;
+}
+
+/* A thread that begins to wait while the workers end is told, whoever led. */
+TEST(stop_while_callers_come)
+{
+    struct random random = {harness_seed()};
+
+    for (int i = 0; i < 1500; i++) {
+        struct party server;
+        struct reader reader;
+        pthread_t stopper;
+
+        harness_progress(HANG_SECONDS);
+        party_open_server(&server, 2, 16, 2);
+        reader = (struct reader){.party = &server, .slot = slot_of(&server, 0)};
+        sleep_us(random_below(&random, 100));
+        REQUIRE(pthread_create(&stopper, NULL, stop_soon, &server) == 0);
+        REQUIRE(pthread_create(&reader.thread, NULL, read_events, &reader) == 0);
+        CHECK_EQUAL(read_end(&reader), SHMRPC_STOPPED);
+        pthread_join(stopper, NULL);
+        party_close(&server);
+    }
+}
+
+/* Callers inside, whoever leads, and wherever the leader sleeps. */
+TEST(stop_ends_every_wait_on_both_sides)
+{
+    for (int transport = 0; transport < TRANSPORTS; transport++) {
+        for (int serves = 0; serves < 2; serves++) {
+            struct duo duo;
+            struct thread callers[4];
+
+            harness_progress(HANG_SECONDS);
+            duo_open(&duo, (enum transport)transport, 4, 0);
+            if (serves)
+                party_serve(&duo.client, 2, 16);
+            for (int i = 0; i < 4; i++)
+                start(&callers[i], &duo.client, duo.client_conn, "block", 0, 1);
+            party_await(&duo.server, &duo.server.blocked, 4);
+            sleep_us(2000); /* asleep */
+            shmrpc_poller_stop(duo.client.poller);
+            for (int i = 0; i < 4; i++)
+                CHECK_EQUAL(end(&callers[i]), SHMRPC_STOPPED);
+            duo_close(&duo);
+        }
+    }
+}
+
+/* The worker that leads when a client's conn ends leaves nobody behind that waits. */
+TEST(conn_ends_while_callers_come)
+{
+    struct random random = {harness_seed()};
+
+    for (int i = 0; i < 400; i++) {
+        struct duo duo;
+        struct reader reader;
+
+        harness_progress(HANG_SECONDS);
+        duo_open(&duo, SHM, 2, 2);
+        party_serve(&duo.client, 2, 16);
+        sleep_us(random_below(&random, 300));
+        shmrpc_conn_shutdown(duo.server.poller, duo.server_conn);
+        for (uint64_t k = random_below(&random, 3000); k > 0; k--)
+            cpu_pause();
+        read_start(&reader, &duo.client);
+        party_await(&duo.client, &duo.client.closed, 1);
+        party_await(&duo.client, &duo.client.threads_end, 2);
+        await_leader(&duo.client, reader.slot);
+        shmrpc_poke(reader.slot);
+        CHECK_EQUAL(read_end(&reader), 0);
+        duo_close(&duo);
     }
 }
 
