@@ -165,7 +165,8 @@ static int dispatch(struct shmrpc_poller *poller, struct shmrpc_slot *slot, stru
     }
 }
 
-/* What the slot waits for is there: 1 and *result. */
+/* What the slot waits for is there, or something to do for its thread: 1 and *result. Changes
+ * nothing: it is also asked before a sleep, and once more after it was given up. */
 static int finished(struct shmrpc_poller *poller, struct shmrpc_slot *slot, int64_t *result)
 {
     if (load_relaxed(&poller->stopping) != 0) {
@@ -191,7 +192,6 @@ static int finished(struct shmrpc_poller *poller, struct shmrpc_slot *slot, int6
         return 1;
     }
     if (load_relaxed(&poller->spawn_wanted) != 0) {
-        store_relaxed(&poller->spawn_wanted, 0);
         *result = SHMRPC_SPAWN;
         return 1;
     }
@@ -567,6 +567,8 @@ int64_t poller_lead(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
         if (now != 0)
             result = check_time(poller, slot, &lead, now);
     } while (result == 0);
+    if (result == SHMRPC_SPAWN)
+        store_relaxed(&poller->spawn_wanted, 0);
     if (lead.spinning && lead.spin_step != 0 && result >= 0) {
         spin_policy_hit(&poller->policy, lead.spin_step > lead.patience,
                         clock_now_ns() - lead.spin_start_ns);
