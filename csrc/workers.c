@@ -182,7 +182,8 @@ static bool left_to_callers(const struct shmrpc_poller *poller)
     return poller->client && poller->inside != 0;
 }
 
-/* With the lock held: a request waits in the queue; make sure that somebody runs it. */
+/* With the lock held, for the leader: a request waits in the queue; make sure that somebody runs
+ * it. */
 static void find_runner(struct shmrpc_poller *poller)
 {
     if (poller->running >= poller->workers && !left_to_callers(poller))
@@ -197,6 +198,16 @@ static void find_runner(struct shmrpc_poller *poller)
         wake_idle(poller);
     else if (may_spawn(poller))
         store_relaxed(&poller->spawn_wanted, 1); /* which the leading caller sees */
+}
+
+/* The same for who does not lead, or not for long. */
+static void find_next_runner(struct shmrpc_poller *poller)
+{
+    if (poller->queue.first == NULL)
+        return;
+    find_runner(poller);
+    if (load_relaxed(&poller->startable) != 0 || load_relaxed(&poller->spawn_wanted) != 0)
+        poller_kick(poller); /* a leader that sleeps has to see it */
 }
 
 /* With the lock held: take the message into the slot and start it, or queue it. Returns a status
@@ -328,6 +339,7 @@ static bool start_queued(struct shmrpc_poller *poller, struct shmrpc_slot *slot,
         }
         if (status == STATUS_OK) {
             start(poller, slot, conn, false);
+            find_next_runner(poller); /* those behind it need not wait until it ends */
         } else if (call) {
             poller_unlock(poller); /* the reference in `stored` keeps the conn */
             workers_answer(poller, conn, slot->message.call_id, status);
@@ -454,10 +466,7 @@ void workers_block(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
     slot->blocks = serving;
     poller->running--;
     poller->blocked++;
-    if (poller->queue.first != NULL) {
-        find_runner(poller);
-        poller_kick(poller); /* a leader that sleeps has to see it */
-    }
+    find_next_runner(poller);
 }
 
 void workers_unblock(struct shmrpc_poller *poller, struct shmrpc_slot *slot)

@@ -78,18 +78,6 @@ static void run(struct party *party, shmrpc_slot *worker)
 
 /* ---- threads ---- */
 
-static void attend(struct party *party, int64_t result)
-{
-    if (result == SHMRPC_EVENTS) {
-        party_take(party);
-    } else if (result == SHMRPC_SPAWN) {
-        start_thread(party);
-    } else if (result != -EAGAIN && result != -EINTR) {
-        party->odd = result;
-        sleep_us(1000);
-    }
-}
-
 static void *work(void *argument)
 {
     struct party *party = argument;
@@ -98,10 +86,12 @@ static void *work(void *argument)
 
     REQUIRE(slot != NULL);
     while ((result = shmrpc_next(slot)) != SHMRPC_STOPPED) {
-        if (result >= 0 || result == SHMRPC_MESSAGE)
+        if (result >= 0 || result == SHMRPC_MESSAGE) {
             run(party, slot);
-        else
-            attend(party, result);
+        } else if (!party_attend(party, result)) {
+            party->odd = result;
+            sleep_us(1000);
+        }
     }
     shmrpc_slot_free(slot);
     count(party, &party->threads_end, 1);
@@ -199,18 +189,24 @@ void party_close(struct party *party)
     party->poller = NULL;
 }
 
+bool party_attend(struct party *party, int64_t result)
+{
+    if (result == SHMRPC_EVENTS)
+        party_take(party);
+    else if (result == SHMRPC_SPAWN)
+        start_thread(party);
+    else if (result == SHMRPC_QUEUED)
+        serve_queued(party);
+    else
+        return result == -EAGAIN || result == -EINTR;
+    return true;
+}
+
 int64_t party_go_on(struct party *party, shmrpc_slot *slot, int64_t result)
 {
-    for (;;) {
-        if (result == SHMRPC_QUEUED)
-            serve_queued(party);
-        else if (result == -EAGAIN || result == -EINTR || result == SHMRPC_EVENTS ||
-                 result == SHMRPC_SPAWN)
-            attend(party, result);
-        else
-            return result;
+    while (party_attend(party, result))
         result = shmrpc_wait(slot);
-    }
+    return result;
 }
 
 int64_t party_call(struct party *party, shmrpc_slot *slot, const char *method, const void *body,

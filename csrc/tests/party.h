@@ -46,7 +46,9 @@ void party_await(struct party *party, const uint32_t *count, uint32_t value);
 /* Stop, join, free. */
 void party_close(struct party *party);
 
-/* Bring a wait to its end that has returned `result`, doing what is asked for meanwhile. */
+/* Do what has to be done before a wait that returned this can go on; false if it is over. */
+bool party_attend(struct party *party, int64_t result);
+/* Bring a wait to its end that has returned `result`. */
 int64_t party_go_on(struct party *party, shmrpc_slot *slot, int64_t result);
 int64_t party_call(struct party *party, shmrpc_slot *slot, const char *method, const void *body,
                    size_t body_bytes, int64_t timeout_ns);

@@ -99,14 +99,11 @@ static void *read_events(void *argument)
 {
     struct reader *reader = argument;
 
-    for (;;) {
-        int64_t result = shmrpc_wait_events(reader->slot, -1);
-        reader->result = result;
-        if (result == SHMRPC_EVENTS)
-            party_take(reader->party);
-        else if (result != -EAGAIN && result != -EINTR)
-            return NULL;
-    }
+    do {
+        reader->result = shmrpc_wait_events(reader->slot, -1);
+        reader->queued += reader->result == SHMRPC_QUEUED;
+    } while (party_attend(reader->party, reader->result));
+    return NULL;
 }
 
 static void read_start(struct reader *reader, struct party *party)
@@ -202,6 +199,105 @@ TEST(nested_call_does_not_deafen_the_server)
         duo_close(&duo);
         party_close(&other);
         pair_close(&pair);
+    }
+}
+
+/* ---- requests that queue while a caller leads ---- */
+
+/* A server whose peer is made by hand. */
+struct scene {
+    struct party server;
+    struct pair pair;
+    struct hand hand;
+    uint64_t conn;
+};
+
+static void scene_open(struct scene *scene, uint32_t workers, uint32_t max_concurrency)
+{
+    party_open_server(&scene->server, workers, max_concurrency, 0);
+    pair_open(&scene->pair, SHM, 65536, 65536);
+    hand_open(&scene->hand, &scene->pair);
+    scene->conn = pair_give(&scene->pair, 0, scene->server.poller);
+}
+
+static void scene_close(struct scene *scene)
+{
+    party_close(&scene->server);
+    segment_unmap(scene->hand.peer, 65536);
+    pair_close(&scene->pair);
+}
+
+/* Publish a frame; the bell is rung by the next hand_ring. */
+static void put(struct hand *hand, uint8_t kind, uint8_t flags, uint64_t call_id,
+                const char *method, const void *body, size_t body_bytes)
+{
+    struct iovec parts[2] = {{(void *)(uintptr_t)method, strlen(method)},
+                             {(void *)(uintptr_t)body, body_bytes}};
+    uint32_t length = (uint32_t)(parts[0].iov_len + body_bytes);
+    const struct frame_header header = {.length = length, .kind = kind, .flags = flags,
+                                        .method_bytes = (uint16_t)parts[0].iov_len,
+                                        .call_id = call_id, .total_bytes = length};
+
+    while (ring_push(&hand->producer, &header, parts, 2) == -EAGAIN)
+        hand_ring(hand);
+}
+
+/* Take the next frame of this kind, and drop those before it. */
+static struct frame_header take_frame(struct hand *hand, uint8_t kind, void *payload,
+                                      size_t capacity)
+{
+    struct frame_header header;
+
+    while (hand_receive(hand, &header, payload, capacity) == 0 || header.kind != kind)
+        sleep_us(20);
+    return header;
+}
+
+/* All of them run, not only the first: there are workers enough. */
+TEST(requests_that_came_together_run_together)
+{
+    struct scene scene;
+    struct reader reader;
+
+    scene_open(&scene, 8, 64);
+    read_start(&reader, &scene.server);
+    await_leader(&scene.server, reader.slot);
+    for (uint64_t i = 1; i <= 8; i++)
+        put(&scene.hand, SHMRPC_REQUEST, 0, i << 16, "block", NULL, 0);
+    hand_ring(&scene.hand);
+    party_await(&scene.server, &scene.server.blocked, 8);
+    party_gate(&scene.server, true);
+    for (int i = 0; i < 8; i++)
+        take_frame(&scene.hand, SHMRPC_REPLY, NULL, 0);
+    shmrpc_poke(reader.slot);
+    CHECK_EQUAL(read_end(&reader), 0);
+    scene_close(&scene);
+}
+
+/* The same on a client, whose waiting threads serve. */
+TEST(requests_to_a_client_that_came_together_run_together)
+{
+    struct duo duo;
+    struct thread callers[3];
+    struct thread blocked[4];
+
+    for (int transport = 0; transport < TRANSPORTS; transport++) {
+        harness_progress(HANG_SECONDS);
+        duo_open(&duo, (enum transport)transport, 8, 0);
+        party_serve(&duo.client, 4, 64);
+        for (int i = 0; i < 3; i++)
+            start(&callers[i], &duo.client, duo.client_conn, "block", 0, 1);
+        party_await(&duo.server, &duo.server.blocked, 3);
+        for (int i = 0; i < 4; i++)
+            start(&blocked[i], &duo.server, duo.server_conn, "block", 0, 1);
+        party_await(&duo.client, &duo.client.blocked, 4);
+        party_gate(&duo.client, true);
+        for (int i = 0; i < 4; i++)
+            CHECK_EQUAL(end(&blocked[i]), 0);
+        party_gate(&duo.server, true);
+        for (int i = 0; i < 3; i++)
+            CHECK_EQUAL(end(&callers[i]), 0);
+        duo_close(&duo);
     }
 }
 
