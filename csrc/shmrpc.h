@@ -130,8 +130,8 @@ typedef struct shmrpc_name {
 } shmrpc_name;
 
 /* Poller. `workers` = 0 for a client, which has one conn; else the number of requests that may run
- * at a time, and `max_concurrency` how many may run or queue before the next is refused. A request
- * whose thread waits for a call, an item or credit on this poller does not count as running.
+ * at a time, and `max_concurrency` how many there may be before the next is refused. A request whose
+ * thread waits for a call, an item or credit on this poller counts for the latter only.
  * `mode`: 0 auto, 1 spin, 2 block. Null and errno if it can't be made. */
 shmrpc_poller *shmrpc_poller_new(uint32_t workers, uint32_t max_concurrency, uint32_t mode,
                                  uint32_t spin_budget_ns);

@@ -68,7 +68,8 @@ static uint32_t admit(struct shmrpc_poller *poller, const struct frame_header *h
     if (poller->workers == 0)
         return STATUS_UNIMPLEMENTED;
     bool waits = poller->running >= poller->workers && poller->queued != 0;
-    if (poller->running + poller->queued >= poller->max_concurrency ||
+    /* Those that wait count as well: each has a thread. */
+    if (poller->running + poller->blocked + poller->queued >= poller->max_concurrency ||
         (waits && poller->queued_bytes + header->total_bytes > QUEUED_BYTES_MAX)) {
         count_own(&poller->counters.calls_refused, 1);
         return STATUS_RESOURCE_EXHAUSTED;

@@ -301,6 +301,25 @@ TEST(requests_to_a_client_that_came_together_run_together)
     }
 }
 
+/* Requests whose handlers wait count for max_concurrency: each of them has a thread. */
+TEST(waiting_handlers_are_limited)
+{
+    enum { MOST = 8, CALLS = 40 };
+    struct scene scene;
+    const uint32_t depth = 1;
+    uint32_t refused = 0;
+
+    scene_open(&scene, 2, MOST);
+    for (uint64_t i = 1; i <= CALLS; i++)
+        put(&scene.hand, SHMRPC_REQUEST, 0, i << 16, "nest", &depth, sizeof depth);
+    hand_ring(&scene.hand);
+    while (refused < CALLS - MOST)
+        refused += take_frame(&scene.hand, SHMRPC_REPLY, NULL, 0).method_bytes == 8;
+    CHECK(scene.server.threads_started < CALLS / 2);
+    shmrpc_conn_shutdown(scene.server.poller, scene.conn);
+    scene_close(&scene);
+}
+
 /* ---- the end ---- */
 
 static void *stop_soon(void *argument)
