@@ -62,7 +62,8 @@ struct shmrpc_slot {
     bool may_sleep; /* main thread: Python has just checked for signals */
     bool checked_signals; /* the same, between two shmrpc_wait_events */
     bool poked;           /* lock: shmrpc_poke came while it was out in Python */
-    bool running;   /* worker: has a request that counts as running */
+    bool has_thread; /* worker: of its own, which is in shmrpc_next or runs a request */
+    bool running;   /* worker: has a request */
     bool replied;   /* worker: its request needs no reply any more */
     uint64_t call_id;
     atomic_u64 position; /* of its request in the ring, see conn_outcome */

@@ -93,6 +93,12 @@ static int find_method(struct shmrpc_poller *poller, struct shmrpc_slot *slot, b
     return 0;
 }
 
+/* Whether this thread serves another request of this poller around the slot's: that one waits. */
+static bool serves_around(const struct shmrpc_poller *poller, const struct shmrpc_slot *slot)
+{
+    return slot->serves != NULL && slot->serves->poller == poller && slot->serves->running;
+}
+
 /* With the lock held. */
 static void start(struct shmrpc_poller *poller, struct shmrpc_slot *slot, struct conn *conn,
                   bool fast)
@@ -101,6 +107,10 @@ static void start(struct shmrpc_poller *poller, struct shmrpc_slot *slot, struct
     slot->conn = conn;
     slot->serves = serving;
     serving = slot;
+    if (serves_around(poller, slot)) {
+        poller->running--;
+        poller->blocked++;
+    }
     slot->running = true;
     slot->replied = slot->message.kind != SHMRPC_REQUEST;
     slot->call_id = slot->message.call_id;
@@ -435,6 +445,10 @@ static void finish_request(struct shmrpc_poller *poller, struct shmrpc_slot *slo
         return;
     slot->running = false;
     poller->running--;
+    if (serves_around(poller, slot)) {
+        poller->running++;
+        poller->blocked--;
+    }
     conn_release(slot->conn);
     slot->conn = NULL;
     if (serving == slot)
@@ -452,7 +466,7 @@ void workers_forget(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
         conn_release(slot->conn);
     if (serving == slot)
         serving = slot->serves;
-    poller->worker_threads--;
+    poller->worker_threads -= slot->has_thread;
     if (poller->leader == slot) {
         callers_inherit(poller, slot);
         if (poller->leader == NULL)
@@ -541,6 +555,9 @@ int64_t shmrpc_next(shmrpc_slot *slot)
     struct shmrpc_poller *poller = slot->poller;
 
     poller_lock(poller);
+    if (!slot->has_thread)
+        poller->worker_threads++;
+    slot->has_thread = true;
     finish_request(poller, slot);
     slot->goal = GOAL_REQUEST;
     store_release32(&slot->state, SLOT_WAITING);
@@ -551,14 +568,7 @@ int64_t shmrpc_next(shmrpc_slot *slot)
 
 shmrpc_slot *shmrpc_worker_new(shmrpc_poller *poller)
 {
-    struct shmrpc_slot *slot = slot_new(poller, 0, true);
-
-    if (slot != NULL) {
-        poller_lock(poller);
-        poller->worker_threads++;
-        poller_unlock(poller);
-    }
-    return slot;
+    return slot_new(poller, 0, true);
 }
 
 int64_t shmrpc_next_queued(shmrpc_slot *slot)

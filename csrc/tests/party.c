@@ -52,6 +52,8 @@ static void nest(struct party *party, shmrpc_slot *worker)
         good = slot != NULL && party_nest(party, slot, depth - 1, -1);
         if (slot != NULL)
             shmrpc_slot_free(slot);
+    } else if (party->nest_blocks) {
+        block(party);
     }
     shmrpc_reply(worker, good ? 0 : 2, (const char *)&depth, sizeof depth);
 }

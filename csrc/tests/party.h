@@ -12,7 +12,8 @@ enum { PARTY_THREADS_MAX = 256, PARTY_KINDS = 16 };
 enum {
     PARTY_ECHO,
     PARTY_BLOCK, /* until the gate opens */
-    PARTY_NEST,  /* body: u32 depth. Calls its caller's `nest` with one less, until 0 */
+    PARTY_NEST,  /* body: u32 depth. Calls its caller's `nest` with one less, until 0: PARTY_BLOCK
+                  * then, if nest_blocks */
     PARTY_FORGET /* no reply */
 };
 
@@ -26,6 +27,7 @@ struct party {
     shmrpc_slot *spare[PARTY_THREADS_MAX]; /* lock: workers for threads that serve while they wait */
     uint32_t spare_count;                  /* lock */
     bool gate_open;                        /* lock: PARTY_BLOCK may return */
+    bool nest_blocks;
     uint32_t blocked, blocked_total;       /* lock: handlers in PARTY_BLOCK: now, ever */
     uint32_t served, served_inline;        /* lock: requests */
     uint32_t events[PARTY_KINDS];          /* lock: taken, by kind */

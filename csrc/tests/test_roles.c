@@ -132,6 +132,16 @@ static void await_leader(struct party *party, const shmrpc_slot *slot)
     }
 }
 
+static void await_running(struct party *party, uint64_t count)
+{
+    shmrpc_stats stats;
+
+    do {
+        sleep_us(50);
+        shmrpc_poller_stats(party->poller, &stats);
+    } while (stats.running != count);
+}
+
 /* ---- nested calls ---- */
 
 static void nested(enum transport transport, uint32_t mode, uint32_t workers, bool serves,
@@ -318,6 +328,54 @@ TEST(waiting_handlers_are_limited)
     CHECK(scene.server.threads_started < CALLS / 2);
     shmrpc_conn_shutdown(scene.server.poller, scene.conn);
     scene_close(&scene);
+}
+
+/* ---- serving in threads that wait ---- */
+
+/* However many workers there are for such threads, none of them is a thread of its own. */
+TEST(workers_for_waiting_threads_are_no_threads)
+{
+    enum { WORKERS = 30 };
+    struct duo duo;
+    struct thread blocked[4];
+    shmrpc_slot *workers[WORKERS];
+
+    duo_open(&duo, SHM, 8, 0);
+    for (int i = 0; i < WORKERS; i++) {
+        workers[i] = shmrpc_worker_new(duo.client.poller);
+        CHECK_EQUAL(shmrpc_next_queued(workers[i]), 0);
+    }
+    party_serve(&duo.client, 4, 64);
+    for (int i = 0; i < 4; i++)
+        start(&blocked[i], &duo.server, duo.server_conn, "block", 0, 1);
+    party_await(&duo.client, &duo.client.blocked, 4);
+    party_gate(&duo.client, true);
+    for (int i = 0; i < 4; i++)
+        CHECK_EQUAL(end(&blocked[i]), 0);
+    for (int i = 0; i < WORKERS; i++)
+        shmrpc_slot_free(workers[i]);
+    duo_close(&duo);
+}
+
+/* However deep a waiting thread serves within serving, it is one request that runs. */
+TEST(nesting_leaves_the_workers_to_others)
+{
+    struct duo duo;
+    struct thread nester;
+
+    duo_open(&duo, SHM, 8, 0);
+    party_serve(&duo.client, 2, 64);
+    duo.client.nest_blocks = true;
+    start(&nester, &duo.client, duo.client_conn, "nest", 9, 1); /* 8, 6, 4, 2, 0 are the client's */
+    party_await(&duo.client, &duo.client.blocked, 1);
+    shmrpc_slot *slot = slot_of(&duo.server, duo.server_conn);
+    CHECK(echoes(&duo.server, slot, 5000 * MS));
+    await_running(&duo.client, 5);
+    party_gate(&duo.client, true);
+    CHECK_EQUAL(end(&nester), 0);
+    await_running(&duo.client, 0);
+    shmrpc_slot_free(slot);
+    duo_close(&duo);
 }
 
 /* ---- the end ---- */
