@@ -77,6 +77,8 @@ shmrpc_slot *shmrpc_slot_new(shmrpc_poller *poller, uint64_t conn_id)
 void shmrpc_slot_free(shmrpc_slot *slot)
 {
     shmrpc_abandon(slot); /* an interrupted call may still be registered */
+    if (slot->worker)
+        shmrpc_finish(slot);
     poller_lock(slot->poller);
     slot->poller->slots[slot->index] = NULL;
     if (slot->worker)
@@ -304,7 +306,7 @@ static bool enter(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
     slot->alone = poller->client && poller->workers == 0;
     poller->inside++;
     if (poller->workers != 0)
-        workers_block(poller, slot);
+        workers_enter(poller, slot);
     if (poller->leader == NULL || poller->away) {
         poller->leader = slot;
         poller->away = false;
@@ -347,8 +349,7 @@ static void leave(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
 {
     slot->inside = false;
     poller->inside--;
-    if (slot->blocks != NULL)
-        workers_unblock(poller, slot);
+    workers_leave(poller, slot);
     if (poller->leader != slot)
         return;
     poller->leader = NULL;

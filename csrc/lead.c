@@ -91,7 +91,7 @@ static int flush(struct shmrpc_poller *poller, struct conn *conn)
     if (status == 0 && load_relaxed(&conn->outbox_bytes) == 0) {
         callers_room(poller, conn);
         if (load_relaxed(&conn->queued) != 0)
-            store_relaxed(&poller->startable, 1);
+            workers_resume(poller);
     }
     return status;
 }
@@ -124,8 +124,7 @@ static void fail_conn(struct shmrpc_poller *poller, struct conn *conn, int error
     const shmrpc_message closed = {.kind = SHMRPC_CLOSED, .status = (uint32_t)error};
     events_add(poller, conn, &closed, NULL);
     if (poller->client) { /* it keeps its conn, to tell what became of its calls */
-        poller->retired = true;
-        workers_wake_all(poller);
+        workers_retire(poller);
     } else {
         poller_unregister(poller, conn);
         conn_release(conn);
@@ -177,6 +176,18 @@ static int finished(struct shmrpc_poller *poller, struct shmrpc_slot *slot, int6
         *result = slot->result;
         return 1;
     }
+    if (slot->goal != GOAL_REQUEST) {
+        /* A stream that never runs dry must not keep requests waiting, nor they the stream. */
+        bool queued = poller->client && load_relaxed(&poller->startable) != 0;
+        if (queued && (!poller->served_last || load_relaxed(&poller->event_count) == 0)) {
+            *result = SHMRPC_QUEUED;
+            return 1;
+        }
+        if (load_relaxed(&poller->spawn_wanted) != 0) {
+            *result = SHMRPC_SPAWN;
+            return 1;
+        }
+    }
     if (load_relaxed(&poller->event_count) != 0) {
         *result = SHMRPC_EVENTS;
         return 1;
@@ -186,14 +197,6 @@ static int finished(struct shmrpc_poller *poller, struct shmrpc_slot *slot, int6
                   : load_relaxed(&poller->startable) != 0 ? RESULT_QUEUED
                                                           : 0;
         return *result != 0;
-    }
-    if (load_relaxed(&poller->startable) != 0 && poller->client) {
-        *result = SHMRPC_QUEUED;
-        return 1;
-    }
-    if (load_relaxed(&poller->spawn_wanted) != 0) {
-        *result = SHMRPC_SPAWN;
-        return 1;
     }
     if (slot->goal == GOAL_ROOM && load_relaxed(&slot->conn->outbox_bytes) == 0) {
         *result = 0;
@@ -545,8 +548,8 @@ int64_t poller_lead(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
     struct lead lead = {0};
     int64_t result = 0;
 
-    if (slot->goal == GOAL_REQUEST)
-        keep_looking(poller); /* the next request may be there already, each time */
+    if (!slot->alone)
+        keep_looking(poller); /* what it waits for may be there already, each time */
     do {
         bool progress = poll_hot(poller, slot);
         if (finished(poller, slot, &result))
@@ -569,6 +572,7 @@ int64_t poller_lead(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
     } while (result == 0);
     if (result == SHMRPC_SPAWN)
         store_relaxed(&poller->spawn_wanted, 0);
+    poller->served_last = result == SHMRPC_QUEUED;
     if (lead.spinning && lead.spin_step != 0 && result >= 0) {
         spin_policy_hit(&poller->policy, lead.spin_step > lead.patience,
                         clock_now_ns() - lead.spin_start_ns);

@@ -20,6 +20,7 @@
 /* gRPC status numbers that the core itself sends. */
 enum {
     STATUS_OK = 0,
+    STATUS_CANCELLED = 1,
     STATUS_DEADLINE_EXCEEDED = 4,
     STATUS_RESOURCE_EXHAUSTED = 8,
     STATUS_UNIMPLEMENTED = 12,
@@ -148,6 +149,7 @@ struct shmrpc_poller {
     uint32_t rounds;           /* leader: see keep_looking */
     uint64_t coarse_ns;        /* leader: the coarse clock in keep_looking */
     uint64_t bells;            /* leader: rung since they were counted last */
+    bool served_last;          /* leader: the last caller that led was asked to serve */
     struct counters counters;
 };
 
@@ -245,10 +247,14 @@ bool workers_full(const struct shmrpc_poller *poller, const struct conn *conn);
 void workers_go_away(struct shmrpc_poller *poller);
 /* With the lock held: this caller's thread waits from now on, so that the request it serves here
  * does not count as running; and goes on. */
-void workers_block(struct shmrpc_poller *poller, struct shmrpc_slot *slot);
-void workers_unblock(struct shmrpc_poller *poller, struct shmrpc_slot *slot);
+void workers_enter(struct shmrpc_poller *poller, struct shmrpc_slot *slot);
+void workers_leave(struct shmrpc_poller *poller, struct shmrpc_slot *slot);
+/* Leader: a conn takes replies again, for which its queued requests have waited. */
+void workers_resume(struct shmrpc_poller *poller);
 /* With the lock held: a worker's slot goes, whatever it was doing. */
 void workers_forget(struct shmrpc_poller *poller, struct shmrpc_slot *slot);
+/* With the lock held: a client's conn has ended. Its workers end, what is queued is dropped. */
+void workers_retire(struct shmrpc_poller *poller);
 /* With the lock held: wake every worker, to see that the poller stops. */
 void workers_wake_all(struct shmrpc_poller *poller);
 /* Reply without a body from the core itself. */

@@ -209,9 +209,13 @@ int shmrpc_outcome_of(shmrpc_slot *slot, uint64_t call_id, uint64_t position);
 /* Worker: wait for the next request. Returns its body's length with message.method set if the
  * method is fast; SHMRPC_MESSAGE for other requests, notifications and CLOSED. */
 int64_t shmrpc_next(shmrpc_slot *slot);
-/* Start the next queued request in a worker's slot whose thread waits for a reply in another:
- * SHMRPC_MESSAGE, or 0 if there is none. Ends the request that the slot had before. */
+/* After SHMRPC_QUEUED: start the next queued request in a worker's slot, in the thread that waits
+ * with another: SHMRPC_MESSAGE, or 0 if somebody else took it. Then, in the same thread,
+ * shmrpc_finish; then go on waiting. */
 int64_t shmrpc_next_queued(shmrpc_slot *slot);
+/* The slot's request is over: shmrpc_next does the same. One that has no reply gets one without a
+ * body: status 1 (CANCELLED), or 4 after its deadline; not if its caller has cancelled it. */
+void shmrpc_finish(shmrpc_slot *slot);
 /* Absolute deadline of the request that this thread serves; 0 = none. */
 uint64_t shmrpc_inherited_deadline(void);
 /* Metadata that goes with the reply to the slot's request, whatever it will be. Copied. */

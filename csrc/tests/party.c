@@ -114,9 +114,10 @@ static void serve_queued(struct party *party)
     shmrpc_slot *worker = spare_worker(party);
 
     REQUIRE(worker != NULL);
-    while (shmrpc_next_queued(worker) == SHMRPC_MESSAGE) {
+    if (shmrpc_next_queued(worker) == SHMRPC_MESSAGE) {
         count(party, &party->served_inline, 1);
         run(party, worker);
+        shmrpc_finish(worker);
     }
     pthread_mutex_lock(&party->lock);
     party->spare[party->spare_count++] = worker;

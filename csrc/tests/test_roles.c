@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 #include "party.h"
@@ -140,6 +141,19 @@ static void await_running(struct party *party, uint64_t count)
         sleep_us(50);
         shmrpc_poller_stats(party->poller, &stats);
     } while (stats.running != count);
+}
+
+/* Wait until there are so many worker threads, or fewer. */
+static void await_threads(struct party *party, uint32_t most)
+{
+    uint32_t count;
+
+    do {
+        sleep_us(50);
+        poller_lock(party->poller);
+        count = party->poller->worker_threads;
+        poller_unlock(party->poller);
+    } while (count > most);
 }
 
 /* ---- nested calls ---- */
@@ -325,7 +339,7 @@ TEST(waiting_handlers_are_limited)
     hand_ring(&scene.hand);
     while (refused < CALLS - MOST)
         refused += take_frame(&scene.hand, SHMRPC_REPLY, NULL, 0).method_bytes == 8;
-    CHECK(scene.server.threads_started < CALLS / 2);
+    await_threads(&scene.server, 2 + MOST + 1);
     shmrpc_conn_shutdown(scene.server.poller, scene.conn);
     scene_close(&scene);
 }
@@ -376,6 +390,148 @@ TEST(nesting_leaves_the_workers_to_others)
     await_running(&duo.client, 0);
     shmrpc_slot_free(slot);
     duo_close(&duo);
+}
+
+/* A handler that forgets its caller does not keep it waiting. */
+TEST(request_that_ends_without_a_reply)
+{
+    for (int serves = 0; serves < 2; serves++) {
+        struct duo duo;
+        struct thread waiter;
+
+        harness_progress(HANG_SECONDS);
+        duo_open(&duo, SHM, 4, 0);
+        party_serve(&duo.client, 2, 64);
+        if (serves) { /* inline: while somebody waits on the client */
+            start(&waiter, &duo.client, duo.client_conn, "block", 0, 1);
+            party_await(&duo.server, &duo.server.blocked, 1);
+        }
+        shmrpc_slot *slot = slot_of(&duo.server, duo.server_conn);
+        int64_t result = party_call(&duo.server, slot, "forget", NULL, 0, -1);
+        CHECK_EQUAL(result, SHMRPC_MESSAGE);
+        CHECK_EQUAL(shmrpc_slot_message(slot)->status, 1);
+        CHECK_EQUAL(shmrpc_slot_message(slot)->body_bytes, 0);
+        CHECK_EQUAL(duo.client.served_inline, serves);
+        party_gate(&duo.server, true);
+        if (serves)
+            CHECK_EQUAL(end(&waiter), 0);
+        shmrpc_slot_free(slot);
+        duo_close(&duo);
+    }
+}
+
+static const struct frame_header ITEM = {.kind = SHMRPC_ITEM, .call_id = 5, .length = 1,
+                                         .total_bytes = 1};
+
+/* A client whose peer is made by hand; this thread leads, and asks what there is to do. */
+struct solo {
+    struct party client;
+    struct pair pair;
+    struct hand hand;
+    shmrpc_slot *slot;
+};
+
+static void solo_open(struct solo *solo)
+{
+    party_open(&solo->client, true, 0);
+    shmrpc_poller_serve(solo->client.poller, 4, 64); /* and has no thread of its own */
+    pair_open(&solo->pair, SHM, 65536, 65536);
+    hand_open(&solo->hand, &solo->pair);
+    solo->slot = slot_of(&solo->client, pair_give(&solo->pair, 0, solo->client.poller));
+}
+
+static void solo_close(struct solo *solo)
+{
+    shmrpc_slot_free(solo->slot);
+    party_close(&solo->client);
+    segment_unmap(solo->hand.peer, 65536);
+    pair_close(&solo->pair);
+}
+
+static int64_t look(struct solo *solo, int64_t timeout_ns)
+{
+    int64_t result;
+
+    while ((result = shmrpc_wait_events(solo->slot, timeout_ns)) == -EAGAIN) {
+    }
+    return result;
+}
+
+/* Streams and requests take turns: neither waits until the other one runs dry. */
+TEST(events_and_requests_take_turns)
+{
+    struct solo solo;
+    int served = 0, taken = 0;
+
+    solo_open(&solo);
+    for (uint64_t i = 1; i <= 20; i++) {
+        CHECK_EQUAL(hand_send(&solo.hand, &ITEM, "x"), 0); /* all the time something new */
+        put(&solo.hand, SHMRPC_REQUEST, 0, i << 16, "echo", "hello", 5);
+        int64_t result = look(&solo, -1);
+        served += result == SHMRPC_QUEUED;
+        taken += result == SHMRPC_EVENTS;
+        CHECK(party_attend(&solo.client, result));
+    }
+    CHECK(served >= 9);
+    CHECK(taken >= 9);
+    solo_close(&solo);
+}
+
+enum { FLOOD_RING = 64 << 20, FLOOD_ITEMS = FLOOD_RING / FRAME_HEADER_BYTES };
+
+/* A handler that reads a stream which never runs dry does not keep others from being heard. */
+TEST(reader_of_a_stream_hears_others)
+{
+    const struct frame_header item = {.kind = SHMRPC_ITEM, .call_id = 5};
+    struct duo duo;
+    struct pair pair;
+    struct hand hand;
+    struct reader reader;
+    shmrpc_stats stats;
+
+    duo_open(&duo, SHM, 4, 0);
+    pair_open(&pair, SHM, 65536, FLOOD_RING);
+    hand_open(&hand, &pair);
+    for (uint32_t offset = 0; offset < FLOOD_RING; offset += FRAME_HEADER_BYTES)
+        memcpy(hand.own->ring + offset, &item, FRAME_HEADER_BYTES);
+    store_release(&hand.own->tail, FLOOD_RING);
+    shmrpc_slot *slot = slot_of(&duo.client, duo.client_conn);
+    read_start(&reader, &duo.server);
+    await_leader(&duo.server, reader.slot);
+    sleep_us(5000); /* everything is cold */
+    pair_give(&pair, 0, duo.server.poller);
+    hand_ring(&hand);
+    party_await(&duo.server, &duo.server.items, 1);
+    CHECK(echoes(&duo.client, slot, 5000 * MS));
+    shmrpc_poller_stats(duo.server.poller, &stats);
+    CHECK(stats.frames_received < FLOOD_ITEMS);
+    shmrpc_poke(reader.slot);
+    CHECK_EQUAL(read_end(&reader), 0);
+    shmrpc_slot_free(slot);
+    duo_close(&duo);
+    segment_unmap(hand.peer, 65536);
+    pair_close(&pair);
+}
+
+/* Requests of a conn that has ended are nobody's to run, and keep nobody awake. */
+TEST(conn_ends_with_requests_that_wait)
+{
+    struct solo solo;
+    shmrpc_stats stats;
+
+    solo_open(&solo);
+    for (uint64_t i = 1; i <= 20; i++)
+        put(&solo.hand, SHMRPC_REQUEST, 0, i << 16, "echo", "hello", 5);
+    CHECK_EQUAL(look(&solo, -1), SHMRPC_QUEUED);
+    shutdown(solo.hand.control_fd, SHUT_RDWR);
+    while (solo.client.closed == 0) {
+        if (look(&solo, -1) == SHMRPC_EVENTS)
+            party_take(&solo.client);
+    }
+    CHECK_EQUAL(look(&solo, 20 * MS), -ETIMEDOUT);
+    shmrpc_poller_stats(solo.client.poller, &stats);
+    CHECK_EQUAL(stats.queued, 0);
+    solo_close(&solo);
 }
 
 /* ---- the end ---- */
