@@ -77,6 +77,8 @@ shmrpc_slot *shmrpc_slot_new(shmrpc_poller *poller, uint64_t conn_id)
 void shmrpc_slot_free(shmrpc_slot *slot)
 {
     shmrpc_abandon(slot); /* an interrupted call may still be registered */
+    if (slot->worker)
+        shmrpc_finish(slot);
     poller_lock(slot->poller);
     slot->poller->slots[slot->index] = NULL;
     if (slot->worker)
@@ -305,9 +307,10 @@ void callers_room(struct shmrpc_poller *poller, struct conn *conn)
 static bool enter(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
 {
     slot->inside = true;
+    slot->alone = poller->client && poller->workers == 0;
     poller->inside++;
     if (poller->workers != 0)
-        workers_block(poller, slot);
+        workers_enter(poller, slot);
     if (poller->leader == NULL || poller->away) {
         poller->leader = slot;
         poller->away = false;
@@ -339,13 +342,18 @@ void callers_promote(struct shmrpc_poller *poller, const struct shmrpc_slot *lea
     hand_on(poller, leader);
 }
 
+void callers_inherit(struct shmrpc_poller *poller, const struct shmrpc_slot *leader)
+{
+    poller->leader = NULL;
+    callers_promote(poller, leader);
+}
+
 /* With the lock held: go out, and hand the role on. */
 static void leave(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
 {
     slot->inside = false;
     poller->inside--;
-    if (slot->blocks != NULL)
-        workers_unblock(poller, slot);
+    workers_leave(poller, slot);
     if (poller->leader != slot)
         return;
     poller->leader = NULL;
@@ -358,7 +366,9 @@ void callers_stop(struct shmrpc_poller *poller)
 {
     for (uint32_t i = 0; i < poller->slot_capacity; i++) {
         struct shmrpc_slot *slot = poller->slots[i];
-        if (slot != NULL && slot->inside && load_acquire32(&slot->state) != SLOT_DONE)
+        /* Who leads sees it by itself, and writes its own result. */
+        if (slot != NULL && slot->inside && slot != poller->leader &&
+            load_acquire32(&slot->state) != SLOT_DONE)
             slot_finish(slot, SHMRPC_STOPPED);
     }
 }

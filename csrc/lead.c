@@ -91,7 +91,7 @@ static int flush(struct shmrpc_poller *poller, struct conn *conn)
     if (status == 0 && load_relaxed(&conn->outbox_bytes) == 0) {
         callers_room(poller, conn);
         if (load_relaxed(&conn->queued) != 0)
-            store_relaxed(&poller->startable, 1);
+            workers_resume(poller);
     }
     return status;
 }
@@ -125,8 +125,7 @@ static void fail_conn(struct shmrpc_poller *poller, struct conn *conn, int error
     const shmrpc_message closed = {.kind = SHMRPC_CLOSED, .status = (uint32_t)error};
     events_add(poller, conn, &closed, NULL);
     if (poller->client) { /* it keeps its conn, to tell what became of its calls */
-        poller->retired = true;
-        workers_wake_all(poller);
+        workers_retire(poller);
     } else {
         poller_unregister(poller, conn);
         conn_release(conn);
@@ -170,7 +169,8 @@ static int dispatch(struct shmrpc_poller *poller, struct shmrpc_slot *slot, stru
     }
 }
 
-/* What the slot waits for is there: 1 and *result. */
+/* What the slot waits for is there, or something to do for its thread: 1 and *result. Changes
+ * nothing: it is also asked before a sleep, and once more after it was given up. */
 static int finished(struct shmrpc_poller *poller, struct shmrpc_slot *slot, int64_t *result)
 {
     if (load_relaxed(&poller->stopping) != 0) {
@@ -181,6 +181,18 @@ static int finished(struct shmrpc_poller *poller, struct shmrpc_slot *slot, int6
         *result = slot->result;
         return 1;
     }
+    if (slot->goal != GOAL_REQUEST) {
+        /* A stream that never runs dry must not keep requests waiting, nor they the stream. */
+        bool queued = poller->client && load_relaxed(&poller->startable) != 0;
+        if (queued && (!poller->served_last || load_relaxed(&poller->event_count) == 0)) {
+            *result = SHMRPC_QUEUED;
+            return 1;
+        }
+        if (load_relaxed(&poller->spawn_wanted) != 0) {
+            *result = SHMRPC_SPAWN;
+            return 1;
+        }
+    }
     if (load_relaxed(&poller->event_count) != 0) {
         *result = SHMRPC_EVENTS;
         return 1;
@@ -190,15 +202,6 @@ static int finished(struct shmrpc_poller *poller, struct shmrpc_slot *slot, int6
                   : load_relaxed(&poller->startable) != 0 ? RESULT_QUEUED
                                                           : 0;
         return *result != 0;
-    }
-    if (load_relaxed(&poller->startable) != 0 && poller->client) {
-        *result = SHMRPC_QUEUED;
-        return 1;
-    }
-    if (load_relaxed(&poller->spawn_wanted) != 0) {
-        store_relaxed(&poller->spawn_wanted, 0);
-        *result = SHMRPC_SPAWN;
-        return 1;
     }
     if (slot->goal == GOAL_ROOM && load_relaxed(&slot->conn->outbox_bytes) == 0) {
         *result = 0;
@@ -394,12 +397,13 @@ bool poller_must_check_signals(struct shmrpc_slot *slot)
 }
 
 /* A caller on its only socket needs no epoll: blocking in recv itself is answered some ten
- * microseconds sooner (measured: 37 against 65 us a round trip). Not with a deadline, and not with
- * output waiting; output that comes to wait later is its sender's to push, see callers.c. */
+ * microseconds sooner (measured: 37 against 65 us a round trip). Not where other conns or kicks
+ * have to be heard, because requests are served; not with a deadline, and not with output waiting;
+ * output that comes to wait later is its sender's to push, see callers.c. */
 static bool may_receive(struct shmrpc_poller *poller, const struct shmrpc_slot *slot)
 {
-    if (slot->goal != GOAL_REPLY || slot->conn->is_shm || slot->deadline_ns != 0 ||
-        has_input(poller, slot->conn))
+    if (slot->goal != GOAL_REPLY || !slot->alone || slot->conn->is_shm ||
+        slot->deadline_ns != 0 || has_input(poller, slot->conn))
         return false;
     store_relaxed(&poller->receiving, 1);
     full_fence(); /* receiving before outbox_bytes, see poller_send */
@@ -549,8 +553,8 @@ int64_t poller_lead(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
     struct lead lead = {0};
     int64_t result = 0;
 
-    if (slot->goal == GOAL_REQUEST)
-        keep_looking(poller); /* the next request may be there already, each time */
+    if (!slot->alone)
+        keep_looking(poller); /* what it waits for may be there already, each time */
     do {
         bool progress = poll_hot(poller, slot);
         if (finished(poller, slot, &result))
@@ -571,6 +575,9 @@ int64_t poller_lead(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
         if (now != 0)
             result = check_time(poller, slot, &lead, now);
     } while (result == 0);
+    if (result == SHMRPC_SPAWN)
+        store_relaxed(&poller->spawn_wanted, 0);
+    poller->served_last = result == SHMRPC_QUEUED;
     if (lead.spinning && lead.spin_step != 0 && result >= 0) {
         spin_policy_hit(&poller->policy, lead.spin_step > lead.patience,
                         clock_now_ns() - lead.spin_start_ns);

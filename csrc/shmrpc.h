@@ -132,8 +132,8 @@ typedef struct shmrpc_name {
 } shmrpc_name;
 
 /* Poller. `workers` = 0 for a client, which has one conn; else the number of requests that may run
- * at a time, and `max_concurrency` how many may run or queue before the next is refused. A request
- * whose thread waits for a call, an item or credit on this poller does not count as running.
+ * at a time, and `max_concurrency` how many there may be before the next is refused. A request whose
+ * thread waits for a call, an item or credit on this poller counts for the latter only.
  * `mode`: 0 auto, 1 spin, 2 block. Null and errno if it can't be made. */
 shmrpc_poller *shmrpc_poller_new(uint32_t workers, uint32_t max_concurrency, uint32_t mode,
                                  uint32_t spin_budget_ns);
@@ -229,9 +229,13 @@ int shmrpc_outcome_of(shmrpc_slot *slot, uint64_t call_id, uint64_t position);
 /* Worker: wait for the next request. Returns its body's length with message.method set if the
  * method is fast; SHMRPC_MESSAGE for other requests, notifications and CLOSED. */
 int64_t shmrpc_next(shmrpc_slot *slot);
-/* Start the next queued request in a worker's slot whose thread waits for a reply in another:
- * SHMRPC_MESSAGE, or 0 if there is none. Ends the request that the slot had before. */
+/* After SHMRPC_QUEUED: start the next queued request in a worker's slot, in the thread that waits
+ * with another: SHMRPC_MESSAGE, or 0 if somebody else took it. Then, in the same thread,
+ * shmrpc_finish; then go on waiting. */
 int64_t shmrpc_next_queued(shmrpc_slot *slot);
+/* The slot's request is over: shmrpc_next does the same. One that has no reply gets one without a
+ * body: status 1 (CANCELLED), or 4 after its deadline; not if its caller has cancelled it. */
+void shmrpc_finish(shmrpc_slot *slot);
 /* Absolute deadline of the request that this thread serves; 0 = none. */
 uint64_t shmrpc_inherited_deadline(void);
 /* Metadata that goes with the reply to the slot's request, whatever it will be. Copied. */

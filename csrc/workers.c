@@ -70,7 +70,8 @@ static uint32_t admit(struct shmrpc_poller *poller, const struct frame_header *h
     if (poller->workers == 0)
         return STATUS_UNIMPLEMENTED;
     bool waits = poller->running >= poller->workers && poller->queued != 0;
-    if (poller->running + poller->queued >= poller->max_concurrency ||
+    /* Those that wait count as well: each has a thread. */
+    if (poller->running + poller->blocked + poller->queued >= poller->max_concurrency ||
         (waits && poller->queued_bytes + header->total_bytes > QUEUED_BYTES_MAX)) {
         count_own(&poller->counters.calls_refused, 1);
         return STATUS_RESOURCE_EXHAUSTED;
@@ -94,6 +95,12 @@ static int find_method(struct shmrpc_poller *poller, struct shmrpc_slot *slot, b
     return 0;
 }
 
+/* Whether this thread serves another request of this poller around the slot's: that one waits. */
+static bool serves_around(const struct shmrpc_poller *poller, const struct shmrpc_slot *slot)
+{
+    return slot->serves != NULL && slot->serves->poller == poller && slot->serves->running;
+}
+
 /* With the lock held. */
 static void start(struct shmrpc_poller *poller, struct shmrpc_slot *slot, struct conn *conn,
                   bool fast)
@@ -102,6 +109,10 @@ static void start(struct shmrpc_poller *poller, struct shmrpc_slot *slot, struct
     slot->conn = conn;
     slot->serves = serving;
     serving = slot;
+    if (serves_around(poller, slot)) {
+        poller->running--;
+        poller->blocked++;
+    }
     slot->running = true;
     slot->replied = slot->message.kind != SHMRPC_REQUEST;
     slot->call_id = slot->message.call_id;
@@ -184,21 +195,51 @@ static bool left_to_callers(const struct shmrpc_poller *poller)
     return poller->client && poller->inside != 0;
 }
 
-/* With the lock held: a request waits in the queue; make sure that somebody runs it. */
-static void find_runner(struct shmrpc_poller *poller)
+/* With the lock held: where the first queued request hangs whose caller fetches its replies. The
+ * others wait, or the replies of a caller that does not would fill our memory. */
+static struct stored **first_ready(struct shmrpc_poller *poller)
 {
+    struct stored **link = &poller->queue.first;
+
+    while (*link != NULL && load_relaxed(&(*link)->conn->outbox_bytes) > OUTBOX_MAX &&
+           load_relaxed(&(*link)->conn->error) == 0)
+        link = &(*link)->next;
+    return link;
+}
+
+/* With the lock held: if a request waits in the queue, make sure that somebody runs it. True: the
+ * leader, at its next look. */
+static bool find_runner(struct shmrpc_poller *poller)
+{
+    if (*first_ready(poller) == NULL)
+        return false;
     if (poller->running >= poller->workers && !left_to_callers(poller))
-        return; /* who ends next, takes it */
+        return false; /* who ends next, takes it */
     store_relaxed(&poller->startable, 1);
     if (poller->client || (poller->leader != NULL && poller->leader->goal == GOAL_REQUEST &&
                            !poller->away))
-        return; /* the leader sees it at its next look */
+        return true;
     if (poller->standby != NULL)
         slot_wake(poller->standby, SLOT_WAITING);
     else if (poller->idle != NULL)
         wake_idle(poller);
     else if (may_spawn(poller))
         store_relaxed(&poller->spawn_wanted, 1); /* which the leading caller sees */
+    return load_relaxed(&poller->spawn_wanted) != 0;
+}
+
+/* The same for who does not lead: the leader may be asleep. */
+static void find_runner_and_kick(struct shmrpc_poller *poller)
+{
+    if (find_runner(poller))
+        poller_kick(poller);
+}
+
+void workers_resume(struct shmrpc_poller *poller)
+{
+    poller_lock(poller);
+    find_runner(poller);
+    poller_unlock(poller);
 }
 
 /* With the lock held: the message for Python, as take_request. */
@@ -313,22 +354,35 @@ void workers_cancel_all(struct shmrpc_poller *poller)
 
 /* ---- the queue ---- */
 
-/* With the lock held: the first queued request whose caller fetches its replies. The others wait,
- * or the replies of a caller that does not would fill our memory. */
+/* With the lock held: take that one out. */
 static struct stored *pop_queued(struct shmrpc_poller *poller)
 {
-    struct stored **link = &poller->queue.first;
-
-    while (*link != NULL && load_relaxed(&(*link)->conn->outbox_bytes) > OUTBOX_MAX &&
-           load_relaxed(&(*link)->conn->error) == 0)
-        link = &(*link)->next;
+    struct stored **link = first_ready(poller);
     struct stored *stored = *link;
+
     if (stored == NULL)
         return NULL;
     *link = stored->next;
     if (stored->next == NULL)
         poller->queue.last = link;
     return stored;
+}
+
+void workers_retire(struct shmrpc_poller *poller)
+{
+    struct stored *stored;
+
+    poller->retired = true;
+    while ((stored = stored_pop(&poller->queue)) != NULL) {
+        bool call = stored->message.kind == SHMRPC_REQUEST;
+        count_add(call ? &poller->counters.calls_expired : &poller->counters.frames_dropped, 1);
+        unmark_queued(stored->conn, stored->queued_index);
+        stored_free(stored);
+    }
+    poller->queued = 0;
+    poller->queued_bytes = 0;
+    store_relaxed(&poller->startable, 0);
+    workers_wake_all(poller);
 }
 
 /* With the lock held (and given up for moments): start the next queued request that is still
@@ -365,6 +419,7 @@ static bool start_queued(struct shmrpc_poller *poller, struct shmrpc_slot *slot,
         }
         if (status == STATUS_OK) {
             start(poller, slot, conn, false);
+            find_runner_and_kick(poller); /* those behind it need not wait until it ends */
         } else if (call) {
             poller_unlock(poller); /* the reference in `stored` keeps the conn */
             workers_answer(poller, conn, slot->message.call_id, status);
@@ -459,6 +514,10 @@ static void finish_request(struct shmrpc_poller *poller, struct shmrpc_slot *slo
         return;
     slot->running = false;
     poller->running--;
+    if (serves_around(poller, slot)) {
+        poller->running++;
+        poller->blocked--;
+    }
     conn_release(slot->conn);
     slot->conn = NULL;
     if (serving == slot)
@@ -476,28 +535,29 @@ void workers_forget(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
         conn_release(slot->conn);
     if (serving == slot)
         serving = slot->serves;
-    poller->worker_threads--;
+    poller->worker_threads -= slot->has_thread;
     if (poller->leader == slot) {
-        poller->leader = NULL;
-        workers_go_away(poller);
+        callers_inherit(poller, slot);
+        if (poller->leader == NULL)
+            workers_go_away(poller);
     }
 }
 
-void workers_block(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
+void workers_enter(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
 {
-    if (serving == NULL || serving->poller != poller || !serving->running)
+    if (serving != NULL && serving->poller == poller && serving->running) {
+        slot->blocks = serving;
+        poller->running--;
+        poller->blocked++;
+    }
+    if (slot->blocks != NULL || poller->client)
+        find_runner_and_kick(poller); /* there is one more to run it, or that may */
+}
+
+void workers_leave(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
+{
+    if (slot->blocks == NULL)
         return;
-    slot->blocks = serving;
-    poller->running--;
-    poller->blocked++;
-    if (poller->queue.first != NULL) {
-        find_runner(poller);
-        poller_kick(poller); /* a leader that sleeps has to see it */
-    }
-}
-
-void workers_unblock(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
-{
     slot->blocks = NULL;
     poller->blocked--;
     poller->running++; /* perhaps beyond `workers` for a while */
@@ -526,10 +586,11 @@ static int64_t find_work(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
     for (;;) {
         if (must_end(poller)) {
             if (poller->leader == slot)
-                poller->leader = NULL;
+                callers_inherit(poller, slot);
             return SHMRPC_STOPPED;
         }
-        if (!left_to_callers(poller) && start_queued(poller, slot, poller->workers)) {
+        if ((!left_to_callers(poller) || poller->leader == slot) &&
+            start_queued(poller, slot, poller->workers)) {
             if (poller->leader == slot)
                 workers_go_away(poller);
             return slot->result;
@@ -562,11 +623,40 @@ static int64_t find_work(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
 
 /* ---- the public calls ---- */
 
+/* A caller that is not told would wait for ever. */
+static void answer_if_nobody_has(struct shmrpc_slot *slot)
+{
+    const shmrpc_message *message = &slot->message;
+
+    if (!slot->running || slot->replied || slot->poller->closed ||
+        load_acquire32((const atomic_u32 *)&message->cancelled) != 0)
+        return;
+    bool late = message->deadline_ns != 0 && clock_now_ns() >= message->deadline_ns;
+    shmrpc_reply(slot, late ? STATUS_DEADLINE_EXCEEDED : STATUS_CANCELLED, NULL, 0);
+}
+
+void shmrpc_finish(shmrpc_slot *slot)
+{
+    struct shmrpc_poller *poller = slot->poller;
+
+    answer_if_nobody_has(slot);
+    poller_lock(poller);
+    if (!poller->closed) {
+        finish_request(poller, slot);
+        find_runner_and_kick(poller);
+    }
+    poller_unlock(poller);
+}
+
 int64_t shmrpc_next(shmrpc_slot *slot)
 {
     struct shmrpc_poller *poller = slot->poller;
 
+    answer_if_nobody_has(slot);
     poller_lock(poller);
+    if (!slot->has_thread)
+        poller->worker_threads++;
+    slot->has_thread = true;
     finish_request(poller, slot);
     slot->goal = GOAL_REQUEST;
     store_release32(&slot->state, SLOT_WAITING);
@@ -577,14 +667,7 @@ int64_t shmrpc_next(shmrpc_slot *slot)
 
 shmrpc_slot *shmrpc_worker_new(shmrpc_poller *poller)
 {
-    struct shmrpc_slot *slot = slot_new(poller, 0, true);
-
-    if (slot != NULL) {
-        poller_lock(poller);
-        poller->worker_threads++;
-        poller_unlock(poller);
-    }
-    return slot;
+    return slot_new(poller, 0, true);
 }
 
 int64_t shmrpc_next_queued(shmrpc_slot *slot)
@@ -592,7 +675,6 @@ int64_t shmrpc_next_queued(shmrpc_slot *slot)
     struct shmrpc_poller *poller = slot->poller;
 
     poller_lock(poller);
-    finish_request(poller, slot);
     /* The thread is there anyway, and what it waits for may depend on this request. */
     bool starts = !must_end(poller) && start_queued(poller, slot, UINT32_MAX);
     int64_t result = starts ? slot->result : 0;

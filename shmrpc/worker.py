@@ -113,12 +113,13 @@ class Worker:
             status = _next(slot)
 
     def serve_queued(self) -> None:
-        """Run the requests that are queued, in a thread that waits for something else."""
+        """Run a request that is queued, in a thread that waits for something else."""
         before = enter_worker(self)
         try:
-            while lib.shmrpc_next_queued(self._slot) == lib.SHMRPC_MESSAGE:
+            if lib.shmrpc_next_queued(self._slot) == lib.SHMRPC_MESSAGE:
                 self._run_message()
         finally:
+            lib.shmrpc_finish(self._slot)
             leave_worker(before)
 
     def _special(self, status: int) -> None:
