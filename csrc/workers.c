@@ -70,7 +70,8 @@ static uint32_t admit(struct shmrpc_poller *poller, const struct frame_header *h
     if (poller->workers == 0)
         return STATUS_UNIMPLEMENTED;
     bool waits = poller->running >= poller->workers && poller->queued != 0;
-    if (poller->running + poller->queued >= poller->max_concurrency ||
+    /* Those that wait for their caller count here: each of them has a thread. */
+    if (poller->running + poller->blocked + poller->queued >= poller->max_concurrency ||
         (waits && poller->queued_bytes + header->total_bytes > QUEUED_BYTES_MAX)) {
         count_own(&poller->counters.calls_refused, 1);
         return STATUS_RESOURCE_EXHAUSTED;
@@ -254,8 +255,8 @@ void workers_request(struct shmrpc_poller *poller, struct shmrpc_slot *slot, str
 {
     uint64_t deadline_ns = header->deadline_ns;
 
-    if (deadline_ns != 0 && conn->relative_deadlines)
-        deadline_ns = 0; /* it began to count when it arrived here */
+    if (deadline_ns > 1 && conn->relative_deadlines)
+        deadline_ns = 0; /* it began to count when it arrived here; 1 had passed when it was sent */
     poller_lock(poller);
     uint32_t status = admit(poller, header, deadline_ns);
     if (status == STATUS_OK && poller->event_requests)
@@ -443,6 +444,7 @@ static void finish_request(struct shmrpc_poller *poller, struct shmrpc_slot *slo
     if (!slot->running)
         return;
     slot->running = false;
+    slot->message.call_id = 0; /* who still knows that call learns that it is over */
     poller->running--;
     conn_release(slot->conn);
     slot->conn = NULL;
