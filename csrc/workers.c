@@ -295,8 +295,8 @@ void workers_request(struct shmrpc_poller *poller, struct shmrpc_slot *slot, str
 {
     uint64_t deadline_ns = header->deadline_ns;
 
-    if (deadline_ns != 0 && conn->relative_deadlines)
-        deadline_ns = 0; /* it began to count when it arrived here */
+    if (deadline_ns > 1 && conn->relative_deadlines)
+        deadline_ns = 0; /* it began to count when it arrived here; 1 had passed when it was sent */
     poller_lock(poller);
     uint32_t status = admit(poller, header, deadline_ns);
     if (status == STATUS_OK && poller->event_requests)
@@ -513,6 +513,7 @@ static void finish_request(struct shmrpc_poller *poller, struct shmrpc_slot *slo
     if (!slot->running)
         return;
     slot->running = false;
+    slot->message.call_id = 0; /* who still knows that call learns that it is over */
     poller->running--;
     if (serves_around(poller, slot)) {
         poller->running++;

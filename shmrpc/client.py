@@ -114,7 +114,7 @@ class Client(Channel):
     ) -> None:
         """Connect; see ``connect`` for the parameters."""
         check_options(max_message_bytes, backing, wait, spin_budget)
-        check_timeout(timeout)
+        timeout = check_timeout(timeout)
         uids = frozenset(allow_uids)
         self._terms = [
             Terms(addresses.parse(text), max_message_bytes, backing=backing, allow_uids=uids)
@@ -202,10 +202,15 @@ class Client(Channel):
         """Make the next call on a new connection; those under way on this one go on."""
         with self._lock:
             if self._link is connection:
-                self._link = None
-                self._slots = []
+                self._unlink()
             self._retired.add(connection)
         connection.retire()
+
+    def _unlink(self) -> None:
+        """Have no connection (our lock is held)."""
+        self._link = None
+        self._slots = []
+        self.registry.bind(None)
 
     def _check_fork(self) -> None:
         if self._forked:
@@ -318,8 +323,7 @@ class Client(Channel):
                 return
             self._closed = True
             links = [*self._retired] if self._link is None else [self._link, *self._retired]
-            self._link = None
-            self._slots = []
+            self._unlink()
         for link in links:
             for call_id, pending in list(link.session.calls.items()):
                 if isinstance(pending, CallFuture):
