@@ -87,7 +87,6 @@ class Worker:
 
     def end(self) -> None:
         """Give the slot up, with the request that it may have."""
-        lib.shmrpc_reply(self._slot, STATUS_NUMBERS["CANCELLED"], b"", 0)  # unless it was answered
         ffi.release(self._slot)
         self._forget_context()
         # Errors that somebody keeps know our frames, and must not keep the connections.
