@@ -134,7 +134,45 @@ def test_tcc(directory, seed):
     assert 5 < int(last[1]) < int(last[2])
 
 
+CONTRACT_VM = """\
+Abort: key-0 has only 1 for key-55
+-- The contract is killed when it has written.
+invocation 4: contract ended with -9, 100 writes dropped
+100000 of 100000 are there in the end.
+"""
+WITHOUT_GRPC = """
+import runpy, sys
+sys.modules["grpc"] = None
+runpy.run_module("examples.contract_vm", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command, rivals",
+    [
+        (["-m", "examples.contract_vm"], ["tcp", "gRPC"]),
+        (["-c", WITHOUT_GRPC, "1"], ["tcp"]),
+    ],
+    ids=["any seed", "without gRPC"],
+)
+def test_contract_vm(directory, command, rivals):
+    lines = run(directory, *command)
+    assert_in_order(CONTRACT_VM.splitlines(), lines)
+    killed = r"invocation \d+: contract ended with -9, \d+ writes dropped"
+    assert sum(bool(re.fullmatch(killed, line)) for line in lines) == 21
+    assert ("gRPC" in rivals) != any("gRPC is left out" in line for line in lines)
+    headings = next(line for line in lines if "state reads" in line)
+    assert re.findall(r"\w+", headings) == ["state", "reads", "shm", *rivals]
+    for reads in (1, 10, 100):
+        row = next(line for line in lines if re.match(rf"\W+{reads}\W+\d+ \(", line))
+        figures = re.findall(r"\d+ \((\d+\.\dx)\)", row)
+        assert figures[0] == "1.0x"
+        assert len(figures) == 1 + len(rivals)
+
+
 def test_every_example_is_here():
     modules = {path.name for path in EXAMPLES.glob("*.py")}
     assert modules == {"__init__.py", "calculator.py", "support.py"}
-    assert {path.parent.name for path in EXAMPLES.glob("*/__main__.py")} == {"saga", "tcc"}
+    packages = {path.parent.name for path in EXAMPLES.glob("*/__main__.py")}
+    assert packages == {"contract_vm", "saga", "tcc"}
