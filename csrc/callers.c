@@ -283,9 +283,13 @@ void callers_lost(struct shmrpc_poller *poller, struct conn *conn, int error)
     }
 }
 
-void callers_room(struct shmrpc_poller *poller, const struct conn *conn)
+void callers_room(struct shmrpc_poller *poller, struct conn *conn)
 {
     poller_lock(poller);
+    if (conn->tells_room) {
+        conn->tells_room = false;
+        events_note(poller, conn, SHMRPC_ROOM, 0, 0);
+    }
     for (uint32_t i = 0; i < poller->slot_capacity; i++) {
         struct shmrpc_slot *slot = poller->slots[i];
         if (slot != NULL && slot->goal == GOAL_ROOM && slot->conn == conn)
@@ -443,7 +447,7 @@ static int64_t wait_goal(struct shmrpc_poller *poller, struct shmrpc_slot *slot,
 {
     int64_t result = wait_inside(poller, slot, leads);
     struct outgoing cancel = {.header = {.kind = SHMRPC_CANCEL}};
-    uint64_t position;
+    atomic_u64 position;
 
     poller_lock(poller);
     leave(poller, slot);
@@ -481,7 +485,7 @@ static void begin(struct shmrpc_slot *slot, enum slot_goal goal, uint64_t deadli
 /* ---- calls ---- */
 
 int poller_send(struct shmrpc_poller *poller, struct conn *conn, struct outgoing *message,
-                uint64_t *position)
+                atomic_u64 *position)
 {
     uint64_t bells = 0;
     int status = conn_send(conn, message, position, &bells);
@@ -534,9 +538,7 @@ int64_t shmrpc_call_with(shmrpc_slot *slot, const shmrpc_name *name, uint32_t fl
 
     if (slot->deadline_ns != 0)
         set_deadline(&message, slot->conn, slot->deadline_ns);
-    uint64_t position;
-    int status = poller_send(poller, slot->conn, &message, &position);
-    store_relaxed(&slot->position, position);
+    int status = poller_send(poller, slot->conn, &message, &slot->position);
     if (status >= 0)
         return wait_goal(poller, slot, leads);
 
@@ -570,7 +572,7 @@ void shmrpc_abandon(shmrpc_slot *slot)
 {
     struct shmrpc_poller *poller = slot->poller;
     struct outgoing message = {.header = {.kind = SHMRPC_CANCEL}};
-    uint64_t position;
+    atomic_u64 position;
 
     poller_lock(poller);
     if (slot->goal == GOAL_REPLY && !poller->closed)
@@ -603,7 +605,7 @@ int shmrpc_send(shmrpc_slot *slot, uint32_t kind, uint32_t flags, uint64_t call_
     if (!slot->worker && conn_hung_up(slot->conn))
         return -ENOTCONN;
     set_deadline(&message, slot->conn, deadline_ns);
-    return poller_send(slot->poller, slot->conn, &message, position);
+    return poller_send(slot->poller, slot->conn, &message, (atomic_u64 *)position);
 }
 
 int shmrpc_send_item(shmrpc_slot *slot, uint32_t flags, uint64_t call_id, const char *body,
@@ -613,7 +615,7 @@ int shmrpc_send_item(shmrpc_slot *slot, uint32_t flags, uint64_t call_id, const 
         .header = {.kind = SHMRPC_ITEM, .flags = (uint8_t)flags, .call_id = call_id},
         .parts = {{(void *)(uintptr_t)body, body_bytes}},
     };
-    uint64_t position;
+    atomic_u64 position;
 
     return poller_send(slot->poller, slot->conn, &message, &position);
 }
@@ -655,6 +657,58 @@ int64_t shmrpc_wait_events(shmrpc_slot *slot, int64_t timeout_ns)
     int64_t result = wait_goal(poller, slot, leads);
     slot->checked_signals = result == -EAGAIN;
     return result;
+}
+
+int shmrpc_want_room(shmrpc_slot *slot)
+{
+    struct shmrpc_poller *poller = slot->poller;
+    struct conn *conn = slot->conn;
+
+    poller_lock(poller);
+    conn->tells_room = true;
+    store_relaxed(&poller->room_waiters, 1);
+    poller_unlock(poller);
+    full_fence(); /* room_waiters before outbox_bytes, see poller_send */
+    if (load_relaxed(&conn->outbox_bytes) != 0 && load_relaxed(&conn->error) == 0)
+        return 1;
+    poller_lock(poller);
+    conn->tells_room = false;
+    poller_unlock(poller);
+    return 0;
+}
+
+int64_t shmrpc_poll(shmrpc_slot *slot, uint32_t spin_ns)
+{
+    struct shmrpc_poller *poller = slot->poller;
+
+    poller_lock(poller);
+    begin(slot, GOAL_EVENTS, 0);
+    bool leads = enter(poller, slot);
+    poller_unlock(poller);
+    if (leads && slot->conn != NULL && spin_ns != 0 && load_relaxed(&slot->conn->error) == 0)
+        poller_heat(poller, slot->conn); /* a reply is on its way: poll from the start */
+    int64_t result = leads ? poller_poll(poller, slot, spin_ns) : -EAGAIN;
+    poller_lock(poller);
+    slot->goal = GOAL_NONE;
+    leave(poller, slot);
+    poller_unlock(poller);
+    return result;
+}
+
+int shmrpc_arm(shmrpc_slot *slot)
+{
+    struct shmrpc_poller *poller = slot->poller;
+
+    poller_lock(poller);
+    begin(slot, GOAL_EVENTS, 0);
+    bool leads = enter(poller, slot);
+    poller_unlock(poller);
+    bool armed = leads && poller_arm(poller, slot);
+    poller_lock(poller);
+    slot->goal = GOAL_NONE;
+    leave(poller, slot);
+    poller_unlock(poller);
+    return armed;
 }
 
 void shmrpc_poke(shmrpc_slot *slot)

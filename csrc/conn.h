@@ -57,6 +57,7 @@ struct conn {
     bool relative_deadlines;
     bool wants_room;   /* send_lock: asked to be woken when there is room */
     bool ignores_input; /* send_lock: a stream that is full: its input does not wake us */
+    bool tells_room;   /* poller lock: an event is wanted when the outbox is empty */
     bool resumed;      /* poller lock: was full of queued requests, and is not any more */
     uint64_t pushed; /* send_lock: ring space of all frames that left so far */
     int epoll_fd;
@@ -77,12 +78,15 @@ void conn_destroy(struct conn *conn);
 /* The same for a conn that came to nothing: what the caller gave stays the caller's. */
 void conn_abandon(struct conn *conn);
 
+/* Whether the peer has hung up: a system call. */
+bool conn_peer_left(struct conn *conn);
 /* Whether the peer is known or, after a pause of some milliseconds, found to have hung up. */
 bool conn_hung_up(struct conn *conn);
 /* Send a message: 0 if it left, 1 if some of it waits in the outbox, -EMSGSIZE, -ENOMEM, -EPIPE,
- * -EPROTO. *position (may be null) is where its last frame starts in the ring, see conn_outcome.
+ * -EPROTO. *position is where its last frame starts in the ring, see conn_outcome; it is stored before
+ * the peer can see the message.
  * Adds the bells it rang to *bells. */
-int conn_send(struct conn *conn, struct outgoing *message, uint64_t *position, uint64_t *bells);
+int conn_send(struct conn *conn, struct outgoing *message, atomic_u64 *position, uint64_t *bells);
 /* Send what waits in the outbox as far as there is room: 0, or -errno. */
 int conn_flush(struct conn *conn, uint64_t *bells);
 

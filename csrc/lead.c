@@ -114,12 +114,13 @@ static void fail_conn(struct shmrpc_poller *poller, struct conn *conn, int error
     epoll_ctl(poller->epoll_fd, EPOLL_CTL_DEL, conn->control_fd, NULL);
     if (conn->own_bell_fd >= 0 && conn->own_bell_fd != poller->kick_fd)
         epoll_ctl(poller->epoll_fd, EPOLL_CTL_DEL, conn->own_bell_fd, NULL);
-    shutdown(conn->control_fd, SHUT_RDWR);
 
     poller_lock(poller);
     if (error != EPIPE)
         store_relaxed(&conn->ended_here, 1);
     store_release(&conn->error, (uint64_t)error);
+    /* After the error: a peer that sees the end may rely on it that nothing queued starts. */
+    shutdown(conn->control_fd, SHUT_RDWR);
     callers_lost(poller, conn, error);
     const shmrpc_message closed = {.kind = SHMRPC_CLOSED, .status = (uint32_t)error};
     events_add(poller, conn, &closed, NULL);
@@ -574,4 +575,72 @@ int64_t poller_lead(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
     count_add(&poller->counters.wakeups_sent, poller->bells);
     poller->bells = 0;
     return result;
+}
+
+/* ---- for event loops ---- */
+
+/* Spin until a ring has something, for so long: whether one has. */
+static bool spin_for(struct shmrpc_poller *poller, uint32_t budget_ns)
+{
+    uint32_t patience = spin_policy_patience(&poller->policy);
+    uint64_t start = clock_now_ns();
+    uint64_t now = start;
+    uint32_t step = 0;
+
+    while (now - start < budget_ns) {
+        for (uint32_t i = 0; i < CLOCK_STEPS; i++) {
+            uint32_t yielded = (uint32_t)spin_step(step++, patience);
+            count_own(&poller->counters.yields, yielded);
+            if (!rings_empty(poller)) {
+                spin_policy_hit(&poller->policy, step > patience, clock_now_ns() - start);
+                count_own(&poller->counters.spins_hit, 1);
+                return true;
+            }
+            if (yielded != 0)
+                break;
+        }
+        now = clock_now_ns();
+    }
+    count_own(&poller->counters.spins_missed, 1);
+    return false;
+}
+
+int64_t poller_poll(struct shmrpc_poller *poller, struct shmrpc_slot *slot, uint32_t spin_ns)
+{
+    int64_t result = -EAGAIN;
+
+    if (poller->hot_count == 0) { /* woken through epoll */
+        look(poller, 0);
+        poller->looked_ns = clock_now_ns();
+        if (poller->armed_ns != 0)
+            spin_policy_slept(&poller->policy, true, poller->looked_ns - poller->armed_ns);
+        poller->armed_ns = 0;
+    } else {
+        keep_looking(poller);
+    }
+    poll_hot(poller, slot);
+    if (!finished(poller, slot, &result) && spin_ns != 0 && poller->hot_rings != 0) {
+        uint32_t budget = (uint32_t)spin_policy_begin(&poller->policy);
+        bool found = budget != 0 && spin_for(poller, budget < spin_ns ? budget : spin_ns);
+        result = 0;
+        if (found) {
+            poll_hot(poller, slot);
+            finished(poller, slot, &result);
+        }
+    }
+    count_add(&poller->counters.wakeups_sent, poller->bells);
+    poller->bells = 0;
+    return result;
+}
+
+bool poller_arm(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
+{
+    int64_t result;
+
+    cool(poller, false);
+    if (!arm_all(poller) || finished(poller, slot, &result))
+        return false;
+    poller->armed_ns = clock_now_ns();
+    count_own(&poller->counters.sleeps, 1);
+    return true;
 }

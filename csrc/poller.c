@@ -107,6 +107,18 @@ void shmrpc_poller_serve(shmrpc_poller *poller, uint32_t workers, uint32_t max_c
     poller_unlock(poller);
 }
 
+void shmrpc_poller_serve_events(shmrpc_poller *poller)
+{
+    poller_lock(poller);
+    poller->event_requests = true;
+    poller_unlock(poller);
+}
+
+int shmrpc_poller_fd(shmrpc_poller *poller)
+{
+    return poller->epoll_fd;
+}
+
 static void free_list(struct stored_list *list)
 {
     struct stored *stored;
@@ -349,7 +361,9 @@ int shmrpc_conn_shutdown(shmrpc_poller *poller, uint64_t conn_id)
     poller_lock(poller);
     struct conn *conn = poller_find(poller, conn_id);
     if (conn != NULL) {
-        store_relaxed(&conn->ended_here, 1);
+        /* Who is gone before that has left a segment that nobody changes any more. */
+        if (load_relaxed(&conn->error) == 0 && !conn_peer_left(conn))
+            store_relaxed(&conn->ended_here, 1);
         shutdown(conn->control_fd, SHUT_RDWR); /* epoll tells the leader, as if the peer did it */
     }
     poller_unlock(poller);

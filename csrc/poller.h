@@ -124,6 +124,8 @@ struct shmrpc_poller {
     bool standby_parked;                /* lock */
     uint32_t worker_threads, running, queued; /* lock */
     uint32_t blocked;      /* lock: requests whose thread waits for something on this poller */
+    bool event_requests;   /* lock: requests are events */
+    uint64_t armed_ns;     /* leader: when poller_arm armed, 0 if it did not spin before */
     bool retired;          /* lock: a client's conn has ended, its workers end */
     uint64_t queued_bytes;                    /* lock */
     bool resumes;                             /* lock: a conn has its `resumed` set */
@@ -153,6 +155,10 @@ struct shmrpc_poller {
 
 /* Lead until the slot's goal is met. The caller holds the role and not the lock. */
 int64_t poller_lead(struct shmrpc_poller *poller, struct shmrpc_slot *slot);
+/* The same without sleeping, for an event loop: see shmrpc_poll. */
+int64_t poller_poll(struct shmrpc_poller *poller, struct shmrpc_slot *slot, uint32_t spin_ns);
+/* Arm everything: false if there is something to poll. */
+bool poller_arm(struct shmrpc_poller *poller, struct shmrpc_slot *slot);
 /* Poll this conn from now on; leader only. */
 void poller_heat(struct shmrpc_poller *poller, struct conn *conn);
 /* A main thread must go back to Python once before each sleep, to run signal handlers: a signal
@@ -214,10 +220,10 @@ void slot_wake(struct shmrpc_slot *slot, uint32_t state);
 int callers_reply(struct shmrpc_poller *poller, struct shmrpc_slot *leader, struct conn *conn,
                   const struct frame_header *header);
 /* The outbox of this conn is empty: wake who waits for that. */
-void callers_room(struct shmrpc_poller *poller, const struct conn *conn);
+void callers_room(struct shmrpc_poller *poller, struct conn *conn);
 /* Send; rings, counts and wakes whom it concerns. As conn_send. */
 int poller_send(struct shmrpc_poller *poller, struct conn *conn, struct outgoing *message,
-                uint64_t *position);
+                atomic_u64 *position);
 /* With the lock held: the conn has ended with this errno. */
 void callers_lost(struct shmrpc_poller *poller, struct conn *conn, int error);
 /* Sleep until *state is not SLOT_SLEEPING: 0, -ETIMEDOUT, -EINTR. */

@@ -42,7 +42,8 @@ enum shmrpc_kind {
     SHMRPC_END = 8,      /* the caller sends no more items */
     SHMRPC_CREDIT = 9,   /* the receiver of items has room for more */
     SHMRPC_INITIAL = 10, /* metadata before the first item or the reply */
-    SHMRPC_CLOSED = 100  /* never on the wire: this conn has ended */
+    SHMRPC_CLOSED = 100, /* never on the wire: this conn has ended */
+    SHMRPC_ROOM = 101    /* nor this: what waited to be sent on this conn has left */
 };
 
 enum shmrpc_flag {
@@ -141,6 +142,11 @@ shmrpc_poller *shmrpc_poller_new(uint32_t workers, uint32_t max_concurrency, uin
 void shmrpc_poller_free(shmrpc_poller *poller);
 /* Let a client serve requests as well: its workers take them, or threads that wait for replies. */
 void shmrpc_poller_serve(shmrpc_poller *poller, uint32_t workers, uint32_t max_concurrency);
+/* Let requests and notifications come as events, with message.method set, for one thread that does
+ * all: an event loop. Nothing counts or bounds those that run but that thread itself. */
+void shmrpc_poller_serve_events(shmrpc_poller *poller);
+/* A descriptor that is readable while something waits for shmrpc_poll, after shmrpc_arm. */
+int shmrpc_poller_fd(shmrpc_poller *poller);
 /* Refuse new requests with UNAVAILABLE from now on; those running and queued go on. */
 void shmrpc_poller_drain(shmrpc_poller *poller);
 /* End every wait with SHMRPC_STOPPED, now and later. */
@@ -185,8 +191,9 @@ int64_t shmrpc_wait(shmrpc_slot *slot);
 void shmrpc_abandon(shmrpc_slot *slot);
 
 /* Send without waiting for a reply. `call_id` with SHMRPC_PYTHON_INDEX in its low 16 bits brings
- * the reply as an event. *position says where the frame lies, for shmrpc_outcome_of. Returns 0, or
- * 1 if part of it waits in this process for room. */
+ * the reply as an event. *position says where the frame lies, for shmrpc_outcome_of; it is
+ * stored before the peer can see the frame, by another thread too. Returns 0, or 1 if part of it
+ * waits in this process for room. */
 int shmrpc_send(shmrpc_slot *slot, uint32_t kind, uint32_t flags, uint64_t call_id,
                 const shmrpc_name *name, uint32_t status, const char *metadata,
                 size_t metadata_bytes, const char *body, size_t body_bytes, uint64_t deadline_ns,
@@ -196,9 +203,17 @@ int shmrpc_send_item(shmrpc_slot *slot, uint32_t flags, uint64_t call_id, const 
                      size_t body_bytes);
 /* Wait until what was sent has left this process: 0 or -errno as shmrpc_call. */
 int64_t shmrpc_flush(shmrpc_slot *slot, int64_t timeout_ns);
+/* For an event loop: 0 if all that was sent on the slot's conn has left this process, else 1, and
+ * SHMRPC_ROOM comes as an event when it has. */
+int shmrpc_want_room(shmrpc_slot *slot);
 /* Wait until there are events: SHMRPC_EVENTS, or 0 after shmrpc_poke, or -errno. timeout_ns 0
  * looks once. */
 int64_t shmrpc_wait_events(shmrpc_slot *slot, int64_t timeout_ns);
+/* For an event loop, in its one thread: take what is there, or comes within spin_ns if the policy
+ * thinks that spinning pays. SHMRPC_EVENTS, 0 if nothing came after spinning or -EAGAIN without. */
+int64_t shmrpc_poll(shmrpc_slot *slot, uint32_t spin_ns);
+/* Ask to be woken through shmrpc_poller_fd: 1, or 0 if there is something to poll instead. */
+int shmrpc_arm(shmrpc_slot *slot);
 /* End the wait of another thread's slot in shmrpc_wait_events with 0. */
 void shmrpc_poke(shmrpc_slot *slot);
 /* Next event into the slot: 1, or 0 if there is none. */

@@ -43,7 +43,7 @@ void workers_answer(struct shmrpc_poller *poller, struct conn *conn, uint64_t ca
                                    .method_bytes = (uint16_t)status,
                                    .call_id = call_id,
                                }};
-    uint64_t position;
+    atomic_u64 position;
 
     poller_send(poller, conn, &message, &position);
 }
@@ -65,6 +65,8 @@ static uint32_t admit(struct shmrpc_poller *poller, const struct frame_header *h
         count_own(&poller->counters.calls_expired, 1);
         return STATUS_DEADLINE_EXCEEDED;
     }
+    if (poller->event_requests)
+        return STATUS_OK;
     if (poller->workers == 0)
         return STATUS_UNIMPLEMENTED;
     bool waits = poller->running >= poller->workers && poller->queued != 0;
@@ -109,14 +111,14 @@ static void start(struct shmrpc_poller *poller, struct shmrpc_slot *slot, struct
 }
 
 /* With the lock held: say in our segment that this call is taken but not started, before the
- * peer can see that it is taken. */
+ * peer can see that it is taken. Returns its place in the table; a notification has none. */
 static uint32_t mark_queued(struct conn *conn, uint64_t call_id)
 {
     uint32_t i = 0;
 
     store_relaxed(&conn->queued, load_relaxed(&conn->queued) + 1);
-    if (!conn->is_shm)
-        return 0;
+    if (!conn->is_shm || call_id == 0)
+        return LAYOUT_QUEUED_MAX;
     while (i < LAYOUT_QUEUED_MAX && load_relaxed(&conn->wake.own->queued[i]) != 0)
         i++;
     if (i < LAYOUT_QUEUED_MAX)
@@ -127,7 +129,7 @@ static uint32_t mark_queued(struct conn *conn, uint64_t call_id)
 static void unmark_queued(struct conn *conn, uint32_t index)
 {
     store_relaxed(&conn->queued, load_relaxed(&conn->queued) - 1);
-    if (conn->is_shm && index < LAYOUT_QUEUED_MAX)
+    if (index < LAYOUT_QUEUED_MAX)
         store_release(&conn->wake.own->queued[index], 0);
 }
 
@@ -199,6 +201,24 @@ static void find_runner(struct shmrpc_poller *poller)
         store_relaxed(&poller->spawn_wanted, 1); /* which the leading caller sees */
 }
 
+/* With the lock held: the message for Python, as take_request. */
+static uint32_t pass_on(struct shmrpc_poller *poller, struct conn *conn,
+                        const struct frame_header *header)
+{
+    int result = events_receive(poller, conn, header);
+
+    conn_finish(conn, header->length, &poller->bells);
+    if (result < 0)
+        return STATUS_RESOURCE_EXHAUSTED;
+    /* `last` is the first member of the event that was just added. */
+    struct stored *stored = (struct stored *)poller->events.last;
+    const struct method *method =
+        methods_find(&poller->methods, stored->payload, stored->message.method_bytes);
+    stored->message.method = method != NULL ? method->index : -1;
+    count_own(&poller->counters.calls_started, 1);
+    return STATUS_OK;
+}
+
 /* With the lock held: take the message into the slot and start it, or queue it. Returns a status
  * to answer with; the message is consumed in any case. */
 static uint32_t take_request(struct shmrpc_poller *poller, struct shmrpc_slot *slot,
@@ -238,7 +258,9 @@ void workers_request(struct shmrpc_poller *poller, struct shmrpc_slot *slot, str
         deadline_ns = 0; /* it began to count when it arrived here */
     poller_lock(poller);
     uint32_t status = admit(poller, header, deadline_ns);
-    if (status == STATUS_OK)
+    if (status == STATUS_OK && poller->event_requests)
+        status = pass_on(poller, conn, header);
+    else if (status == STATUS_OK)
         status = take_request(poller, slot, conn, header);
     else
         conn_finish(conn, header->length, &poller->bells);
@@ -269,7 +291,7 @@ void workers_cancel(struct shmrpc_poller *poller, struct conn *conn, uint64_t ca
             flags |= stored->message.flags;
         }
     }
-    if ((flags & SHMRPC_FLAG_STREAM) != 0)
+    if ((flags & SHMRPC_FLAG_STREAM) != 0 || poller->event_requests)
         events_note(poller, conn, SHMRPC_CANCEL, call_id, flags);
     poller_unlock(poller);
 }
@@ -591,7 +613,7 @@ int shmrpc_reply(shmrpc_slot *slot, uint32_t status, const char *body, size_t bo
         .parts = {{slot->reply_metadata, slot->reply_metadata_bytes},
                   {(void *)(uintptr_t)body, body_bytes}},
     };
-    uint64_t position;
+    atomic_u64 position;
 
     if (!slot->running || slot->replied)
         return 0;

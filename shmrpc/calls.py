@@ -15,7 +15,7 @@ from .poller import FOREVER, Connection, Waiters, check_timeout
 from .session import Stream
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from types import TracebackType
 
 __all__ = ["Call", "Receiver", "Requests"]
@@ -175,12 +175,12 @@ class Call:
         return self._call_id
 
     @property
-    def position(self) -> int:
+    def position(self) -> Sequence[int]:
         """Where its request lies, for what became of it."""
         return self._stream.position
 
     @position.setter
-    def position(self, position: int) -> None:
+    def position(self, position: Sequence[int]) -> None:
         self._stream.position = position
 
     def register(self) -> None:

@@ -7,7 +7,6 @@ unpacks the result; everything else here is what to do when that is not the whol
 from __future__ import annotations
 
 import errno
-import os
 import time
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 
@@ -16,26 +15,17 @@ import msgpack
 from ._native import ffi, lib
 from .calls import Call
 from .codec import Codec, MsgpackCodec, explain_arguments
-from .errors import (
-    STATUS_NAMES,
-    Cancelled,
-    ConnectionLost,
-    DeadlineExceeded,
-    Error,
-    MessageTooLarge,
-    MethodNotFound,
-    Overloaded,
-    ProtocolError,
-    RemoteError,
-)
+from .errors import Cancelled, Error, ProtocolError
 from .futures import CallFuture
 from .metadata import Metadata, pack_metadata
+from .outcomes import remote_error, send_error
 from .poller import FOREVER, Connection, Slot, check_timeout, nanoseconds_until
 from .proxy import Proxy, make_proxy
 from .registry import make_name
+from .session import NOT_SENT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 __all__ = ["Channel"]
 
@@ -49,16 +39,15 @@ _STREAM_ENDED = lib.SHMRPC_FLAG_STREAM | lib.SHMRPC_FLAG_ENDED
 _call = lib.shmrpc_call
 _unpackb = msgpack.unpackb
 _MESSAGE = lib.SHMRPC_MESSAGE
-_EINTR, _EAGAIN, _ENOMEM, _EPIPE = -errno.EINTR, -errno.EAGAIN, -errno.ENOMEM, -errno.EPIPE
-_EPROTO, _EMSGSIZE, _ENOTCONN = -errno.EPROTO, -errno.EMSGSIZE, -errno.ENOTCONN
-_ETIMEDOUT = -errno.ETIMEDOUT
+_EINTR, _EAGAIN, _ETIMEDOUT = -errno.EINTR, -errno.EAGAIN, -errno.ETIMEDOUT
+_EPIPE, _EPROTO, _ENOTCONN = -errno.EPIPE, -errno.EPROTO, -errno.ENOTCONN
 _GOES_ON = frozenset((_EAGAIN, _EINTR, lib.SHMRPC_EVENTS, lib.SHMRPC_SPAWN, lib.SHMRPC_QUEUED))
 
 
 class Registered(Protocol):
     """A future or an open call, as far as sending its request is concerned."""
 
-    position: int
+    position: Sequence[int]  # one number: see the core's shmrpc_outcome_of
 
     @property
     def call_id(self) -> int: ...
@@ -246,66 +235,24 @@ class Channel:
     # ---- errors ----
 
     def _remote_error(self, connection: Connection, method: str, status: int, body: bytes) -> Error:
-        code = STATUS_NAMES[status] if status < len(STATUS_NAMES) else "UNKNOWN"
-        if not body:
-            return self._core_error(connection, method, code)
-        try:
-            fields = MsgpackCodec().decode(body)
-            error = RemoteError(
-                str(fields["message"]),
-                type=str(fields["type"]),
-                code=code,
-                remote_traceback=str(fields.get("traceback", "")),
-                details=fields.get("details"),
-            )
-        except (ValueError, TypeError, KeyError, AttributeError):
-            msg = f"{connection.peer} sent an error for {method!r} that is not readable"
-            return ProtocolError(msg)
-        if error.type == "shmrpc.MessageTooLarge":
-            return MessageTooLarge(f"{connection.peer}: {error.message}")
-        return error
-
-    def _core_error(self, connection: Connection, method: str, code: str) -> Error:
-        """What an error without a body means: the peer's core sent it, no handler did."""
-        peer = connection.peer
-        if code == "UNIMPLEMENTED":
-            return MethodNotFound(f"{peer} has no method {method!r}")
-        if code == "RESOURCE_EXHAUSTED":
-            return Overloaded(f"{peer} refused {method!r}: it has as many calls as it may take")
-        if code == "DEADLINE_EXCEEDED":
-            return DeadlineExceeded(f"{method!r} on {peer} expired before it was started")
-        if code == "CANCELLED":
-            return Cancelled(f"{peer} ended {method!r}: it was cancelled, or the peer is stopping")
-        if code == "UNAVAILABLE":
+        error = remote_error(connection, method, status, body)
+        if connection.refuses:
             self._retire(connection)
-            msg = f"{peer} is stopping and did not start {method!r}: calling again is safe"
-            return ConnectionLost(msg, "not_started")
-        return RemoteError(f"{peer} ended {method!r}", code=code)
+        return error
 
     def _failure(self, slot: Slot, method: str, status: int) -> Exception:
         """The exception for a call that ended without a reply."""
         connection = slot.connection
-        peer = connection.peer
-        if status == _ETIMEDOUT:
-            connection.slots.append(slot)
-            return DeadlineExceeded(f"{method!r} on {peer} took longer than its timeout")
-        if status == _EMSGSIZE:
-            connection.slots.append(slot)
-            return MessageTooLarge(
-                f"the request of {method!r} is longer than {peer} accepts "
-                f"(max_message_bytes={connection.max_request_bytes})"
-            )
-        if status == _ENOMEM:
-            connection.slots.append(slot)
-            return MemoryError(f"no memory to send the request of {method!r} to {peer}")
         if status in (_EPIPE, _EPROTO, lib.SHMRPC_STOPPED):
             self._drop(connection)
             if self._closed:
+                peer = connection.peer
                 return Cancelled(f"{method!r} on {peer}: the client was closed meanwhile")
             if status == lib.SHMRPC_STOPPED:
                 return connection.lost(errno.EPIPE, lib.SHMRPC_UNKNOWN, method)
             return connection.lost(-status, slot.message.outcome, method)
-        return Error(f"waiting for {method!r} on {peer} failed: {os.strerror(-status)}")
+        connection.slots.append(slot)
+        return send_error(connection, method, status)
 
     # ---- calls that are not waited for at once ----
 
@@ -447,7 +394,7 @@ class Channel:
                     connection.send_now(lib.SHMRPC_CANCEL, pending.call_id)  # a part may be out
                 if status in (_EPIPE, _EPROTO):
                     slot.message.outcome = lib.shmrpc_outcome_of(
-                        slot.c, pending.call_id, pending.position
+                        slot.c, pending.call_id, pending.position[0]
                     )
                 raise self._failure(slot, method, status)
             self._drop(connection)
@@ -463,7 +410,10 @@ class Channel:
         body: bytes,
         deadline: float,
     ) -> int:
-        position = ffi.new("uint64_t *")
+        # The core fills it in before the peer can see the request: another thread may need it
+        # before this one runs on.
+        position = ffi.new("uint64_t *", NOT_SENT[0])
+        pending.position = position
         deadline_ns = 0
         if kind == lib.SHMRPC_REQUEST and deadline != FOREVER:
             deadline_ns = int(min(deadline, 9e9) * 1e9)
@@ -481,12 +431,13 @@ class Channel:
             deadline_ns,
             position,
         )
-        pending.position = position[0]
         if status > 0:  # the ring is full: wait for room here, and read meanwhile
             status = lib.shmrpc_flush(slot.c, nanoseconds_until(deadline))
             while status in _GOES_ON:
                 slot.connection.poller.attend(status)
                 status = lib.shmrpc_wait(slot.c)
+            if status in (_EPIPE, _EPROTO) and kind != lib.SHMRPC_NOTIFY:
+                return 0  # what became of it is told later: it may have run, its reply be here
         return status
 
     # ---- views ----
@@ -508,7 +459,7 @@ class _NoPending:
     """A notification: nothing comes back for it."""
 
     call_id = 0
-    position = 0
+    position: Sequence[int] = NOT_SENT
 
     def __init__(self, connection: Connection, deadline: float) -> None:
         """Needs neither."""

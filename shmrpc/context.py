@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextvars import ContextVar, Token
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .metadata import Metadata, check_metadata
@@ -12,7 +13,16 @@ if TYPE_CHECKING:
     from .poller import Connection
     from .rendezvous import Credentials
 
-__all__ = ["CallContext", "current_call", "enter_worker", "leave_worker"]
+__all__ = [
+    "CallContext",
+    "CallSource",
+    "current_call",
+    "enter_task",
+    "enter_worker",
+    "inherited_deadline",
+    "leave_task",
+    "leave_worker",
+]
 
 
 class CallSource(Protocol):
@@ -126,6 +136,26 @@ class CallContext:
 
 
 _thread = threading.local()
+_current: ContextVar[CallSource] = ContextVar("shmrpc_current_call")
+
+
+def enter_task(source: CallSource) -> Token[CallSource]:
+    """Tell ``current_call`` who runs the call of this task, or of this context."""
+    return _current.set(source)
+
+
+def leave_task(token: Token[CallSource]) -> None:
+    """Undo ``enter_task``."""
+    _current.reset(token)
+
+
+def inherited_deadline() -> float | None:
+    """When the call must have ended that this task serves; ``time.monotonic()`` seconds."""
+    source = _current.get(None)
+    if source is None:
+        return None
+    context = source.context()
+    return context.deadline if context is not None else None
 
 
 def enter_worker(source: CallSource) -> CallSource | None:
@@ -141,8 +171,8 @@ def leave_worker(before: CallSource | None) -> None:
 
 
 def current_call() -> CallContext:
-    """Return the call that this thread's handler serves; ``RuntimeError`` outside a handler."""
-    source: CallSource | None = getattr(_thread, "source", None)
+    """Return the call that this thread's, or task's, handler serves; ``RuntimeError`` elsewhere."""
+    source: CallSource | None = _current.get(None) or getattr(_thread, "source", None)
     context = source.context() if source is not None else None
     if context is None:
         msg = "current_call() works in a handler, in the thread that runs it"

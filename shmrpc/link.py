@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from .codec import Codec
 
-__all__ = ["check_options", "connect_link"]
+__all__ = ["check_options", "connect_link", "shake_hands"]
 
 
 def check_options(
@@ -55,6 +55,18 @@ def _run(steps: handshake.Steps, sock: socket.socket, deadline: float) -> handsh
         steps.close()
 
 
+def shake_hands(terms: handshake.Terms, timeout: float) -> handshake.Agreement:
+    """Reach a server and agree within ``timeout`` seconds; raises ``ConnectError``."""
+    deadline = time.monotonic() + timeout
+    sock = rendezvous.open_socket(terms.address, timeout)
+    try:
+        return _run(handshake.client_side(sock, terms), sock, deadline)
+    except ConnectError as error:
+        sock.close()
+        msg = f"can't connect to {terms.address}: {error}"
+        raise ConnectError(msg) from error
+
+
 def connect_link(
     terms: handshake.Terms,
     codec: Codec,
@@ -64,14 +76,7 @@ def connect_link(
     spin_budget: float | None = None,
 ) -> Connection:
     """Connect within ``timeout`` seconds, on a poller of its own; raises ``ConnectError``."""
-    deadline = time.monotonic() + timeout
-    sock = rendezvous.open_socket(terms.address, timeout)
-    try:
-        agreement = _run(handshake.client_side(sock, terms), sock, deadline)
-    except ConnectError as error:
-        sock.close()
-        msg = f"can't connect to {terms.address}: {error}"
-        raise ConnectError(msg) from error
+    agreement = shake_hands(terms, timeout)
     try:
         poller = Poller(codec, wait=wait, spin_budget=spin_budget)
         return poller.add(agreement, terms.address)

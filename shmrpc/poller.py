@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from ._native import ffi, lib
 from .errors import ConnectError, ConnectionLost, Error, ForkedError, ProtocolError
 from .rendezvous import Credentials
-from .session import Pending, Session, Stream, Waiting
+from .session import Pending, Session, Stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -32,7 +32,10 @@ __all__ = [
     "Poller",
     "Slot",
     "Wait",
+    "Waiters",
+    "body_of",
     "check_timeout",
+    "metadata_of",
     "nanoseconds_until",
 ]
 
@@ -96,10 +99,11 @@ class Slot:
 
     def metadata(self) -> bytes:
         """A copy of the metadata of the message just received."""
-        return _metadata(self.message)
+        return metadata_of(self.message)
 
 
-def _metadata(message: Any) -> bytes:
+def metadata_of(message: Any) -> bytes:
+    """A copy of a message's metadata."""
     size = message.metadata_bytes
     if not size:
         return b""
@@ -130,6 +134,7 @@ class Connection:
         self.slots: list[Slot] = []
         self.closed = False
         self.retired = False
+        self.refuses = False  # the peer takes no more calls: it is stopping
         self.caller: Any = None  # what handlers call their caller with, once one has asked
         self.reader: Any = None  # the thread that reads for futures, once one has to
         self._probe: Slot | None = None  # keeps the core's knowledge of a lost connection
@@ -167,6 +172,13 @@ class Connection:
         self.retired = True
         self.slots = _NoSlots()
 
+    def forget_if_done(self) -> None:
+        """A retired connection goes with its last call."""
+        if self.retired and not self.session.calls and not self.poller.serving:
+            self._probe = None
+            self.poller.connections.pop(self.conn_id, None)
+            self.wake_reader()
+
     def shutdown(self) -> None:
         """Hang up. Threads that wait get ``ConnectionLost``.
 
@@ -175,21 +187,25 @@ class Connection:
         """
         self.retire()
         lib.shmrpc_conn_shutdown(self.poller.c, self.conn_id)
-        if not self.session.calls and not self.poller.serving:
-            self._probe = None
-            self.poller.connections.pop(self.conn_id, None)
+        self.forget_if_done()
 
     def end(self, error: int) -> list[Callable[[], None]]:
         """It has ended with this errno (the poller's lock is held)."""
         self.closed = True
         self.retire()
         self.caller = None
-        for call_id, call in self.session.calls.items():
+        for call_id, call in list(self.session.calls.items()):  # others register theirs meanwhile
             if isinstance(call, Stream):
-                call.outcome = self.outcome(call_id, call.position)
+                call.outcome = self.outcome(call_id, call.position[0])
         later = self.session.lost(error)
+        later.append(self.wake_reader)
         self._probe = None
         return later
+
+    def wake_reader(self) -> None:
+        """Nothing comes any more that would. To be called when every future is finished."""
+        if self.reader is not None:
+            self.reader.wake()
 
     def lost(self, error: int, outcome: int, method: str) -> ConnectionLost | ProtocolError:
         """The error for a call that ended with this errno."""
@@ -275,7 +291,6 @@ class Poller:
         if self._taker == ffi.NULL:
             raise MemoryError
         self._message = lib.shmrpc_slot_message(self._taker)
-        self.make_waiters: Callable[[], Waiting] = Waiters
         self._run_worker: Callable[[Poller], None] | None = None
         self._serve_queued: Callable[[], None] | None = None
         _pollers.add(self)
@@ -320,20 +335,18 @@ class Poller:
         if kind == lib.SHMRPC_ITEM:
             self._take_items(session, call_id)
         elif kind == lib.SHMRPC_REPLY:
-            run = session.replied(call_id, message.status, _metadata(message), _body(message))
+            run = session.replied(call_id, message.status, metadata_of(message), body_of(message))
             if run is not None:
                 later.append(run)
-            if connection.retired and not session.calls:
-                self.connections.pop(connection.conn_id, None)
+            connection.forget_if_done()
         elif kind == lib.SHMRPC_CREDIT:
             stream = session.stream_of(call_id, from_caller=self._from_caller())
-            if stream is not None and not stream.credit(_body(message)):
+            if stream is not None and not stream.credit(body_of(message)):
                 session.dropped += 1
-        elif kind == lib.SHMRPC_REQUEST:
-            ended = bool(message.flags & lib.SHMRPC_FLAG_ENDED)
-            session.opened(call_id, Stream(self.make_waiters(), ended=ended))
+        elif kind in (lib.SHMRPC_REQUEST, lib.SHMRPC_NOTIFY):
+            self._take_request(connection, message, later)
         elif kind == lib.SHMRPC_CANCEL:
-            session.cancelled(call_id)
+            self._take_cancel(connection, call_id, later)
         elif kind == lib.SHMRPC_END:
             stream = session.stream_of(call_id, from_caller=True)
             if stream is not None:
@@ -342,11 +355,33 @@ class Poller:
         elif kind == lib.SHMRPC_INITIAL:
             stream = session.stream_of(call_id, from_caller=False)
             if stream is not None and stream.initial is None:
-                stream.initial = _metadata(message)
+                stream.initial = metadata_of(message)
                 stream.waiters.wake()
+        elif kind == lib.SHMRPC_ROOM:
+            self._take_room(connection)
         elif kind == lib.SHMRPC_CLOSED:
             self.connections.pop(connection.conn_id, None)
             later += connection.end(message.status)
+            self._take_end(connection, later)
+
+    def _take_request(
+        self, connection: Connection, message: Any, _later: list[Callable[[], None]]
+    ) -> None:
+        """A stream was admitted; a worker will run it."""
+        ended = bool(message.flags & lib.SHMRPC_FLAG_ENDED)
+        connection.session.opened(message.call_id, Stream(Waiters(), ended=ended))
+
+    def _take_cancel(
+        self, connection: Connection, call_id: int, _later: list[Callable[[], None]]
+    ) -> None:
+        """A stream was cancelled, or dropped before it started."""
+        connection.session.cancelled(call_id)
+
+    def _take_room(self, connection: Connection) -> None:
+        """All that was sent has left this process."""
+
+    def _take_end(self, connection: Connection, later: list[Callable[[], None]]) -> None:
+        """A connection has ended."""
 
     def _from_caller(self) -> bool:
         return bool(self._message.flags & lib.SHMRPC_FLAG_CALLER)
@@ -356,7 +391,7 @@ class Poller:
         if stream is None:
             return
         count = self._message.item_count
-        data = _body(self._message)
+        data = body_of(self._message)
         ends: Sequence[int] = ffi.unpack(self._message.ends, count) if count > 1 else (len(data),)
         if not stream.items(data, ends):
             session.dropped += count
@@ -376,7 +411,7 @@ class Poller:
             msg = f"waiting failed: {os.strerror(-status)}"
             raise Error(msg)
 
-    def wait(self, slot: Slot, deadline: float) -> bool:
+    def wait(self, slot: Slot, deadline: float, /) -> bool:
         """Wait until something happens; False when the time has passed or the poller stops."""
         status: int = lib.shmrpc_wait_events(slot.c, nanoseconds_until(deadline))
         if status in (-_ETIMEDOUT, lib.SHMRPC_STOPPED):
@@ -508,7 +543,8 @@ class Poller:
             os.close(fd)
 
 
-def _body(message: Any) -> bytes:
+def body_of(message: Any) -> bytes:
+    """A copy of a message's body."""
     size = message.body_bytes
     return bytes(ffi.buffer(message.body, size)) if size else b""
 

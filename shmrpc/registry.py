@@ -33,6 +33,8 @@ class Method(NamedTuple):
     requests: bool  # its first parameter iterates over the caller's messages
     generator: bool  # it streams its results
     idempotent: bool
+    is_async: bool = False  # a coroutine function or an asynchronous generator function
+    inline: bool = False  # a plain function that an event loop may call itself
 
     @property
     def streams(self) -> bool:
@@ -40,20 +42,24 @@ class Method(NamedTuple):
         return self.requests or self.generator
 
 
-def is_generator(function: Any) -> bool:
-    """Whether calling it makes a generator: also for objects that are called, and partials."""
+def _unwrapped(function: Any, test: Callable[[Any], bool]) -> bool:
+    """Ask of a function what inspect can tell: also for objects that are called, and partials."""
     while hasattr(function, "func"):  # functools.partial
         function = function.func
-    if inspect.isgeneratorfunction(function):
-        return True
-    return inspect.isgeneratorfunction(getattr(type(function), "__call__", None))  # noqa: B004
+    return test(function) or test(getattr(type(function), "__call__", None))  # noqa: B004
 
 
 class Registry:
     """Methods by number (the core's) and by name. Safe to use from any thread."""
 
-    def __init__(self, wrap: Callable[[Method], Callable[..., Any]] | None = None) -> None:
+    def __init__(
+        self,
+        wrap: Callable[[Method], Callable[..., Any]] | None = None,
+        *,
+        takes_async: bool = False,
+    ) -> None:
         """``wrap`` makes the function that is called in a method's place."""
+        self._takes_async = takes_async
         self._lock = threading.Lock()
         self._wrap = wrap
         self.functions: list[Callable[..., Any]] = []  # what is called, by number
@@ -70,18 +76,27 @@ class Registry:
         return self.methods[index] if index is not None else None
 
     def add(
-        self, function: Any, name: str | None, *, requests: bool = False, idempotent: bool = False
+        self,
+        function: Any,
+        name: str | None,
+        *,
+        requests: bool = False,
+        idempotent: bool = False,
+        inline: bool = False,
     ) -> None:
         """Offer a function; a name that is taken means the new one from now on."""
         if not callable(function):
             msg = f"a method must be callable, not {function!r}"
             raise TypeError(msg)
         name = function.__name__ if name is None else name
-        if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+        streams_async = _unwrapped(function, inspect.isasyncgenfunction)
+        is_async = streams_async or _unwrapped(function, inspect.iscoroutinefunction)
+        if is_async and not self._takes_async:
             msg = f"method {name!r} is async; a synchronous Server or Client can't run it"
             raise TypeError(msg)
         make_name(name)
-        method = Method(name, function, requests, is_generator(function), idempotent)
+        generator = streams_async or _unwrapped(function, inspect.isgeneratorfunction)
+        method = Method(name, function, requests, generator, idempotent, is_async, inline)
         with self._lock:
             index = len(self.methods)
             self.methods.append(method)

@@ -10,7 +10,6 @@ import errno
 import logging
 import threading
 import time
-import traceback
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from msgpack import unpackb
@@ -19,7 +18,8 @@ from ._native import ffi, lib
 from .calls import Requests
 from .codec import Codec, MsgpackCodec
 from .context import CallContext, enter_worker, leave_worker
-from .errors import STATUS_NUMBERS, Cancelled, ConnectionLost, Error, MessageTooLarge, RemoteError
+from .errors import Cancelled, ConnectionLost, Error, MessageTooLarge
+from .failures import Failure
 from .metadata import pack_metadata, pack_reply_metadata, unpack_metadata
 from .poller import FOREVER, Connection, Poller, Waiters
 from .rendezvous import Credentials
@@ -27,6 +27,7 @@ from .rendezvous import Credentials
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from .failures import Stage
     from .registry import Method, Registry
     from .session import Stream
 
@@ -35,7 +36,6 @@ __all__ = ["InlineWorkers", "Worker"]
 _log = logging.getLogger("shmrpc.server")
 
 _EMSGSIZE = -errno.EMSGSIZE
-_TRACEBACK_MAX = 32768
 _FAILED_WAIT_PAUSE = 0.05
 
 _next = lib.shmrpc_next
@@ -282,31 +282,12 @@ class Worker:
             self._reply_error(type(error).__name__, text, "INTERNAL")
 
     def _report(self, error: BaseException, args: Any, result: Any) -> None:
-        message = self._message
-        kind = type(error)
-        name = kind.__qualname__
-        if kind.__module__ not in ("builtins", "__main__"):
-            name = f"{kind.__module__}.{name}"
-        frames = error.__traceback__.tb_next if error.__traceback__ is not None else None
-        if args is _NOT_YET:
-            text = f"the arguments of {self._method_name()!r} can't be read: {error}"
-            self._reply_error(name, text, "INVALID_ARGUMENT")
-        elif result is not _NOT_YET:
-            text = f"{self._method_name()!r} returned what can't be sent: {error}"
-            self._reply_error(name, text, "INTERNAL")
-        elif isinstance(error, RemoteError):
-            self._reply_error(error.type, error.message, error.code, error.details)
-        elif frames is None and isinstance(error, TypeError):
-            # Raised by calling it: the arguments do not fit its signature.
-            self._reply_error(name, str(error), "INVALID_ARGUMENT")
-        else:
-            shown = ""
-            connection = self._poller.connection(message.conn_id)
-            if connection is not None and self._host.shows_tracebacks(connection):
-                lines = traceback.format_exception(kind, error, frames)
-                shown = "".join(lines)[-_TRACEBACK_MAX:]
-            code = error.code if isinstance(error, Error) else "UNKNOWN"
-            self._reply_error(name, str(error), code, shown=shown)
+        connection = self._poller.connection(self._message.conn_id)
+        shows = connection is not None and self._host.shows_tracebacks(connection)
+        stage: Stage = "arguments" if args is _NOT_YET else "handler"
+        if result is not _NOT_YET:
+            stage = "result"
+        self._send_failure(Failure.of(error, stage, self._method_name(), shows))
 
     def _method_name(self) -> str:
         message = self._message
@@ -314,23 +295,14 @@ class Worker:
             return ""
         return bytes(ffi.buffer(message.head, message.method_bytes)).decode("utf-8", "replace")
 
-    def _reply_error(
-        self, kind: str, text: str, code: str, details: Any = None, shown: str = ""
-    ) -> None:
-        fields: dict[str, Any] = {"type": _plain(kind), "message": _plain(text)}
-        if shown:
-            fields["traceback"] = _plain(shown)
-        encode = MsgpackCodec().encoder()
-        try:
-            body = encode(fields if details is None else {**fields, "details": details})
-        except (TypeError, ValueError, OverflowError):
-            body = MsgpackCodec().encoder()({**fields, "details": _plain(repr(details))})
-        number = STATUS_NUMBERS.get(code, 2)
-        status = lib.shmrpc_reply(self._slot, number, body, len(body))
-        if status == _EMSGSIZE:
-            fields = {"type": fields["type"][:256], "message": fields["message"][:256]}
-            body = MsgpackCodec().encoder()(fields)
-            lib.shmrpc_reply(self._slot, number, body, len(body))
+    def _reply_error(self, kind: str, text: str, code: str) -> None:
+        self._send_failure(Failure(kind, text, code))
+
+    def _send_failure(self, failure: Failure) -> None:
+        body = failure.pack()
+        if lib.shmrpc_reply(self._slot, failure.number, body, len(body)) == _EMSGSIZE:
+            body = failure.pack_short()
+            lib.shmrpc_reply(self._slot, failure.number, body, len(body))
 
     # ---- for current_call() ----
 
@@ -437,8 +409,3 @@ class InlineWorkers:
         finally:
             with self._lock:
                 self._free.append(worker)
-
-
-def _plain(text: object) -> str:
-    """Text that every codec can carry, whatever the handler put into its exception."""
-    return str(text).encode("utf-8", "replace").decode()

@@ -65,6 +65,17 @@ def in_threads(count, work, timeout=20):
     return [results[number] for number in range(count)]
 
 
+def pause(pid):
+    """SIGSTOP, and wait until none of its threads runs."""
+
+    def states():
+        stats = Path(f"/proc/{pid}/task").glob("*/stat")
+        return {stat.read_text().rpartition(")")[2].split()[0] for stat in stats}
+
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: states() == {"T"})
+
+
 class Service:
     """A server in a process of its own."""
 
@@ -104,16 +115,10 @@ class Service:
         self.process.send_signal(number)
 
     def pause(self):
-        """SIGSTOP, and wait until none of its threads runs."""
-        self.signal(signal.SIGSTOP)
-        wait_until(lambda: self._states() == {"T"})
+        pause(self.pid)
 
     def resume(self):
         self.signal(signal.SIGCONT)
-
-    def _states(self):
-        stats = Path(f"/proc/{self.pid}/task").glob("*/stat")
-        return {stat.read_text().rpartition(")")[2].split()[0] for stat in stats}
 
     def kill(self):
         self.process.kill()

@@ -24,10 +24,11 @@ LAYERS = [
     ["handshake"],
     ["poller"],
     ["link", "registry", "context"],
-    ["calls", "futures", "proxy", "acceptor"],
+    ["outcomes", "failures", "calls", "futures", "proxy", "acceptor"],
     ["channel", "worker"],
     ["caller", "intercepted"],
     ["client", "server"],
+    ["aio"],
     ["__init__"],
     ["cli", "__main__"],
 ]

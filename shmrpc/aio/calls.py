@@ -1,0 +1,470 @@
+"""Open calls for asyncio: as ``shmrpc.Call``, with ``await`` wherever that may wait."""
+
+from __future__ import annotations
+
+import errno
+import sys
+import time
+from typing import TYPE_CHECKING, Any, Protocol
+
+from shmrpc._native import lib
+from shmrpc.errors import Cancelled, DeadlineExceeded, Error, MessageTooLarge, ProtocolError
+from shmrpc.metadata import unpack_metadata, unpack_reply_metadata
+from shmrpc.poller import FOREVER, check_timeout
+from shmrpc.session import Stream
+
+from .loop import LoopPoller, LoopWaiters
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+    from types import TracebackType
+
+    from shmrpc.poller import Connection
+
+__all__ = ["AsyncReceiver", "Call", "send_item"]
+
+
+class Channel(Protocol):
+    """The client, as far as its calls need it."""
+
+    def _remote_error(
+        self, connection: Connection, method: str, status: int, body: bytes
+    ) -> Error: ...
+
+
+def poller_of(connection: Connection) -> LoopPoller:
+    """The loop's poller of an aio connection."""
+    poller = connection.poller
+    if not isinstance(poller, LoopPoller):
+        raise TypeError
+    return poller
+
+
+class AsyncReceiver:
+    """Items of a stream, one by one."""
+
+    def __init__(
+        self, connection: Connection, stream: Stream, waiters: LoopWaiters, call_id: int, flags: int
+    ) -> None:
+        self.connection = connection
+        self.stream = stream
+        self.exhausted = False
+        self._waiters = waiters
+        self._call_id = call_id
+        self._flags = flags
+        self._items: Iterator[Any] = iter(())
+
+    def ready(self) -> bool:
+        """Whether ``next_until`` would not wait."""
+        return bool(self.stream.runs) or self.stream.ended or self.stream.overrun
+
+    def clear(self) -> None:
+        """Drop what was not taken."""
+        self._items = iter(())
+        self.stream.runs.clear()
+
+    async def next_until(self, deadline: float) -> Any:
+        """The next item; StopAsyncIteration at the end, TimeoutError at the deadline."""
+        for item in self._items:
+            return item
+        stream = self.stream
+        if not self.ready() and not await self._waiters.wait(self.ready, deadline):
+            raise TimeoutError
+        if stream.cancelled and not stream.lost_error:
+            stream.runs.clear()
+        try:
+            data, ends = stream.take()
+        except IndexError:
+            self.exhausted = True
+            raise StopAsyncIteration from None
+        if not stream.ended:
+            credit = stream.due_credit()
+            if credit:
+                self.connection.send_now(
+                    lib.SHMRPC_CREDIT, self._call_id, credit, flags=self._flags
+                )
+        decode = self.connection.codec.decode
+        starts = (0, *ends[:-1])
+        items = [decode(data[start:end]) for start, end in zip(starts, ends)]  # noqa: B905
+        self._items = iter(items)
+        return next(self._items)
+
+
+async def send_item(
+    connection: Connection,
+    stream: Stream,
+    call_id: int,
+    flags: int,
+    body: bytes,
+    may_send: Callable[[], bool],
+    deadline: float,
+) -> int:
+    """Send one packed item when there is credit: 0, or -errno (-ETIMEDOUT without credit)."""
+    waiters = stream.waiters
+    if not isinstance(waiters, LoopWaiters):
+        raise TypeError
+    if not stream.may_send() and not await waiters.wait(may_send, deadline):
+        return -errno.ETIMEDOUT
+    if not stream.may_send():
+        return 0  # over: the caller of this looks why
+    slot = connection.slot()
+    status = lib.shmrpc_send_item(slot.c, flags, call_id, body, len(body))
+    connection.slots.append(slot)
+    if status >= 0:
+        stream.sent(len(body))
+        poller_of(connection).schedule()
+        return 0
+    return status
+
+
+class _Nobody:
+    """Who waits for a call that has not begun."""
+
+    def wake(self) -> None:
+        """There is nobody."""
+
+
+class Call:
+    """A call that is open: ``await send(...)``, ``async for`` over replies, ``await result()``.
+
+    Leaving the ``async with`` block, ``aclose`` or dropping the last reference cancels the call
+    unless it is over; so does cancelling a task that waits for it. Belongs to its client's loop.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        method: str,
+        begin: Callable[[Call], Awaitable[Any]],
+        *,
+        streams: bool,
+    ) -> None:
+        """``begin`` sends the request, when the call is awaited first, and attaches us."""
+        self.method = method
+        self.deadline = FOREVER  # time.monotonic() seconds, or infinity
+        self._channel = channel
+        self._begin: Callable[[Call], Awaitable[Any]] | None = begin
+        self._instead: Any = None  # what an interceptor returned in our place
+        self._streams = streams
+        self._sends = not streams
+        self._error: Exception | None = None
+        self._closed = False
+        self._observers: list[Callable[[BaseException | None], None]] = []
+        self._connection: Connection
+        self._receiver: AsyncReceiver
+        self._stream = Stream(_Nobody())
+
+    # ---- the beginning, for the channel ----
+
+    def attach(self, connection: Connection, deadline: float) -> Call:
+        """Belong to this connection from now on."""
+        self.deadline = deadline
+        self._connection = connection
+        self._waiters = LoopWaiters(poller_of(connection).loop)
+        self._stream = Stream(self._waiters)
+        self.call_id = connection.session.new_id(lib.SHMRPC_PYTHON_INDEX)
+        self._receiver = AsyncReceiver(
+            connection, self._stream, self._waiters, self.call_id, lib.SHMRPC_FLAG_CALLER
+        )
+        return self
+
+    async def start(self) -> None:
+        """Send the request, unless that was done."""
+        begin, self._begin = self._begin, None
+        if begin is None:
+            return
+        if self._closed:
+            msg = f"the call of {self.method!r} was closed before it began"
+            raise Cancelled(msg)
+        try:
+            result = await begin(self)
+        except BaseException:
+            self._closed = True
+            raise
+        if result is not self:
+            self._instead = result
+
+    @property
+    def position(self) -> Sequence[int]:
+        """Where its request lies, for what became of it."""
+        return self._stream.position
+
+    @position.setter
+    def position(self, position: Sequence[int]) -> None:
+        self._stream.position = position
+
+    def register(self) -> None:
+        """Take frames from now on."""
+        self._connection.register(self.call_id, self._stream)
+
+    def unregister(self) -> None:
+        """It came to nothing: nobody has seen it."""
+        self._connection.session.calls.pop(self.call_id, None)
+
+    def observe(self, fn: Callable[[BaseException | None], None]) -> None:
+        """Call this once when the call is over, with its error or None."""
+        self._observers.append(fn)
+
+    def reply_metadata(self) -> tuple[dict[str, str | bytes], dict[str, str | bytes]]:
+        """Trailing and initial metadata, as far as they have come."""
+        stream = self._stream
+        packed = stream.reply[1] if stream.reply is not None else b""
+        trailing, initial = unpack_reply_metadata(packed)
+        return trailing, unpack_metadata(stream.initial) if stream.initial is not None else initial
+
+    def _ended(self, error: BaseException | None) -> None:
+        observers, self._observers = self._observers, []
+        for observer in observers:
+            observer(error)
+
+    # ---- sending ----
+
+    async def send(self, item: Any) -> None:
+        """Send one message; as ``shmrpc.Call.send``. One task at a time."""
+        if self._begin is not None:
+            await self.start()
+        stream = self._stream
+        if not self._sends or stream.ended or self._closed:
+            self._refuse_send()
+        try:
+            body = self._connection.codec.encoder()(item)
+        except Exception as error:
+            kind = type(item).__qualname__
+            msg = f"a message for {self.method!r} can't be sent: {error} (of type {kind})"
+            raise (TypeError if isinstance(error, TypeError) else ValueError)(msg) from error
+
+        def may_send() -> bool:
+            return stream.may_send() or stream.ended or self._closed
+
+        status = await self._cancelling(
+            send_item(
+                self._connection,
+                stream,
+                self.call_id,
+                lib.SHMRPC_FLAG_CALLER,
+                body,
+                may_send,
+                self.deadline,
+            )
+        )
+        if status == -errno.ETIMEDOUT:
+            raise self._late()
+        if status == -errno.EMSGSIZE:
+            msg = (
+                f"a message for {self.method!r} is longer than {self._connection.peer} accepts "
+                f"(max_message_bytes={self._connection.max_request_bytes})"
+            )
+            raise MessageTooLarge(msg)
+        if status < 0:
+            await self._wait(lambda: stream.over)  # the connection has ended: learn how
+        if stream.ended or self._closed:
+            self._refuse_send()
+
+    def _refuse_send(self) -> None:
+        error = self._outcome() if self._stream.over else self._error
+        if error is not None:
+            raise error
+        if not self._sends:
+            msg = f"{self.method!r} was told by close_send() that nothing more comes"
+            if self._streams:
+                msg = f"stream() sends no messages to {self.method!r}; use open()"
+            raise Error(msg)
+        msg = f"the call of {self.method!r} is over, its handler takes no more messages"
+        raise Error(msg)
+
+    async def close_send(self) -> None:
+        """Tell the handler that no more messages come. Replies can still be received."""
+        if self._begin is not None:
+            await self.start()
+        if not self._sends:
+            return
+        self._sends = False
+        if not self._stream.ended and not self._closed:
+            self._connection.send_now(lib.SHMRPC_END, self.call_id)
+
+    # ---- receiving ----
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        if self._instead is not None:
+            instead: AsyncIterator[Any] = self._instead.__aiter__()
+            return instead
+        if self._begin is None and self._receiver.exhausted:
+            msg = f"the replies of {self.method!r} were iterated to their end already"
+            raise Error(msg)
+        return self
+
+    async def __anext__(self) -> Any:
+        if self._begin is not None:
+            await self.start()
+        if self._instead is not None:
+            return await self._instead.__anext__()
+        for item in self._receiver._items:
+            return item
+        if self._closed and self._error is None:
+            raise StopAsyncIteration
+        if self._error is not None:
+            raise self._error
+        try:
+            return await self._cancelling(self._receiver.next_until(self.deadline))
+        except StopAsyncIteration:
+            error = self._outcome()
+            if error is not None:
+                raise error from None
+            reply = self._stream.reply
+            if reply is not None and reply[2]:
+                msg = (
+                    f"{self.method!r} on {self._connection.peer} returns one result and "
+                    "streams nothing: use call(), or open() and result()"
+                )
+                raise Error(msg) from None
+            raise
+        except TimeoutError:
+            raise self._late() from None
+        except (ValueError, TypeError) as error:
+            self.cancel()
+            msg = f"{self._connection.peer} sent an item of {self.method!r} that is none: {error}"
+            raise ProtocolError(msg) from error
+
+    async def result(self, timeout: float | None = None) -> Any:
+        """Wait for the handler's result; as ``shmrpc.Call.result``."""
+        until = FOREVER if timeout is None else time.monotonic() + check_timeout(timeout)
+        await self.close_send()
+        if self._error is not None:
+            raise self._error
+        await self._wait(lambda: self._stream.over or bool(self._stream.runs), until)
+        error = self._outcome() if self._stream.over else None
+        if error is not None:
+            raise error
+        if self._stream.runs:
+            msg = f"{self.method!r} streams its results: iterate over the call"
+            raise Error(msg)
+        body = self._stream.reply[2] if self._stream.reply is not None else b""
+        if not body:
+            return None
+        try:
+            return self._connection.codec.decode(body)
+        except (ValueError, TypeError) as reason:
+            peer = self._connection.peer
+            msg = f"{peer} sent a result of {self.method!r} that is none: {reason}"
+            raise ProtocolError(msg) from reason
+
+    def done(self) -> bool:
+        """Whether the call is over, as far as the loop has seen."""
+        return self._stream.over or self._closed
+
+    @property
+    async def initial_metadata(self) -> dict[str, str | bytes]:
+        """``await call.initial_metadata``: what the handler sent before its first reply."""
+        if self._begin is not None:
+            await self.start()
+        stream = self._stream
+        if self._error is None:
+            await self._wait(
+                lambda: stream.initial is not None or stream.received_messages != 0 or stream.over
+            )
+        return self.reply_metadata()[1]
+
+    @property
+    def trailing_metadata(self) -> dict[str, str | bytes]:
+        """What the handler set for the end of the call. ``Error`` while the call is under way."""
+        if self._stream.reply is None and not self.done():
+            msg = f"the trailing metadata of {self.method!r} comes at the end of the call"
+            raise Error(msg)
+        return self.reply_metadata()[0]
+
+    # ---- the end ----
+
+    def cancel(self) -> bool:
+        """Cancel the call; False if it is over. The handler is told, waits here raise."""
+        if self._closed or self._stream.over:
+            return False
+        if self._begin is not None:
+            self._closed = True
+            return True
+        self._give_up(Cancelled(f"the call of {self.method!r} was cancelled"))
+        return True
+
+    async def aclose(self) -> None:
+        """Cancel the call unless it is over; iterating ends then."""
+        self._close()
+
+    def _close(self) -> None:
+        if not self._closed and not self._stream.over and self._begin is None:
+            self._give_up(None)
+        self._closed = True
+
+    def _give_up(self, error: Exception | None) -> None:
+        self._error = error
+        self._closed = True
+        self._receiver.clear()
+        self._connection.session.calls.pop(self.call_id, None)
+        self._stream.ended = True
+        self._connection.send_now(lib.SHMRPC_CANCEL, self.call_id)
+        self._waiters.wake()
+        self._ended(error or Cancelled(f"the call of {self.method!r} was closed"))
+
+    async def _cancelling(self, waiting: Any) -> Any:
+        """Await; if that is cancelled, the call is, too."""
+        try:
+            return await waiting
+        except (Exception, StopAsyncIteration):
+            raise
+        except BaseException:
+            self.cancel()
+            raise
+
+    async def _wait(self, ready: Callable[[], bool], until: float = FOREVER) -> None:
+        limit = min(self.deadline, until)
+        waiting = self._waiters.wait(lambda: ready() or self._closed, limit)
+        if not await self._cancelling(waiting):
+            if until < self.deadline and time.monotonic() >= until:
+                msg = f"{self.method!r} has no result yet"
+                raise TimeoutError(msg)
+            raise self._late()
+        if self._error is not None:
+            raise self._error
+
+    def _late(self) -> Exception:
+        peer = self._connection.peer
+        error = DeadlineExceeded(f"{self.method!r} on {peer} took longer than its timeout")
+        if not self._closed:
+            self._give_up(error)
+        return error
+
+    def _outcome(self) -> Exception | None:
+        """How the call ended, once it has."""
+        stream = self._stream
+        if self._error is None and stream.overrun:
+            peer = self._connection.peer
+            self._give_up(ProtocolError(f"{peer} sent more of {self.method!r} than it may"))
+        elif self._error is None and stream.reply is not None:
+            status, _, body = stream.reply
+            if status != 0:
+                self._error = self._channel._remote_error(
+                    self._connection, self.method, status, body
+                )
+        elif self._error is None and stream.lost_error:
+            self._error = self._connection.lost(stream.lost_error, stream.outcome, self.method)
+        self._closed = True
+        self._ended(self._error)
+        return self._error
+
+    async def __aenter__(self) -> Call:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._close()
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing() and not self.__dict__.get("_closed", True):
+            self._close()
+
+    def __repr__(self) -> str:
+        state = "over" if self.done() else "open"
+        return f"<shmrpc.aio.Call of {self.method!r} {state}>"

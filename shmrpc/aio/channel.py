@@ -1,0 +1,462 @@
+"""Calling under asyncio: what a client and a handler that calls its caller back have in common."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import time
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
+
+from shmrpc._native import ffi, lib
+from shmrpc.codec import Codec, MsgpackCodec, explain_arguments
+from shmrpc.context import inherited_deadline
+from shmrpc.errors import Cancelled, DeadlineExceeded, Error, ProtocolError
+from shmrpc.metadata import Metadata, pack_metadata
+from shmrpc.outcomes import remote_error, send_error
+from shmrpc.poller import FOREVER, Connection, Slot, check_timeout
+from shmrpc.proxy import Proxy, make_proxy
+from shmrpc.registry import make_name
+from shmrpc.session import NOT_SENT
+
+from .calls import Call
+from .loop import LoopPoller, check_loop
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+__all__ = ["Channel", "Pending"]
+
+T = TypeVar("T")
+
+_NAMES_MAX = 4096
+_STREAM = lib.SHMRPC_FLAG_STREAM
+_STREAM_ENDED = lib.SHMRPC_FLAG_STREAM | lib.SHMRPC_FLAG_ENDED
+_INDEX = lib.SHMRPC_PYTHON_INDEX
+_REQUEST = lib.SHMRPC_REQUEST
+_send = lib.shmrpc_send
+
+_EPIPE, _EPROTO, _ENOTCONN = -errno.EPIPE, -errno.EPROTO, -errno.ENOTCONN
+
+
+class Registered(Protocol):
+    """A pending or open call, as far as sending its request is concerned."""
+
+    position: Sequence[int]  # one number: see the core's shmrpc_outcome_of
+
+    @property
+    def call_id(self) -> int: ...
+    def register(self) -> None: ...
+    def unregister(self) -> None: ...
+
+
+class Pending:
+    """A unary call whose reply has not come. What it needs when it does, and nothing more."""
+
+    __slots__ = (
+        "body",
+        "call_id",
+        "connection",
+        "error",
+        "future",
+        "metadata",
+        "position",
+        "status",
+    )
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.call_id = connection.session.new_id(_INDEX)
+        self.position: Sequence[int] = NOT_SENT
+        self.status = -1  # gRPC status number, once it is there
+        self.error = 0  # errno that ended the connection
+        self.body = b""
+        self.metadata = b""
+        self.future: asyncio.Future[None] | None = None
+
+    def register(self) -> None:
+        """Take the reply from now on."""
+        self.connection.register(self.call_id, self)
+
+    def unregister(self) -> None:
+        """Take it no more."""
+        self.connection.session.calls.pop(self.call_id, None)
+
+    def replied(self, status: int, metadata: bytes, body: bytes) -> None:
+        """The reply is there."""
+        self.status, self.metadata, self.body = status, metadata, body
+        self._wake()
+
+    def lost(self, error: int) -> None:
+        """The connection has ended."""
+        self.error = error
+        self.status = self.connection.outcome(self.call_id, self.position[0])
+        self._wake()
+
+    def _wake(self) -> None:
+        future = self.future
+        if future is not None and not future.done():
+            future.set_result(None)
+
+
+class Channel:
+    """Calls over a connection, from the tasks of one event loop."""
+
+    def __init__(self, codec: Codec, timeout: float) -> None:
+        """``timeout`` in seconds is for connecting, and for ``ping`` by default."""
+        self._timeout = timeout
+        self._codec = codec
+        self._plain = type(codec) is MsgpackCodec
+        self._names: dict[str, Any] = {}
+        self._loop = asyncio.get_running_loop()
+        self._link: Connection | None = None
+        self._closed = False
+
+    # ---- what differs ----
+
+    async def _connect(self, deadline: float, /) -> Connection:
+        """The live connection, made now if there is none."""
+        raise NotImplementedError
+
+    def _drop(self, connection: Connection, /) -> None:
+        """Stop using a connection that was lost."""
+        raise NotImplementedError
+
+    def _retire(self, connection: Connection, /) -> None:
+        """Make no more calls on a connection whose peer takes none."""
+
+    # ---- sending ----
+
+    def _name(self, method: Any) -> Any:
+        if not isinstance(method, str):
+            msg = f"the method's name must be a str, not {type(method).__name__}"
+            raise TypeError(msg)
+        name = make_name(method)
+        if len(self._names) >= _NAMES_MAX:
+            self._names.clear()
+        self._names[method] = name
+        return name
+
+    def _send_request(
+        self,
+        connection: Connection,
+        pending: Registered,
+        kind: int,
+        flags: int,
+        name: Any,
+        beside: bytes,
+        body: bytes,
+        deadline: float,
+    ) -> int:
+        """Send it: 0, 1 if it waits for room, or -errno (and it is not registered any more)."""
+        slot = connection.slot()
+        position = ffi.new("uint64_t *", NOT_SENT[0])
+        pending.position = position
+        deadline_ns = 0
+        if kind == _REQUEST and deadline != FOREVER:
+            deadline_ns = int(min(deadline, 9e9) * 1e9)
+        pending.register()
+        status: int = _send(
+            slot.c,
+            kind,
+            flags,
+            pending.call_id,
+            name,
+            0,
+            beside,
+            len(beside),
+            body,
+            len(body),
+            deadline_ns,
+            position,
+        )
+        connection.slots.append(slot)
+        if status < 0:
+            pending.unregister()
+        return status
+
+    def _pack(
+        self, slot: Slot, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> bytes:
+        try:
+            return slot.pack([args, kwargs] if kwargs else args)
+        except Exception as error:
+            slot.pack = self._codec.encoder()  # the old one may hold half a message
+            raise explain_arguments(self._codec, method, args, kwargs, error) from error
+
+    def _deadline(self, timeout: float | None) -> float:
+        inherited = inherited_deadline()
+        if timeout is None:
+            return FOREVER if inherited is None else inherited
+        own = time.monotonic() + check_timeout(timeout)
+        return own if inherited is None else min(own, inherited)
+
+    def _sent_error(self, connection: Connection, method: str, status: int) -> Exception:
+        if status in (_EPIPE, _EPROTO):
+            self._drop(connection)
+            return connection.lost(-status, lib.SHMRPC_NOT_SENT, method)
+        return send_error(connection, method, status)
+
+    def _remote_error(self, connection: Connection, method: str, status: int, body: bytes) -> Error:
+        error = remote_error(connection, method, status, body)
+        if connection.refuses:
+            self._retire(connection)
+        return error
+
+    # ---- calls ----
+
+    async def call(
+        self,
+        method: str,
+        /,
+        *args: Any,
+        timeout: float | None = None,
+        metadata: Metadata | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Call a method and return its result; as ``shmrpc.Client.call``.
+
+        Cancelling the task cancels the call. May return without the loop having run in between.
+        """
+        return await self._call_with(method, args, kwargs, timeout, metadata)
+
+    async def _call_with(
+        self,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        timeout: float | None,
+        metadata: Metadata | None,
+        reply_metadata: list[bytes] | None = None,
+    ) -> Any:
+        if asyncio._get_running_loop() is not self._loop:
+            check_loop(self._loop, repr(self))
+        beside = b"" if metadata is None else pack_metadata(metadata)
+        deadline = self._deadline(timeout)
+        try:
+            name = self._names[method]
+        except (KeyError, TypeError):
+            name = self._name(method)
+        while True:
+            connection = self._link
+            if connection is None:
+                connection = await self._connect(deadline)
+            slot = connection.slot()
+            body = self._pack(slot, method, args, kwargs)
+            connection.slots.append(slot)
+            pending = Pending(connection)
+            flags = lib.SHMRPC_FLAG_KEYWORDS if kwargs else 0
+            status = self._send_request(
+                connection, pending, _REQUEST, flags, name, beside, body, deadline
+            )
+            if status >= 0:
+                break
+            if status != _ENOTCONN:
+                raise self._sent_error(connection, method, status)
+            self._drop(connection)
+        poller: LoopPoller = connection.poller  # type: ignore[assignment]
+        poller.poll_inline()
+        if pending.status < 0:
+            await self._wait_reply(pending, method, deadline)
+        if reply_metadata is not None:
+            reply_metadata.append(pending.metadata)
+        if pending.status or pending.error:
+            raise self._reply_error(pending, method)
+        try:
+            return self._codec.decode(pending.body)
+        except (ValueError, TypeError) as error:
+            msg = f"{connection.peer} sent a result of {method!r} that is none: {error}"
+            raise ProtocolError(msg) from error
+
+    async def _wait_reply(self, pending: Pending, method: str, deadline: float) -> None:
+        future = pending.future = self._loop.create_future()
+        timer = None
+        if deadline != FOREVER:
+            left = max(0.0, deadline - time.monotonic())
+            timer = self._loop.call_later(left, _expire, future)
+        try:
+            await future
+        except BaseException:
+            self._cancel(pending)
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+        if pending.status < 0:
+            self._cancel(pending)
+            peer = pending.connection.peer
+            msg = f"{method!r} on {peer} took longer than its timeout"
+            raise DeadlineExceeded(msg)
+
+    def _cancel(self, pending: Pending) -> None:
+        if pending.status < 0:
+            pending.unregister()
+            pending.connection.send_now(lib.SHMRPC_CANCEL, pending.call_id)
+
+    def _reply_error(self, pending: Pending, method: str) -> Exception:
+        connection = pending.connection
+        if not pending.error:
+            return self._remote_error(connection, method, pending.status, pending.body)
+        self._drop(connection)
+        if self._closed:
+            return Cancelled(f"{method!r} on {connection.peer}: the client was closed meanwhile")
+        return connection.lost(pending.error, pending.status, method)
+
+    async def notify(
+        self,
+        method: str,
+        /,
+        *args: Any,
+        timeout: float | None = None,
+        metadata: Metadata | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Call a method without waiting for it; as ``shmrpc.Client.notify``."""
+        kind = lib.SHMRPC_NOTIFY
+        await self._send(
+            kind, 0, method, args, kwargs, self._deadline(timeout), metadata, _NoPending
+        )
+
+    async def _send(
+        self,
+        kind: int,
+        flags: int,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        deadline: float,
+        metadata: Metadata | None,
+        make: Callable[[Connection], Any],
+    ) -> Any:
+        """Send something, and wait while there is no room for it."""
+        check_loop(self._loop, repr(self))
+        beside = b"" if metadata is None else pack_metadata(metadata)
+        name = ffi.NULL
+        if kind != lib.SHMRPC_PING:
+            name = self._names.get(method) or self._name(method)
+        if kwargs:
+            flags |= lib.SHMRPC_FLAG_KEYWORDS
+        while True:
+            connection = self._link or await self._connect(deadline)
+            slot = connection.slot()
+            body = b"" if kind == lib.SHMRPC_PING else self._pack(slot, method, args, kwargs)
+            connection.slots.append(slot)
+            pending = make(connection)
+            status = self._send_request(
+                connection, pending, kind, flags, name, beside, body, deadline
+            )
+            if status >= 0:
+                break
+            if status != _ENOTCONN:
+                raise self._sent_error(connection, method, status)
+            self._drop(connection)
+        poller: LoopPoller = connection.poller  # type: ignore[assignment]
+        poller.schedule()
+        if status > 0 and not await poller.room(connection, slot, deadline):
+            if kind == _REQUEST:
+                pending.unregister()
+                connection.send_now(lib.SHMRPC_CANCEL, pending.call_id)
+            raise send_error(connection, method, -errno.ETIMEDOUT)
+        return pending
+
+    async def ping(self, timeout: float | None = None) -> float:
+        """Ask the peer's core for an answer and return the seconds that took."""
+        deadline = self._deadline(self._timeout if timeout is None else timeout)
+        start = time.perf_counter()
+        pending = await self._send(lib.SHMRPC_PING, 0, "ping", (), {}, deadline, None, Pending)
+        if pending.status < 0:
+            await self._wait_reply(pending, "ping", deadline)
+        if pending.status or pending.error:
+            raise self._reply_error(pending, "ping")
+        return time.perf_counter() - start
+
+    def stream(
+        self,
+        method: str,
+        /,
+        *args: Any,
+        timeout: float | None = None,
+        metadata: Metadata | None = None,
+        **kwargs: Any,
+    ) -> Call:
+        """Call a method that streams its results: ``async for item in client.stream(...)``.
+
+        The call begins when it is awaited first. Else as ``shmrpc.Client.stream``.
+        """
+        return self._open(_STREAM_ENDED, method, args, kwargs, timeout, metadata)
+
+    def open(
+        self,
+        method: str,
+        /,
+        *args: Any,
+        timeout: float | None = None,
+        metadata: Metadata | None = None,
+        **kwargs: Any,
+    ) -> Call:
+        """Open a call of any kind: ``async with client.open(...) as call``.
+
+        The call begins when it is awaited first. Else as ``shmrpc.Client.open``.
+        """
+        return self._open(_STREAM, method, args, kwargs, timeout, metadata)
+
+    def _open(
+        self,
+        flags: int,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        timeout: float | None,
+        metadata: Metadata | None,
+    ) -> Call:
+        deadline = self._deadline(timeout)
+
+        async def begin(call: Call) -> Call:
+            return await self._begin_call(call, flags, args, kwargs, deadline, metadata)
+
+        return Call(self, method, begin, streams=flags == _STREAM_ENDED)
+
+    async def _begin_call(
+        self,
+        call: Call,
+        flags: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        deadline: float,
+        metadata: Metadata | None,
+    ) -> Call:
+        def attach(connection: Connection) -> Call:
+            return call.attach(connection, deadline)
+
+        await self._send(_REQUEST, flags, call.method, args, kwargs, deadline, metadata, attach)
+        return call
+
+    # ---- views ----
+
+    @overload
+    def proxy(self, interface: Callable[..., T], *, prefix: str = "") -> T: ...
+    @overload
+    def proxy(self, interface: None = None, *, prefix: str = "") -> Proxy: ...
+    def proxy(self, interface: Any = None, *, prefix: str = "") -> Any:
+        """Return an object whose methods are awaitable calls; as ``shmrpc.Client.proxy``."""
+        return make_proxy(self.call, interface, prefix)
+
+
+class _NoPending:
+    """A notification: nothing comes back for it."""
+
+    call_id = 0
+    position: Sequence[int] = NOT_SENT
+
+    def __init__(self, connection: Connection) -> None:
+        """Needs no connection."""
+
+    def register(self) -> None:
+        """Nothing to take."""
+
+    def unregister(self) -> None:
+        """Nothing to forget."""
+
+
+def _expire(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

@@ -1,0 +1,315 @@
+"""The asyncio client: a connection that is made again when it is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import time
+from typing import TYPE_CHECKING, Any, TypeVar, overload
+
+from shmrpc import address as addresses
+from shmrpc._native import lib
+from shmrpc.codec import Codec, MsgpackCodec
+from shmrpc.errors import Cancelled, ConnectError, ForkedError
+from shmrpc.handshake import Agreement, Terms
+from shmrpc.link import check_options, shake_hands
+from shmrpc.poller import Connection, Wait, check_timeout
+from shmrpc.registry import Registry
+
+from .channel import Channel
+from .handlers import Handlers
+from .intercepted import Intercepted
+from .loop import LoopPoller, check_loop
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterable
+    from types import TracebackType
+
+    from shmrpc.interceptors import AsyncInterceptor
+    from shmrpc.segments import Backing
+
+__all__ = ["Client", "connect"]
+
+F = TypeVar("F", bound="Callable[..., Any]")
+
+_BACKOFF_FIRST = 0.002
+_BACKOFF_MAX = 0.2
+_MAX_CONCURRENCY = 1024
+
+
+class connect:  # noqa: N801 - it is used as a function
+    """``client = await connect("calc")``, or ``async with connect("calc") as client``.
+
+    Parameters and errors are those of ``shmrpc.connect``; interceptors are asynchronous ones.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        timeout: float = 5.0,
+        fallback: str | None = None,
+        max_message_bytes: int = 64 << 20,
+        backing: Backing = "auto",
+        allow_uids: Iterable[int] = (),
+        wait: Wait = "auto",
+        spin_budget: float | None = None,
+        codec: Codec | None = None,
+        interceptors: Iterable[AsyncInterceptor] = (),
+        retries: int = 0,
+    ) -> None:
+        check_options(max_message_bytes, backing, wait, spin_budget)
+        check_timeout(timeout)
+        uids = frozenset(allow_uids)
+        self._terms = [
+            Terms(addresses.parse(text), max_message_bytes, backing=backing, allow_uids=uids)
+            for text in ([address] if fallback is None else [address, fallback])
+        ]
+        self._timeout = timeout
+        self._wait: Wait = wait
+        self._spin_budget = spin_budget
+        self._codec = codec if codec is not None else MsgpackCodec()
+        self._interceptors = list(interceptors)
+        self._retries = retries
+        self._client: Client | None = None
+
+    async def _connect(self) -> Client:
+        client = Client(
+            self._terms,
+            self._codec,
+            self._timeout,
+            wait=self._wait,
+            spin_budget=self._spin_budget,
+            interceptors=self._interceptors,
+            retries=self._retries,
+        )
+        try:
+            await client.connect_first()
+        except BaseException:
+            await client.close()
+            raise
+        return client
+
+    def __await__(self) -> Generator[Any, None, Client]:
+        return self._connect().__await__()
+
+    async def __aenter__(self) -> Client:
+        self._client = await self._connect()
+        return self._client
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._client is not None:
+            await self._client.close()
+
+
+class Client(Channel):
+    """Made by ``connect``. Belongs to the event loop that it was made in, and to its thread."""
+
+    def __init__(
+        self,
+        terms: list[Terms],
+        codec: Codec,
+        timeout: float,
+        *,
+        wait: Wait,
+        spin_budget: float | None,
+        interceptors: list[AsyncInterceptor],
+        retries: int,
+    ) -> None:
+        super().__init__(codec, timeout)
+        self._terms = terms
+        self._wait: Wait = wait
+        self._spin_budget = spin_budget
+        self._pid = os.getpid()
+        self._reconnects = -1
+        self._connecting = asyncio.Lock()
+        self._handlers = Handlers(self, Registry(takes_async=True), _MAX_CONCURRENCY, codec)
+        around = Intercepted.with_retries(interceptors, retries)
+        if around:
+            calls = Intercepted(self, around, self._peer_name, self._is_idempotent)
+            self.__dict__.update(calls.methods())
+
+    # ---- connecting ----
+
+    async def connect_first(self) -> None:
+        """Connect without patience for a server that is not there."""
+        await self._connect(time.monotonic() + self._timeout, once=True)
+
+    async def _connect(self, deadline: float, /, *, once: bool = False) -> Connection:
+        deadline = min(deadline, time.monotonic() + self._timeout)
+        delay = _BACKOFF_FIRST
+        async with self._connecting:
+            while True:
+                self._check_usable()
+                if self._link is not None:
+                    return self._link
+                try:
+                    return await self._connect_once(max(deadline - time.monotonic(), 0.001))
+                except ConnectError:
+                    if once or time.monotonic() + delay >= deadline:
+                        raise
+                await asyncio.sleep(delay)
+                delay = min(delay * 2, _BACKOFF_MAX)
+
+    async def _connect_once(self, timeout: float) -> Connection:
+        failures = []
+        for terms in self._terms:
+            try:
+                agreement = await self._shake_hands(terms, timeout)
+            except ConnectError as error:
+                failures.append(error)
+            else:
+                return self._adopt(agreement, terms)
+        if len(failures) == 1:
+            raise failures[0]
+        raise ConnectError("; ".join(str(error) for error in failures)) from failures[0]
+
+    async def _shake_hands(self, terms: Terms, timeout: float) -> Agreement:
+        """In a thread: it takes system calls that may block."""
+        shaking = self._loop.run_in_executor(None, shake_hands, terms, timeout)
+        try:
+            return await asyncio.shield(shaking)
+        except asyncio.CancelledError:
+            shaking.add_done_callback(_close_agreement)
+            raise
+
+    def _adopt(self, agreement: Agreement, terms: Terms) -> Connection:
+        try:
+            self._check_usable()
+            poller = LoopPoller(self._codec, wait=self._wait, spin_budget=self._spin_budget)
+            link = poller.add(agreement, terms.address)
+        except BaseException:
+            agreement.close()
+            raise
+        poller.poll_for(link.slot())
+        self._handlers.serve(poller)
+        self._link = link
+        self._reconnects += 1
+        return link
+
+    def _drop(self, connection: Connection, /) -> None:
+        self._retire(connection)
+        connection.shutdown()
+        connection.poller.dispatch()
+        connection.poller.close()  # type: ignore[attr-defined]
+
+    def _retire(self, connection: Connection, /) -> None:
+        if self._link is connection:
+            self._link = None
+        connection.retire()
+
+    def _check_usable(self) -> None:
+        if os.getpid() != self._pid:
+            msg = f"this client of {self._terms[0].address} was made before the fork; connect anew"
+            raise ForkedError(msg)
+        if self._closed:
+            msg = f"this client of {self._terms[0].address} is closed"
+            raise Cancelled(msg)
+
+    # ---- methods that the server may call ----
+
+    @overload
+    def method(self, function: F, /) -> F: ...
+    @overload
+    def method(
+        self,
+        /,
+        *,
+        name: str | None = None,
+        requests: bool = False,
+        idempotent: bool = False,
+        inline: bool = False,
+    ) -> Callable[[F], F]: ...
+    def method(
+        self,
+        function: Any = None,
+        /,
+        *,
+        name: str | None = None,
+        requests: bool = False,
+        idempotent: bool = False,
+        inline: bool = False,
+    ) -> Any:
+        """Offer a function to the server, as ``aio.Server.method``."""
+
+        def add(wrapped: Any) -> Any:
+            self._handlers.registry.add(
+                wrapped, name, requests=requests, idempotent=idempotent, inline=inline
+            )
+            return wrapped
+
+        return add if function is None else add(function)
+
+    def caller_of(self, _connection: Connection) -> Client:
+        """What calls the server from our methods: this client."""
+        return self
+
+    def shows_tracebacks(self, connection: Connection) -> bool:
+        """Whether the server sees tracebacks of our methods."""
+        return connection.credentials.uid == os.geteuid()
+
+    # ---- for interceptors ----
+
+    def _peer_name(self) -> str:
+        link = self._link
+        return link.peer if link is not None else str(self._terms[0].address)
+
+    async def _is_idempotent(self, method: str) -> bool:
+        """Ask the server; what it does not know is not."""
+        described = await self._call_with("shmrpc.describe", (method,), {}, self._timeout, None)
+        return isinstance(described, dict) and described.get("idempotent") is True
+
+    # ---- the rest ----
+
+    async def stats(self) -> dict[str, int]:
+        """Counters of the current connection; as ``shmrpc.Client.stats``."""
+        link = self._link or await self._connect(time.monotonic() + self._timeout)
+        counters = link.poller.stats()
+        shown = (
+            "spins_hit",
+            "spins_missed",
+            "yields",
+            "sleeps",
+            "wakeups_sent",
+            "frames_received",
+            "frames_dropped",
+            "late_replies",
+            "outbox_bytes",
+        )
+        return {name: counters[name] for name in shown} | {"reconnects": self._reconnects}
+
+    async def close(self) -> None:
+        """Hang up. Calls under way in other tasks end with ``Cancelled``. Safe to repeat."""
+        check_loop(self._loop, repr(self))
+        if self._closed:
+            return
+        self._closed = True
+        link, self._link = self._link, None
+        if link is None:
+            return
+        for call_id, pending in list(link.session.calls.items()):
+            if link.session.calls.pop(call_id, None) is not None:
+                link.send_now(lib.SHMRPC_CANCEL, call_id)
+                pending.lost(errno.EPIPE)
+        link.shutdown()
+        await self._handlers.stop(0)
+        poller = link.poller
+        if isinstance(poller, LoopPoller):
+            poller.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "connected" if self._link else "not connected"
+        return f"<shmrpc.aio.Client {self._terms[0].address} {state}>"
+
+
+def _close_agreement(shaking: asyncio.Future[Agreement]) -> None:
+    """The task that wanted it was cancelled meanwhile."""
+    with contextlib.suppress(ConnectError, OSError, asyncio.CancelledError):
+        shaking.result().close()

@@ -1,0 +1,503 @@
+"""Running handlers in an event loop: each call a task, plain functions on threads or inline."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import errno
+import inspect
+import logging
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Protocol
+
+from shmrpc._native import ffi, lib
+from shmrpc.context import CallContext, enter_task, leave_task
+from shmrpc.errors import STATUS_NUMBERS, Cancelled, Error, MessageTooLarge, ProtocolError
+from shmrpc.failures import Failure
+from shmrpc.metadata import pack_metadata, pack_reply_metadata, unpack_metadata
+from shmrpc.poller import FOREVER, Connection, body_of
+from shmrpc.session import Stream
+
+from .calls import AsyncReceiver, send_item
+from .loop import LoopPoller, LoopWaiters
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+
+    from shmrpc.codec import Codec
+    from shmrpc.failures import Stage
+    from shmrpc.registry import Method, Registry
+
+__all__ = ["Handlers"]
+
+_log = logging.getLogger("shmrpc.server")
+
+_THREADS = 16
+_EMSGSIZE, _ETIMEDOUT = -errno.EMSGSIZE, -errno.ETIMEDOUT
+_REPLY, _NOTIFY = lib.SHMRPC_REPLY, lib.SHMRPC_NOTIFY
+_STREAM, _KEYWORDS = lib.SHMRPC_FLAG_STREAM, lib.SHMRPC_FLAG_KEYWORDS
+_OVERLOADED = STATUS_NUMBERS["RESOURCE_EXHAUSTED"]
+_UNIMPLEMENTED = STATUS_NUMBERS["UNIMPLEMENTED"]
+_CANCELLED = STATUS_NUMBERS["CANCELLED"]
+_UNAVAILABLE = STATUS_NUMBERS["UNAVAILABLE"]
+
+
+class Host(Protocol):
+    """The server or client whose methods are called."""
+
+    def shows_tracebacks(self, connection: Connection) -> bool: ...
+    def caller_of(self, connection: Connection, /) -> Any: ...
+
+
+class Incoming:
+    """One request and what became of it; the source of its ``current_call()``."""
+
+    __slots__ = (
+        "body",
+        "call_context",
+        "call_id",
+        "cancelled_by_caller",
+        "connection",
+        "deadline",
+        "flags",
+        "handlers",
+        "kind",
+        "method",
+        "packed_metadata",
+        "replied",
+        "reply_metadata",
+        "stream",
+        "task",
+    )
+
+    def __init__(self, handlers: Handlers, connection: Connection, message: Any) -> None:
+        self.handlers = handlers
+        self.connection = connection
+        self.call_id: int = message.call_id
+        self.kind: int = message.kind
+        self.flags: int = message.flags
+        deadline = message.deadline_ns
+        self.deadline: float | None = deadline / 1e9 if deadline else None
+        size = message.metadata_bytes
+        self.packed_metadata = (
+            bytes(ffi.buffer(message.head + message.method_bytes, size)) if size else b""
+        )
+        self.body = body_of(message)
+        index = message.method
+        self.method: Method | None = handlers.registry.methods[index] if index >= 0 else None
+        self.stream: Stream | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.call_context: CallContext | None = None
+        self.reply_metadata = b""
+        self.replied = False
+        self.cancelled_by_caller = False
+
+    # ---- for current_call() ----
+
+    def context(self) -> CallContext:
+        """The call as its handler sees it."""
+        context = self.call_context
+        if context is None:
+            context = CallContext(
+                self,
+                self.connection,
+                self.call_id,
+                self.method.name if self.method is not None else "",
+                self.connection.credentials,
+                self.deadline,
+                unpack_metadata(self.packed_metadata),
+            )
+            context.conn_id = self.connection.conn_id
+            context.one_way = self.kind == _NOTIFY
+            self.call_context = context
+        return context
+
+    def cancelled(self, _context: CallContext) -> bool:
+        """Whether the caller of this call has given up, or is gone."""
+        return self.cancelled_by_caller or self.connection.closed
+
+    def caller(self, _context: CallContext) -> Any:
+        """What calls the caller of this call."""
+        return self.handlers.host.caller_of(self.connection)
+
+    def set_metadata(self, context: CallContext) -> None:
+        """Send the reply with the context's metadata."""
+        if self.replied:
+            msg = f"the call of {context.method!r} is over"
+            raise RuntimeError(msg)
+        initial = {} if self.stream is not None else context.initial_metadata or {}
+        self.reply_metadata = pack_reply_metadata(context.trailing_metadata, initial)
+
+    def send_initial(self, context: CallContext) -> None:
+        """Send the context's initial metadata: at once to a caller that has a stream."""
+        if self.stream is None or self.replied:
+            self.set_metadata(context)
+            return
+        packed = pack_metadata(context.initial_metadata)
+        slot = self.connection.slot()
+        self.connection.send(slot, lib.SHMRPC_INITIAL, self.call_id, metadata=packed)
+        self.connection.slots.append(slot)
+
+
+class Handlers:
+    """The methods of one side, and their calls under way."""
+
+    def __init__(
+        self,
+        host: Host,
+        registry: Registry,
+        max_concurrency: int,
+        codec: Codec,
+        chain: Callable[[Method, Any], Any] | None = None,
+    ) -> None:
+        """``chain`` runs a method through interceptors: ``await chain(method, final)(...)``."""
+        self.host = host
+        self.registry = registry
+        self._codec = codec
+        self._max = max_concurrency
+        self._chain = chain
+        self._pack = codec.encoder()
+        self._running: dict[tuple[int, int], Incoming] = {}
+        self._executor: ThreadPoolExecutor | None = None
+        self._position = ffi.new("uint64_t *")
+        self._loop = asyncio.get_running_loop()
+        self._poller: LoopPoller | None = None
+
+    def serve(self, poller: LoopPoller) -> None:
+        """Take the requests that come on this poller."""
+        self._poller = poller
+        self.registry.bind(poller)
+        poller.serve_requests(self._take, self._cancel, self._close)
+
+    @property
+    def running(self) -> int:
+        """How many calls are under way."""
+        return len(self._running)
+
+    async def stop(self, grace: float) -> None:
+        """Let what runs end within ``grace`` seconds, then cancel it."""
+        tasks = [call.task for call in self._running.values() if call.task is not None]
+        current = asyncio.current_task()
+        tasks = [task for task in tasks if task is not current]
+        if tasks and grace > 0:
+            await asyncio.wait(tasks, timeout=grace)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=1.0)
+        stuck = [task for task in tasks if not task.done()]
+        if stuck:
+            _log.warning("%d handlers still run after the grace of %g s", len(stuck), grace)
+        if self._executor is not None:
+            self._executor.shutdown(wait=False, cancel_futures=True)
+            self._executor = None
+
+    # ---- what comes ----
+
+    def _take(self, connection: Connection, message: Any) -> Callable[[], None]:
+        """A request is there (the poller's lock is held)."""
+        call = Incoming(self, connection, message)
+        if call.flags & _STREAM:
+            ended = bool(call.flags & lib.SHMRPC_FLAG_ENDED)
+            call.stream = Stream(LoopWaiters(self._loop), ended=ended)
+            connection.session.opened(call.call_id, call.stream)
+            call.stream.started = True
+        return lambda: self._start(call)
+
+    def _cancel(self, connection: Connection, call_id: int) -> None:
+        call = self._running.get((connection.conn_id, call_id))
+        if call is not None:
+            self._abort(call)
+
+    def _close(self, connection: Connection) -> None:
+        for call in list(self._running.values()):
+            if call.connection is connection:
+                self._abort(call)
+
+    def _abort(self, call: Incoming) -> None:
+        call.cancelled_by_caller = True
+        if call.stream is not None:
+            call.stream.cancel()
+        if call.task is not None:
+            call.task.cancel()
+
+    # ---- running ----
+
+    def _start(self, call: Incoming) -> None:
+        method = call.method
+        if method is None:
+            self._end(call, _UNIMPLEMENTED)
+        elif len(self._running) >= self._max:
+            self._end(call, _OVERLOADED)
+        elif method.streams and (call.stream is None or call.kind == _NOTIFY):
+            how = "open()" if method.requests else "stream() or open()"
+            text = f"{method.name!r} takes or returns a stream of messages: call it by {how}"
+            self._fail_with(call, Failure("TypeError", text, "INVALID_ARGUMENT"))
+        elif method.inline and self._chain is None and not method.streams:
+            self._run_inline(call, method)
+        else:
+            self._running[call.connection.conn_id, call.call_id] = call
+            _start_task(self._loop, self._run(call, method), call)
+
+    def _run_inline(self, call: Incoming, method: Method) -> None:
+        token = enter_task(call)
+        stage: Stage = "arguments"
+        try:
+            args, kwargs = self._arguments(call)
+            stage = "handler"
+            result = method.function(*args, **kwargs)
+            stage = "result"
+            body = self._pack(result)
+        except Exception as error:
+            self._fail(call, error, stage)
+        else:
+            self._end(call, 0, body)
+        finally:
+            leave_task(token)
+
+    async def _run(self, call: Incoming, method: Method) -> None:
+        enter_task(call)
+        stage: Stage = "arguments"
+        try:
+            args, kwargs = self._arguments(call)
+            stage = "handler"
+            if method.requests and call.stream is not None:
+                args = [self._requests(call, call.stream, method), *args]
+            if self._chain is not None and not method.name.startswith("shmrpc."):
+                result = await self._chain(method, self._invoke)(call, args, kwargs)
+            elif method.is_async and not method.generator:
+                result = await method.function(*args, **kwargs)
+            else:
+                result = await self._invoke(method, args, kwargs)
+            if method.generator and call.stream is not None:
+                await self._send_items(result, call, call.stream)
+                self._end(call, 0, b"")
+            else:
+                stage = "result"
+                self._end(call, 0, self._pack(result))
+        except asyncio.CancelledError:
+            # By the caller, who waits no more, or because we are stopping.
+            self._end(call, _CANCELLED)
+            if not call.cancelled_by_caller:
+                raise
+        except Exception as error:
+            if not (call.cancelled_by_caller and isinstance(error, Cancelled)):
+                self._fail(call, error, stage)
+        finally:
+            self._forget(call)
+
+    def _arguments(self, call: Incoming) -> tuple[Any, dict[str, Any]]:
+        args = self._codec.decode(call.body)
+        call.body = b""
+        if call.flags & _KEYWORDS:
+            return args[0], args[1]
+        return args, {}
+
+    async def _invoke(self, method: Method, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Call the function, where it belongs; a generator function gives its generator."""
+        if method.generator or (method.inline and not method.is_async):
+            return method.function(*args, **kwargs)
+        if method.is_async:
+            return await method.function(*args, **kwargs)
+        try:
+            inspect.signature(method.function).bind(*args, **kwargs)
+        except TypeError as error:
+            raise error.with_traceback(None) from None
+        except ValueError:
+            pass  # a builtin without a signature
+        return await self._in_thread(method.function, *args, **kwargs)
+
+    async def _in_thread(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="shmrpc-handler")
+        context = contextvars.copy_context()
+        return await self._loop.run_in_executor(
+            self._executor, lambda: context.run(function, *args, **kwargs)
+        )
+
+    # ---- streams ----
+
+    def _requests(self, call: Incoming, stream: Stream, method: Method) -> Any:
+        requests = AsyncRequests(call, stream)
+        return requests if method.is_async else ThreadRequests(requests, self._loop)
+
+    async def _send_items(self, items: Any, call: Incoming, stream: Stream) -> None:
+        source = items if hasattr(items, "__aiter__") else self._from_thread(items)
+        deadline = call.deadline if call.deadline is not None else FOREVER
+
+        def may_send() -> bool:
+            return stream.may_send() or stream.cancelled
+
+        try:
+            async for item in source:
+                body = self._pack(item)
+                status = await send_item(
+                    call.connection, stream, call.call_id, 0, body, may_send, deadline
+                )
+                if status == _EMSGSIZE:
+                    peer = call.connection.peer
+                    msg = f"an item of {len(body)} bytes is longer than {peer} accepts"
+                    raise MessageTooLarge(msg)
+                if status < 0 or stream.cancelled:
+                    call.cancelled_by_caller = True
+                    msg = f"{call.connection.peer} does not wait for this call any more"
+                    raise Cancelled(msg)
+        finally:
+            close = getattr(source, "aclose", None)
+            if close is not None:
+                await close()
+
+    async def _from_thread(self, items: Iterator[Any]) -> AsyncIterator[Any]:
+        """A plain generator, each step of it on a thread."""
+        end = object()
+        try:
+            while True:
+                item = await self._in_thread(next, items, end)
+                if item is end:
+                    return
+                yield item
+        finally:
+            close = getattr(items, "close", None)
+            if close is not None:
+                await self._in_thread(close)
+
+    # ---- the end of a call ----
+
+    def _forget(self, call: Incoming) -> None:
+        self._running.pop((call.connection.conn_id, call.call_id), None)
+        if call.stream is not None:
+            call.connection.session.requests.pop(call.call_id, None)
+        call.task = None
+
+    def _end(self, call: Incoming, status: int, body: bytes = b"") -> None:
+        """Send the reply, if there is somebody who wants one."""
+        if call.kind == _NOTIFY or call.replied:
+            return
+        call.replied = True
+        connection = call.connection
+        if connection.closed or call.cancelled_by_caller:
+            return
+        sent = self._send(call, status, body)
+        if sent == _EMSGSIZE:
+            text = "the result is longer than the caller accepts (its max_message_bytes)"
+            failure = Failure("shmrpc.MessageTooLarge", text, "RESOURCE_EXHAUSTED")
+            self._send(call, failure.number, failure.pack())
+        if self._poller is not None:
+            self._poller.schedule()
+
+    def _send(self, call: Incoming, status: int, body: bytes) -> int:
+        slot = call.connection.slot()
+        metadata = call.reply_metadata
+        sent: int = lib.shmrpc_send(
+            slot.c,
+            _REPLY,
+            0,
+            call.call_id,
+            ffi.NULL,
+            status,
+            metadata,
+            len(metadata),
+            body,
+            len(body),
+            0,
+            self._position,
+        )
+        call.connection.slots.append(slot)
+        return sent
+
+    def _fail(self, call: Incoming, error: BaseException, stage: Stage) -> None:
+        name = call.method.name if call.method is not None else ""
+        self._pack = self._codec.encoder()  # the old one may hold half a message
+        if call.kind == _NOTIFY:
+            _log.error("notification %r failed", name, exc_info=error)
+            return
+        try:
+            shows = self.host.shows_tracebacks(call.connection)
+            failure = Failure.of(error, stage, name, shows)
+        except Exception:
+            _log.exception("an error of %r resists reporting", name)
+            text = f"{name!r} raised an error that can't be described"
+            failure = Failure(type(error).__name__, text, "INTERNAL")
+        self._fail_with(call, failure)
+
+    def _fail_with(self, call: Incoming, failure: Failure) -> None:
+        if call.kind == _NOTIFY:
+            _log.error("a notification was refused")
+            return
+        body = failure.pack()
+        if len(body) > call.connection.max_request_bytes:
+            body = failure.pack_short()
+        self._end(call, failure.number, body)
+        if call.task is None and call.stream is not None:
+            call.connection.session.requests.pop(call.call_id, None)
+
+
+if sys.version_info >= (3, 12):
+
+    def _start_task(
+        loop: asyncio.AbstractEventLoop, run: Coroutine[Any, Any, None], call: Incoming
+    ) -> None:
+        """Run the coroutine; one that ends without suspending never becomes a scheduled task."""
+        task = asyncio.Task(run, loop=loop, eager_start=True)
+        if not task.done():
+            call.task = task
+
+else:
+
+    def _start_task(
+        loop: asyncio.AbstractEventLoop, run: Coroutine[Any, Any, None], call: Incoming
+    ) -> None:
+        """Run the coroutine in a task."""
+        call.task = loop.create_task(run)
+
+
+class AsyncRequests:
+    """The caller's messages, as an async handler with ``requests=True`` gets them.
+
+    Raises ``Cancelled`` when the caller has given up or is gone, if the handler's task has not
+    been cancelled by then.
+    """
+
+    def __init__(self, call: Incoming, stream: Stream) -> None:
+        waiters = stream.waiters
+        if not isinstance(waiters, LoopWaiters):
+            raise TypeError
+        self._receiver = AsyncReceiver(call.connection, stream, waiters, call.call_id, 0)
+
+    def __aiter__(self) -> AsyncRequests:
+        if self._receiver.exhausted:
+            msg = "the caller's messages were iterated to their end already, and are gone"
+            raise Error(msg)
+        return self
+
+    async def __anext__(self) -> Any:
+        receiver = self._receiver
+        try:
+            return await receiver.next_until(FOREVER)
+        except StopAsyncIteration:
+            if receiver.stream.overrun:
+                msg = "the caller sent more than it had credit for"
+                raise ProtocolError(msg) from None
+            if receiver.stream.cancelled:
+                msg = f"{receiver.connection.peer} does not wait for this call any more"
+                raise Cancelled(msg) from None
+            raise
+
+
+class ThreadRequests:
+    """The same for a plain function, which runs on a thread."""
+
+    def __init__(self, requests: AsyncRequests, loop: asyncio.AbstractEventLoop) -> None:
+        self._requests = requests
+        self._loop = loop
+
+    def __iter__(self) -> ThreadRequests:
+        self._requests.__aiter__()
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            return asyncio.run_coroutine_threadsafe(self._requests.__anext__(), self._loop).result()
+        except StopAsyncIteration:
+            raise StopIteration from None

@@ -1,0 +1,291 @@
+"""Where asynchronous interceptors meet calls; as ``shmrpc.intercepted``."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, Literal
+
+from shmrpc.context import CallContext, current_call
+from shmrpc.interceptors import AsyncInterceptor, CallInfo, compose_async
+from shmrpc.metadata import check_metadata, unpack_reply_metadata
+from shmrpc.retries import Retries
+
+from .calls import Call
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+
+    from shmrpc.metadata import Metadata
+    from shmrpc.registry import Method
+
+    from .channel import Channel
+
+__all__ = ["Intercepted", "intercept_handlers"]
+
+
+class Intercepted:
+    """A channel's ``call``, ``notify``, ``stream`` and ``open`` with interceptors."""
+
+    @staticmethod
+    def with_retries(interceptors: Iterable[AsyncInterceptor], retries: Any) -> list[Any]:
+        """All that goes around a client's calls."""
+        if not isinstance(retries, int) or isinstance(retries, bool) or retries < 0:
+            msg = f"retries must be a number of repetitions from 0 on, not {retries!r}"
+            raise ValueError(msg)
+        return [*interceptors, *([Retries(retries + 1)] if retries else [])]
+
+    def __init__(
+        self,
+        channel: Channel,
+        interceptors: Iterable[AsyncInterceptor],
+        peer: Callable[[], str],
+        is_idempotent: Callable[[str], Awaitable[bool]],
+    ) -> None:
+        interceptors = list(interceptors)
+        self._channel = channel
+        self._peer = peer
+        self._is_idempotent = is_idempotent
+        # Taken now: they are about to be replaced by ours.
+        self._call_with, self._notify = channel._call_with, channel.notify
+        self._stream, self._open = channel.stream, channel.open
+        self._interceptors = interceptors
+        self._call_chain = compose_async(interceptors, self._proceed_call)
+        self._notify_chain = compose_async(interceptors, self._proceed_notify)
+
+    def methods(self) -> dict[str, Any]:
+        """What takes the place of the channel's methods."""
+        return {
+            "call": self.call,
+            "notify": self.notify,
+            "stream": self.stream,
+            "open": self.open,
+        }
+
+    def _info(
+        self,
+        method: str,
+        kind: Literal["unary", "notify", "stream"],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        timeout: float | None,
+        metadata: Metadata | None,
+    ) -> CallInfo:
+        if metadata is not None:
+            check_metadata(metadata)
+        return CallInfo(
+            method,
+            kind,
+            "client",
+            args,
+            kwargs,
+            dict(metadata or {}),
+            timeout=timeout,
+            peer=self._peer(),
+            idempotent=lambda: self._is_idempotent(method),
+        )
+
+    async def call(
+        self,
+        method: str,
+        /,
+        *args: Any,
+        timeout: float | None = None,
+        metadata: Metadata | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As ``Channel.call``."""
+        info = self._info(method, "unary", args, kwargs, timeout, metadata)
+        try:
+            result = await self._call_chain(info)
+        except BaseException as error:
+            info.finish(error)
+            raise
+        info.finish()
+        return result
+
+    async def _proceed_call(self, info: CallInfo) -> Any:
+        packed: list[bytes] = []
+        _set_deadline(info)
+        try:
+            return await self._call_with(
+                info.method, info.args, info.kwargs, info.timeout, info.metadata or None, packed
+            )
+        finally:
+            if packed:
+                info.trailing_metadata, info.initial_metadata = unpack_reply_metadata(packed[0])
+
+    async def notify(
+        self,
+        method: str,
+        /,
+        *args: Any,
+        timeout: float | None = None,
+        metadata: Metadata | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As ``Channel.notify``."""
+        info = self._info(method, "notify", args, kwargs, timeout, metadata)
+        try:
+            await self._notify_chain(info)
+        except BaseException as error:
+            info.finish(error)
+            raise
+        info.finish()
+
+    async def _proceed_notify(self, info: CallInfo) -> None:
+        _set_deadline(info)
+        metadata = info.metadata or None
+        await self._notify(
+            info.method, *info.args, timeout=info.timeout, metadata=metadata, **info.kwargs
+        )
+
+    def stream(
+        self,
+        method: str,
+        /,
+        *args: Any,
+        timeout: float | None = None,
+        metadata: Metadata | None = None,
+        **kwargs: Any,
+    ) -> Call:
+        """As ``Channel.stream``."""
+        info = self._info(method, "stream", args, kwargs, timeout, metadata)
+        return self._opening(self._stream, info, streams=True)
+
+    def open(
+        self,
+        method: str,
+        /,
+        *args: Any,
+        timeout: float | None = None,
+        metadata: Metadata | None = None,
+        **kwargs: Any,
+    ) -> Call:
+        """As ``Channel.open``."""
+        info = self._info(method, "stream", args, kwargs, timeout, metadata)
+        return self._opening(self._open, info, streams=False)
+
+    def _opening(self, open_call: Callable[..., Call], info: CallInfo, *, streams: bool) -> Call:
+        async def proceed(info: CallInfo) -> Call:
+            _set_deadline(info)
+            metadata = info.metadata or None
+            call = open_call(
+                info.method, *info.args, timeout=info.timeout, metadata=metadata, **info.kwargs
+            )
+
+            def note(_error: BaseException | None) -> None:
+                info.trailing_metadata, info.initial_metadata = call.reply_metadata()
+
+            await call.start()
+            call.observe(note)
+            return call
+
+        chain = compose_async(self._interceptors, proceed)
+
+        async def begin(_outer: Call) -> Any:
+            try:
+                call = await chain(info)
+            except BaseException as error:
+                info.finish(error)
+                raise
+            if isinstance(call, Call):
+                call.observe(info.finish)
+            else:
+                info.finish()  # an interceptor's own: there is no telling when it ends
+            return call
+
+        return Call(self._channel, info.method, begin, streams=streams)
+
+
+def _set_deadline(info: CallInfo) -> None:
+    info.deadline = None if info.timeout is None else time.monotonic() + info.timeout
+
+
+def intercept_handlers(
+    interceptors: Iterable[AsyncInterceptor],
+) -> Callable[[Method, Any], Any] | None:
+    """What runs a method through interceptors; None without any."""
+    interceptors = list(interceptors)
+    if not interceptors:
+        return None
+
+    async def nothing(info: CallInfo) -> CallInfo:
+        return info
+
+    compose_async(interceptors, nothing)  # TypeError for what is no interceptor
+
+    def chain(method: Method, invoke: Any) -> Any:
+        async def final(info: CallInfo) -> Any:
+            return await invoke(method, info.args, info.kwargs)
+
+        composed = compose_async(interceptors, final)
+
+        async def run(call: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+            context = current_call()
+            kind: Literal["unary", "notify"] = "notify" if context.one_way else "unary"
+            info = CallInfo(
+                method.name,
+                "stream" if method.streams else kind,
+                "server",
+                tuple(args),
+                kwargs,
+                context.metadata,
+                deadline=context.deadline,
+                peer=call.connection.peer,
+            )
+            context.initial_default = info.initial_metadata
+            try:
+                result = await composed(info)
+            except BaseException as error:
+                _send_metadata(info, context)
+                info.finish(error)
+                raise
+            if method.generator:
+                return _items(result, info, context)
+            _send_metadata(info, context)
+            info.finish()
+            return result
+
+        return run
+
+    return chain
+
+
+async def _items(result: Any, info: CallInfo, context: CallContext) -> AsyncIterator[Any]:
+    """What a streaming handler yields, and then the end of its call."""
+    _send_initial(context)
+    try:
+        async for item in _as_async(result):
+            yield item
+    except BaseException as error:
+        _send_metadata(info, context)
+        info.finish(error)
+        raise
+    _send_metadata(info, context)
+    info.finish()
+
+
+async def _as_async(items: Any) -> AsyncIterator[Any]:
+    try:
+        if hasattr(items, "__aiter__"):
+            async for item in items:
+                yield item
+        else:
+            for item in items:
+                yield item
+    finally:
+        close = getattr(items, "aclose", None)
+        if close is not None:
+            await close()
+
+
+def _send_initial(context: CallContext) -> None:
+    if context.initial_default and context.initial_metadata is None:
+        context.send_initial_metadata({})
+
+
+def _send_metadata(info: CallInfo, context: CallContext) -> None:
+    """What interceptors want sent with the reply; the handler's own of the same key wins."""
+    _send_initial(context)
+    if info.trailing_metadata:
+        context.set_trailing_metadata({**info.trailing_metadata, **context.trailing_metadata})

@@ -1,0 +1,275 @@
+"""The asyncio server: methods, starting, draining, stopping."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import signal
+import time
+from typing import TYPE_CHECKING, Any, TypeVar, overload
+
+from shmrpc import address as addresses
+from shmrpc import handshake, segments
+from shmrpc.acceptor import Acceptor
+from shmrpc.codec import Codec, MsgpackCodec
+from shmrpc.errors import Error, ForkedError
+from shmrpc.link import check_options
+from shmrpc.proxy import public_methods
+from shmrpc.registry import Registry
+
+from .caller import Caller
+from .handlers import Handlers
+from .intercepted import intercept_handlers
+from .loop import LoopPoller, check_loop
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from types import TracebackType
+
+    from shmrpc.interceptors import AsyncInterceptor
+    from shmrpc.poller import Connection, Wait
+    from shmrpc.segments import Backing
+
+__all__ = ["Server"]
+
+F = TypeVar("F", bound="Callable[..., Any]")
+
+
+class Server:
+    """Serves methods at one or several addresses, in the event loop that starts it.
+
+    Handlers may be ``async def`` (a task each), asynchronous generators, and plain functions or
+    generators, which run on threads, or in the loop itself where the method says ``inline=True``.
+    ``max_concurrency`` calls may be under way; the next is refused with ``Overloaded``. The other
+    parameters are those of ``shmrpc.Server``; interceptors are asynchronous ones.
+    """
+
+    def __init__(
+        self,
+        *address: str,
+        max_concurrency: int = 1024,
+        max_message_bytes: int = 64 << 20,
+        backing: Backing = "auto",
+        allow_uids: Iterable[int] = (),
+        show_tracebacks: bool | None = None,
+        wait: Wait = "auto",
+        spin_budget: float | None = None,
+        codec: Codec | None = None,
+        interceptors: Iterable[AsyncInterceptor] = (),
+    ) -> None:
+        """Make a server that listens from ``start`` on; ``ConnectError`` for a bad address."""
+        check_options(max_message_bytes, backing, wait, spin_budget)
+        if not address:
+            msg = "Server() needs at least one address, such as Server('calc')"
+            raise ValueError(msg)
+        if max_concurrency < 1:
+            msg = "max_concurrency must be at least 1"
+            raise ValueError(msg)
+        uids = frozenset(allow_uids)
+        self._terms = [
+            handshake.Terms(
+                addresses.parse(text), max_message_bytes, backing=backing, allow_uids=uids
+            )
+            for text in address
+        ]
+        self._max_concurrency = max_concurrency
+        self._show_tracebacks = show_tracebacks
+        self._wait: Wait = wait
+        self._spin_budget = spin_budget
+        self.codec: Codec = codec if codec is not None else MsgpackCodec()
+        self._chain = intercept_handlers(interceptors)
+        self._pid = os.getpid()
+        self.registry = Registry(takes_async=True)
+        self.registry.add(self._describe, "shmrpc.describe", idempotent=True, inline=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._poller: LoopPoller | None = None
+        self._acceptor: Acceptor | None = None
+        self._handlers: Handlers | None = None
+
+    # ---- methods ----
+
+    @overload
+    def method(self, function: F, /) -> F: ...
+    @overload
+    def method(
+        self,
+        /,
+        *,
+        name: str | None = None,
+        requests: bool = False,
+        idempotent: bool = False,
+        inline: bool = False,
+    ) -> Callable[[F], F]: ...
+    def method(
+        self,
+        function: Any = None,
+        /,
+        *,
+        name: str | None = None,
+        requests: bool = False,
+        idempotent: bool = False,
+        inline: bool = False,
+    ) -> Any:
+        """Offer a function to callers, as ``shmrpc.Server.method``.
+
+        A plain function runs on a thread, or in the event loop with ``inline``: for one that takes
+        microseconds and never blocks. With ``requests`` the first parameter iterates over the
+        caller's messages: asynchronously in an async handler.
+        """
+
+        def add(wrapped: Any) -> Any:
+            self.registry.add(
+                wrapped, name, requests=requests, idempotent=idempotent, inline=inline
+            )
+            return wrapped
+
+        return add if function is None else add(function)
+
+    def add_service(self, service: object, prefix: str = "") -> None:
+        """Offer every public method of an object, with ``prefix`` before its name."""
+        names = public_methods(service)
+        if not names:
+            msg = f"{service!r} has no public methods"
+            raise ValueError(msg)
+        for name in names:
+            self.registry.add(getattr(service, name), prefix + name)
+
+    # ---- running ----
+
+    @property
+    def addresses(self) -> list[str]:
+        """Where it listens, with the ports that the system chose. Empty when it does not."""
+        return self._acceptor.addresses if self._acceptor is not None else []
+
+    async def start(self) -> None:
+        """Listen and serve in this event loop; ``ConnectError`` if an address is taken."""
+        if os.getpid() != self._pid:
+            msg = "this server was made before the fork and belongs to the parent; make a new one"
+            raise ForkedError(msg)
+        if self._poller is not None:
+            msg = "the server is running already"
+            raise Error(msg)
+        self._loop = asyncio.get_running_loop()
+        segments.sweep()
+        acceptor = Acceptor(self, self._terms)
+        try:
+            poller = LoopPoller(
+                self.codec, server=True, wait=self._wait, spin_budget=self._spin_budget
+            )
+            handlers = Handlers(self, self.registry, self._max_concurrency, self.codec, self._chain)
+            handlers.serve(poller)
+        except BaseException:
+            acceptor.close()
+            raise
+        self._poller, self._acceptor, self._handlers = poller, acceptor, handlers
+        acceptor.start()
+
+    async def stop(self, grace: float = 5.0) -> None:
+        """Stop: refuse new calls, let those under way end within ``grace`` seconds, hang up.
+
+        Handlers that still run then are cancelled. Safe to call twice.
+        """
+        poller, acceptor, handlers = self._poller, self._acceptor, self._handlers
+        if poller is None or acceptor is None or handlers is None:
+            return
+        check_loop(poller.loop, "this server")
+        self._poller = self._acceptor = self._handlers = None
+        # The acceptor's thread may have a connection on its way into the loop.
+        await poller.loop.run_in_executor(None, acceptor.close)
+        poller.drain()
+        until = time.monotonic() + grace
+        await handlers.stop(grace)
+        while poller.stats()["outbox_bytes"] and time.monotonic() < until:
+            poller.schedule()
+            await asyncio.sleep(0.002)
+        for connection in list(poller.connections.values()):
+            for stream in list(connection.session.requests.values()):
+                stream.cancel()
+            connection.shutdown()
+            for run in connection.session.lost(errno.EPIPE):
+                run()
+        poller.connections.clear()
+        poller.close()
+        self.registry.bind(None)
+
+    async def serve(self) -> None:
+        """Start, and serve until cancelled, or until SIGTERM or SIGINT in the main thread."""
+        loop = asyncio.get_running_loop()
+        stopped = asyncio.Event()
+        handled = []
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(ValueError, RuntimeError, NotImplementedError):
+                loop.add_signal_handler(number, stopped.set)
+                handled.append(number)
+        try:
+            if self._poller is None:
+                await self.start()
+            await stopped.wait()
+        finally:
+            for number in handled:
+                loop.remove_signal_handler(number)
+            await self.stop()
+
+    async def __aenter__(self) -> Server:
+        if self._poller is None:
+            await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.stop()
+
+    def stats(self) -> dict[str, int]:
+        """Counters of the server; as ``shmrpc.Server.stats``."""
+        if self._poller is None or self._handlers is None:
+            return {}
+        return {**self._poller.stats(), "running": self._handlers.running}
+
+    def _describe(self, name: str) -> dict[str, Any] | None:
+        """What clients may ask of a method: ``shmrpc.describe``. None if there is none."""
+        method = self.registry.find(name)
+        if method is None:
+            return None
+        return {
+            "name": name,
+            "requests": method.requests,
+            "streams": method.generator,
+            "idempotent": method.idempotent,
+        }
+
+    # ---- what the acceptor and handlers need ----
+
+    def add_connection(self, agreement: handshake.Agreement) -> None:
+        """Serve a new connection from now on; called by the acceptor's thread."""
+        loop = self._loop
+        try:
+            if loop is None:
+                raise RuntimeError
+            loop.call_soon_threadsafe(self._add, agreement)
+        except RuntimeError:  # the loop is closed
+            agreement.close()
+
+    def _add(self, agreement: handshake.Agreement) -> None:
+        if self._poller is None:
+            agreement.close()
+        else:
+            self._poller.add(agreement, agreement.terms.address)
+
+    def caller_of(self, connection: Connection) -> Caller:
+        """What calls the client at the other end."""
+        if connection.caller is None:
+            connection.caller = Caller(connection)
+        caller: Caller = connection.caller
+        return caller
+
+    def shows_tracebacks(self, connection: Connection) -> bool:
+        """Whether this peer sees tracebacks."""
+        if self._show_tracebacks is not None:
+            return self._show_tracebacks
+        return connection.credentials.uid == os.geteuid()
