@@ -80,6 +80,39 @@ trip-8: cancelled
 """
 
 
+TCC = """\
+move-1: decided to confirm
+move-1: north has confirmed, and got 0
+move-1: south has confirmed, and got 100
+move-2: given up, Abort: north has less than 2000
+move-2: decided to cancel
+move-2: north has cancelled, and got 0
+move-2: south has cancelled, and got 0
+move-3: decided to confirm
+move-3: north has confirmed, and got 0
+move-3: south has confirmed, and got 100
+move-4: decided to confirm
+move-4: north has confirmed, and got 0
+move-4: south stays before it has confirmed
+move-4: south has confirmed, and got 100
+move-5: decided to confirm
+move-5: north has confirmed, and got 0
+move-5: south stays after it has confirmed
+move-5: south has confirmed, and got 0
+move-6: decided to cancel
+move-6: north has cancelled, and got 100
+move-6: south has cancelled, and got 0
+move-7: decided to confirm
+move-7: the coordinator stays after its decision
+move-7: north has confirmed, and got 0
+move-7: south has confirmed, and got 100
+move-8: north stays during Try
+move-8: decided to cancel
+move-8: north has cancelled, and got 0
+move-8: south has cancelled, and got 0
+move-8: given up, Abort: move-8 is over
+"""
+
 # Without a seed they take one at random, and print it.
 seeds = pytest.mark.parametrize("seed", [["1"], ["2"], []], ids=["seed 1", "seed 2", "any seed"])
 
@@ -93,7 +126,16 @@ def test_saga(directory, seed):
     assert 2 < int(last[1]) < int(last[2])
 
 
+@pytest.mark.slow
+@seeds
+def test_tcc(directory, seed):
+    lines = run(directory, "-m", "examples.tcc", *seed)
+    assert {line for line in lines if line.startswith("move-")} == set(TCC.splitlines())
+    last = re.fullmatch(r"The sums hold: (\d+) of (\d+) moves, \d+ in all\.", lines[-1])
+    assert 5 < int(last[1]) < int(last[2])
+
+
 def test_every_example_is_here():
     modules = {path.name for path in EXAMPLES.glob("*.py")}
     assert modules == {"__init__.py", "calculator.py", "support.py"}
-    assert {path.parent.name for path in EXAMPLES.glob("*/__main__.py")} == {"saga"}
+    assert {path.parent.name for path in EXAMPLES.glob("*/__main__.py")} == {"saga", "tcc"}
