@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     import shmrpc
 
-PATIENCE = 30.0  # seconds for what takes milliseconds, so that a busy machine changes no story
+PATIENCE = 30.0  # seconds for what takes milliseconds: a busy machine changes no story
 KILLS = 10
 
 
@@ -79,7 +79,11 @@ class Processes:
 
     def next_line(self) -> str:
         """Wait for the next line that any of them tells."""
-        return self._lines.get(timeout=PATIENCE)
+        try:
+            return self._lines.get(timeout=PATIENCE)
+        except queue.Empty:
+            msg = f"no process has told anything for {PATIENCE:g} s"
+            raise TimeoutError(msg) from None
 
     def until(self, text: str) -> None:
         """Wait for a line that has this text in it."""

@@ -106,8 +106,9 @@ move-7: decided to confirm
 move-7: the coordinator stays after its decision
 move-7: north has confirmed, and got 0
 move-7: south has confirmed, and got 100
-move-8: south stays during Try
+move-8: north stays during Try
 move-8: decided to cancel
+move-8: north has cancelled, and got 0
 move-8: south has cancelled, and got 0
 move-8: given up, Abort: move-8 is over
 """

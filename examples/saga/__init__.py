@@ -9,7 +9,7 @@ anybody at any moment (SEED says which), and checks in the end that nothing was 
 
 A call may end because its service died. ``ConnectionLost.outcome`` says what to do then:
 
-    not_sent, not_started   the step has not run: ask again
+    not_sent, not_started   the step has not run: ask again (what connect(retries=...) does too)
     unknown                 it may have run: give up, and cancel it with the others
 
 So a service has to stand (service.py) a cancellation of what never happened, one that comes twice,

@@ -17,6 +17,6 @@ has made: so nobody has to find a bank, and one that comes back is known by its 
 
 The decision is in the coordinator's log before anybody hears of it; from there phase two is
 repeated until each bank has answered. A transaction that is found undecided there after the
-coordinator was killed is rolled back. The story kills (-9) a bank and the coordinator between Try
+coordinator was killed is cancelled. The story kills (-9) a bank and the coordinator between Try
 and Confirm, and then anybody at any moment (SEED says which), and checks that the sums hold.
 """

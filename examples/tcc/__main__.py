@@ -55,7 +55,6 @@ class Story:
 
     def scenes(self) -> None:
         """One transfer for each thing that can go wrong."""
-        until = self._processes.until
         self._scene("All goes well.")
         self._move("move-1", 100)
 
@@ -64,14 +63,14 @@ class Story:
 
         self._scene("The south dies between Try and Confirm.")
         self._move("move-3", 100, meanwhile=lambda: self._processes.kill("south"))
-        until("move-3: north has confirmed")
+        self._processes.until("move-3: north has confirmed")
         self._processes.start("south")
 
         for xid, when in (("move-4", "before"), ("move-5", "after")):
             self._scene(f"The south dies {when} it has confirmed, and is told again.")
             self._processes.start("south", f"{when} it has confirmed")
             self._move(xid, 100)
-            until("south stays")
+            self._processes.until("south stays")
             self._processes.restart("south")
 
         self._scene("The coordinator dies between Try and its decision.")
@@ -79,11 +78,11 @@ class Story:
 
         for xid, point in (("move-7", "after its decision"), ("move-8", "during Try")):
             self._scene(f"The coordinator dies {point}.")
-            for name in ("coordinator", "south"):  # one of them knows that point
+            for name in ("coordinator", "north"):  # one of them knows that point
                 self._processes.start(name, point)
             with ThreadPoolExecutor() as customer:
                 move = customer.submit(self._move, xid, 100)
-                until("stays")
+                self._processes.until("stays")
                 self._processes.restart("coordinator")
                 move.result(PATIENCE)
 
