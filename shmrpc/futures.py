@@ -63,7 +63,6 @@ class CallFuture(Future[Any]):
         self._channel = channel
         self._connection = connection
         self._metadata = b""
-        self._observers: list[Callable[[BaseException | None], None]] = []
 
     # ---- for the channel ----
 
@@ -77,16 +76,15 @@ class CallFuture(Future[Any]):
 
     def observe(self, fn: Callable[[BaseException | None], None]) -> None:
         """Call this when it is finished, with its error, without reading in the background."""
-        self._observers.append(fn)
+        # The base class's callback: ours would start a reader. It is called at once if another
+        # thread has taken the reply already.
+        super().add_done_callback(
+            lambda _: fn(CancelledError() if self.cancelled() else self.exception(0))
+        )
 
     def reply_metadata(self) -> tuple[dict[str, str | bytes], dict[str, str | bytes]]:
         """Trailing and initial metadata, as far as they have come."""
         return unpack_reply_metadata(self._metadata)
-
-    def _ended(self, error: BaseException | None) -> None:
-        for observer in self._observers:
-            observer(error)
-        self.threads.wake()
 
     # ---- as any Future ----
 
@@ -112,7 +110,7 @@ class CallFuture(Future[Any]):
             return False
         self.set_running_or_notify_cancel()
         self._forget()
-        self._ended(CancelledError())
+        self.threads.wake()
         return True
 
     def add_done_callback(self, fn: Callable[[Future[Any]], object]) -> None:
@@ -171,7 +169,7 @@ class CallFuture(Future[Any]):
                 self.set_exception(error)
             else:
                 self.set_result(result)
-            self._ended(error)
+            self.threads.wake()
 
     def expire(self) -> None:
         """Its deadline has passed, or nobody can read any more."""
