@@ -162,7 +162,14 @@ def short_directory():
 
 
 def shm_names():
-    return set(glob.glob("/dev/shm/shmrpc-*"))
+    """Names in /dev/shm that are ours or nobody's: other tests may run beside us."""
+    ours = {os.getpid(), *children()}
+
+    def is_foreign(name):
+        pid = int(name.split("-")[2])
+        return pid not in ours and psutil.pid_exists(pid)
+
+    return {name for name in glob.glob("/dev/shm/shmrpc-*") if not is_foreign(name)}
 
 
 def descriptors():
