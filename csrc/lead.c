@@ -553,6 +553,7 @@ int64_t poller_lead(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
     struct lead lead = {0};
     int64_t result = 0;
 
+    poller->caller_leads = slot->goal != GOAL_REQUEST;
     if (!slot->alone)
         keep_looking(poller); /* what it waits for may be there already, each time */
     do {

@@ -152,6 +152,7 @@ struct shmrpc_poller {
     uint64_t coarse_ns;        /* leader: the coarse clock in keep_looking */
     uint64_t bells;            /* leader: rung since they were counted last */
     bool served_last;          /* leader: the last caller that led was asked to serve */
+    bool caller_leads;         /* leader: it waits for more than requests */
     struct counters counters;
 };
 

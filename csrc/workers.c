@@ -48,11 +48,27 @@ void workers_answer(struct shmrpc_poller *poller, struct conn *conn, uint64_t ca
     poller_send(poller, conn, &message, &position);
 }
 
+static bool over_limits(const struct conn *conn, uint64_t queued_max)
+{
+    return load_relaxed(&conn->queued) >= queued_max ||
+           load_relaxed(&conn->outbox_bytes) > OUTBOX_MAX;
+}
+
 bool workers_full(const struct shmrpc_poller *poller, const struct conn *conn)
 {
     if (poller->client)
         return false; /* a caller reads always, or two sides that only send would wait for ever */
-    return load_relaxed(&conn->queued) >= LAYOUT_QUEUED_MAX || load_relaxed(&conn->outbox_bytes) > OUTBOX_MAX;
+    /* So does a handler that waits for a reply: it may lie behind the requests that are too many.
+     * Those are queued, without a place in the segment's table, or refused. */
+    return over_limits(conn, poller->caller_leads ? UINT64_MAX : LAYOUT_QUEUED_MAX);
+}
+
+/* With the lock held: have the leader look at it again. */
+static void read_again(struct shmrpc_poller *poller, struct conn *conn)
+{
+    conn->resumed = true;
+    poller->resumes = true;
+    poller_kick(poller);
 }
 
 /* With the lock held: whether it may run or queue; STATUS_OK or why not. */
@@ -403,11 +419,8 @@ static bool start_queued(struct shmrpc_poller *poller, struct shmrpc_slot *slot,
         poller->queued--;
         poller->queued_bytes -=
             message->body_bytes + message->method_bytes + message->metadata_bytes;
-        if (workers_full(poller, conn)) {
-            conn->resumed = true;
-            poller->resumes = true;
-            poller_kick(poller);
-        }
+        if (over_limits(conn, LAYOUT_QUEUED_MAX))
+            read_again(poller, conn);
         unmark_queued(conn, stored->queued_index);
         slot_take(slot, stored);
         uint32_t status = STATUS_OK;
@@ -553,6 +566,8 @@ void workers_enter(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
     }
     if (slot->blocks != NULL || poller->client)
         find_runner_and_kick(poller); /* there is one more to run it, or that may */
+    if (!poller->client && slot->conn != NULL && over_limits(slot->conn, LAYOUT_QUEUED_MAX))
+        read_again(poller, slot->conn);
 }
 
 void workers_leave(struct shmrpc_poller *poller, struct shmrpc_slot *slot)

@@ -1,6 +1,7 @@
 /* test_roles.c - both sides call and serve: who leads while handlers wait for each other. */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -141,6 +142,16 @@ static void await_running(struct party *party, uint64_t count)
         sleep_us(50);
         shmrpc_poller_stats(party->poller, &stats);
     } while (stats.running != count);
+}
+
+static void await_queued(struct party *party, uint64_t count)
+{
+    shmrpc_stats stats;
+
+    do {
+        sleep_us(50);
+        shmrpc_poller_stats(party->poller, &stats);
+    } while (stats.queued < count);
 }
 
 /* Wait until there are so many worker threads, or fewer. */
@@ -323,6 +334,85 @@ TEST(requests_to_a_client_that_came_together_run_together)
             CHECK_EQUAL(end(&callers[i]), 0);
         duo_close(&duo);
     }
+}
+
+/* A reply is read also when it lies behind more requests than may queue. */
+static void reply_behind_requests(enum transport transport)
+{
+    enum { CALLS = 900 };
+    struct duo duo;
+    struct thread nester;
+    shmrpc_name name = name_of("echo");
+    uint64_t position;
+
+    harness_progress(HANG_SECONDS);
+    duo_open(&duo, transport, 1, 2);
+    party_serve(&duo.client, 2, 64);
+    duo.client.nest_blocks = true;
+    start(&nester, &duo.client, duo.client_conn, "nest", 1, 1);
+    party_await(&duo.client, &duo.client.blocked, 1); /* the server's handler waits for it */
+    struct thread blocker;
+    start(&blocker, &duo.client, duo.client_conn, "block", 0, 1);
+    party_await(&duo.server, &duo.server.blocked, 1); /* the one worker */
+    shmrpc_slot *slot = slot_of(&duo.client, duo.client_conn);
+    for (uint64_t i = 1; i <= CALLS; i++)
+        CHECK(shmrpc_send(slot, SHMRPC_REQUEST, 0, i << 16 | SHMRPC_PYTHON_INDEX, &name, 0, NULL, 0,
+                          "x", 1, 0, &position) >= 0);
+    await_queued(&duo.server, LAYOUT_QUEUED_MAX);
+    party_gate(&duo.client, true);
+    CHECK_EQUAL(end(&nester), 0);
+    party_gate(&duo.server, true);
+    CHECK_EQUAL(end(&blocker), 0);
+    while (duo.client.events[SHMRPC_REPLY] < CALLS)
+        CHECK(party_attend(&duo.client, shmrpc_wait_events(slot, -1)));
+    shmrpc_slot_free(slot);
+    duo_close(&duo);
+}
+
+TEST(reply_behind_more_requests_than_may_queue)
+{
+    for (int transport = 0; transport < TRANSPORTS; transport++)
+        reply_behind_requests((enum transport)transport);
+}
+
+/* Requests whose caller did not fetch its replies run when it does, also while a caller leads. */
+TEST(requests_that_waited_for_room)
+{
+    struct scene scene;
+    struct reader reader;
+    struct frame_header header;
+    int replies = 0;
+
+    scene_open(&scene, 2, 64);
+    read_start(&reader, &scene.server);
+    await_leader(&scene.server, reader.slot);
+    char *body = calloc(1, 2 << 20);
+    for (uint64_t i = 1; i <= 2; i++)
+        put(&scene.hand, SHMRPC_REQUEST, 0, i << 16, "block", NULL, 0);
+    for (uint64_t i = 3; i <= 6; i++)
+        put(&scene.hand, SHMRPC_REQUEST, 0, i << 16, "echo", "hello", 5);
+    hand_ring(&scene.hand);
+    party_await(&scene.server, &scene.server.blocked, 2);
+    await_queued(&scene.server, 4);
+    shmrpc_slot *slot = slot_of(&scene.server, scene.conn);
+    shmrpc_name name = name_of("echo");
+    uint64_t position;
+    CHECK_EQUAL(shmrpc_send(slot, SHMRPC_NOTIFY, 0, 0, &name, 0, NULL, 0, body, 2 << 20, 0,
+                            &position), 1);
+    party_gate(&scene.server, true); /* the others may not start */
+    await_running(&scene.server, 0);
+    await_queued(&scene.server, 4);
+    while (replies < 6) {
+        if (hand_receive(&scene.hand, &header, NULL, 0) == 0)
+            sleep_us(20);
+        else
+            replies += header.kind == SHMRPC_REPLY;
+    }
+    shmrpc_poke(reader.slot);
+    CHECK_EQUAL(read_end(&reader), 0);
+    shmrpc_slot_free(slot);
+    scene_close(&scene);
+    free(body);
 }
 
 /* Requests whose handlers wait count for max_concurrency: each of them has a thread. */
