@@ -114,7 +114,7 @@ class Client(Channel):
     ) -> None:
         """Connect; see ``connect`` for the parameters."""
         check_options(max_message_bytes, backing, wait, spin_budget)
-        check_timeout(timeout)
+        timeout = check_timeout(timeout)
         uids = frozenset(allow_uids)
         self._terms = [
             Terms(addresses.parse(text), max_message_bytes, backing=backing, allow_uids=uids)
@@ -201,9 +201,14 @@ class Client(Channel):
         """Make the next call on a new connection; those under way on this one go on."""
         with self._lock:
             if self._link is connection:
-                self._link = None
-                self._slots = []
+                self._unlink()
         connection.retire()
+
+    def _unlink(self) -> None:
+        """Have no connection (our lock is held)."""
+        self._link = None
+        self._slots = []
+        self.registry.bind(None)
 
     def _check_fork(self) -> None:
         if self._forked:
@@ -315,8 +320,8 @@ class Client(Channel):
             if self._closed:
                 return
             self._closed = True
-            link, self._link = self._link, None
-            self._slots = []
+            link = self._link
+            self._unlink()
         if link is None:
             return
         for call_id, pending in list(link.session.calls.items()):
