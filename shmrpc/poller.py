@@ -56,7 +56,7 @@ def check_timeout(timeout: Any) -> float:
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout >= 0:
         msg = f"timeout must be seconds from 0 on, not {timeout!r}"
         raise ValueError(msg)
-    return timeout
+    return min(timeout, _SECONDS_MAX)  # an int may be beyond any float
 
 
 def nanoseconds_until(deadline: float) -> int:
