@@ -26,6 +26,8 @@ _EPIPE, _EMSGSIZE = errno.EPIPE, errno.EMSGSIZE
 class Channel(Protocol):
     """The client, as far as its calls need it."""
 
+    @property
+    def closed(self) -> bool: ...
     def _remote_error(
         self, connection: Connection, method: str, status: int, body: bytes
     ) -> Error: ...
@@ -44,14 +46,6 @@ class Receiver:
         self._call_id = call_id
         self._flags = flags
         self._items: Iterator[Any] = iter(())
-
-    def __iter__(self) -> Receiver:
-        return self
-
-    def __next__(self) -> Any:
-        for item in self._items:
-            return item
-        return self._next_run(FOREVER)
 
     def next_until(self, deadline: float) -> Any:
         """The next item; StopIteration at the end, ``TimeoutError`` at the deadline."""
@@ -101,13 +95,20 @@ class Requests:
     """The caller's messages, as a handler with ``requests=True`` gets them.
 
     Iterating waits for the next one and ends when the caller sends no more. Raises ``Cancelled``
-    when the caller has given up or is gone, which ends the handler unless it catches that.
+    when the caller has given up or is gone, or the call's deadline has passed, which ends the
+    handler unless it catches that.
     """
 
     def __init__(
-        self, connection: Connection, stream: Stream, waiters: Waiters, call_id: int
+        self,
+        connection: Connection,
+        stream: Stream,
+        waiters: Waiters,
+        call_id: int,
+        deadline: float,
     ) -> None:
         self._receiver = Receiver(connection, stream, waiters, call_id, 0)
+        self._deadline = deadline  # time.monotonic() seconds, or infinity
 
     def __iter__(self) -> Requests:
         if self._receiver.exhausted:
@@ -118,7 +119,7 @@ class Requests:
     def __next__(self) -> Any:
         receiver = self._receiver
         try:
-            return receiver.__next__()
+            return receiver.next_until(self._deadline)
         except StopIteration:
             stream = receiver.stream
             if stream.overrun:
@@ -129,7 +130,9 @@ class Requests:
                 raise Cancelled(msg) from None
             raise
         except TimeoutError:
-            msg = "the server is stopping"
+            receiver.stream.cancelled = True  # and nobody waits for its reply
+            late = time.monotonic() >= self._deadline
+            msg = "the deadline of the call has passed" if late else "this side is stopping"
             raise Cancelled(msg) from None
 
 
@@ -441,7 +444,11 @@ class Call:
                     self._connection, self.method, status, body
                 )
         elif self._error is None and stream.lost_error:
-            self._error = self._connection.lost(stream.lost_error, stream.outcome, self.method)
+            if self._channel.closed:
+                msg = f"{self.method!r} on {self._connection.peer}: the client was closed meanwhile"
+                self._error = Cancelled(msg)
+            else:
+                self._error = self._connection.lost(stream.lost_error, stream.outcome, self.method)
         self._closed = True
         self._ended(self._error)
         return self._error

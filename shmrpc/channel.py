@@ -70,6 +70,11 @@ class Channel:
         self._slots: list[Slot] = []
         self._closed = False
 
+    @property
+    def closed(self) -> bool:
+        """Whether its owner has hung up."""
+        return self._closed
+
     # ---- what differs ----
 
     def _connection(self, deadline: float, /) -> Connection:
@@ -90,6 +95,9 @@ class Channel:
         try:
             return self._slots.pop()
         except IndexError:
+            inherited_ns = lib.shmrpc_inherited_deadline()
+            if inherited_ns:  # connecting is part of the call that the handler makes
+                deadline = min(deadline, inherited_ns / 1e9)
             return Slot(self._connection(deadline))
 
     def _name(self, method: Any) -> Any:
