@@ -12,6 +12,8 @@ import sys
 import threading
 import time
 
+from duplex import add_duplex
+
 import shmrpc
 
 
@@ -355,6 +357,7 @@ def main():
     server = shmrpc.Server(*setup["addresses"], **options)
     add_values(server)
     add_state(server)
+    add_duplex(server)
     try:
         server.start()
     except shmrpc.ConnectError as error:
