@@ -621,7 +621,7 @@ int64_t poller_poll(struct shmrpc_poller *poller, struct shmrpc_slot *slot, uint
 {
     int64_t result = -EAGAIN;
 
-    if (poller->hot_count == 0) { /* woken through epoll */
+    if (poller->hot_rings == 0) { /* woken through epoll, or sockets, which nobody else looks at */
         look(poller, 0);
         poller->looked_ns = clock_now_ns();
         if (poller->armed_ns != 0)
