@@ -483,6 +483,13 @@ void workers_wake_all(struct shmrpc_poller *poller)
         slot_wake(poller->standby, SLOT_WAITING);
 }
 
+static void drop_reply_metadata(struct shmrpc_slot *slot)
+{
+    free(slot->reply_metadata);
+    slot->reply_metadata = NULL;
+    slot->reply_metadata_bytes = 0;
+}
+
 /* With the lock held: the slot's request is over. */
 static void finish_request(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
 {
@@ -498,9 +505,7 @@ static void finish_request(struct shmrpc_poller *poller, struct shmrpc_slot *slo
     slot->conn = NULL;
     if (serving == slot)
         serving = slot->serves;
-    free(slot->reply_metadata);
-    slot->reply_metadata = NULL;
-    slot->reply_metadata_bytes = 0;
+    drop_reply_metadata(slot);
 }
 
 void workers_forget(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
@@ -667,8 +672,9 @@ uint64_t shmrpc_inherited_deadline(void)
 
 int shmrpc_reply_metadata(shmrpc_slot *slot, const char *metadata, size_t metadata_bytes)
 {
+    if (!slot->running || slot->replied)
+        return 0; /* or it would go with the next one */
     uint8_t *copy = malloc(metadata_bytes + 1);
-
     if (copy == NULL)
         return -ENOMEM;
     memcpy(copy, metadata, metadata_bytes);
@@ -693,6 +699,10 @@ int shmrpc_reply(shmrpc_slot *slot, uint32_t status, const char *body, size_t bo
     if (!slot->running || slot->replied)
         return 0;
     int result = poller_send(slot->poller, slot->conn, &message, &position);
+    if (result == -EMSGSIZE && status != STATUS_OK && slot->reply_metadata_bytes != 0) {
+        drop_reply_metadata(slot);
+        return shmrpc_reply(slot, status, body, body_bytes);
+    }
     slot->replied = result != -EMSGSIZE && result != -ENOMEM;
     return result < 0 ? result : 0;
 }
