@@ -202,6 +202,12 @@ static bool may_spawn(const struct shmrpc_poller *poller)
     return poller->worker_threads <= poller->workers + poller->blocked;
 }
 
+/* With the lock held: whether one of them may end, because there was more to do once. */
+static bool has_surplus(const struct shmrpc_poller *poller)
+{
+    return poller->worker_threads > poller->workers + poller->blocked + 1;
+}
+
 /* With the lock held: whether a client's worker leaves requests to the threads that wait for
  * replies: one of them leads, or is about to. */
 static bool left_to_callers(const struct shmrpc_poller *poller)
@@ -572,6 +578,8 @@ static int64_t find_work(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
                 callers_inherit(poller, slot);
             return SHMRPC_STOPPED;
         }
+        if (has_surplus(poller))
+            wake_idle(poller); /* who sees the same, and ends */
         if ((!left_to_callers(poller) || poller->leader == slot) &&
             start_queued(poller, slot, poller->workers)) {
             if (poller->leader == slot)
@@ -596,8 +604,10 @@ static int64_t find_work(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
                 return SHMRPC_SPAWN;
             }
             wake_idle(poller);
-        } else if (poller->worker_threads > poller->workers + poller->blocked + 1) {
-            return SHMRPC_STOPPED; /* there were more to do when it was started */
+        } else if (has_surplus(poller)) {
+            poller->worker_threads--;
+            slot->has_thread = false;
+            return SHMRPC_STOPPED;
         } else {
             idle(poller, slot);
         }
