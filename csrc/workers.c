@@ -28,6 +28,7 @@ enum {
     TICK_NS = 1000000,
     OUTBOX_MAX = 1 << 20,    /* a peer that does not fetch its replies is not read any more */
     QUEUED_BYTES_MAX = 64 << 20,
+    SPARE_THREADS = 8,
 };
 
 /* The request that this thread serves, the innermost if one is served while another waits. */
@@ -202,10 +203,11 @@ static bool may_spawn(const struct shmrpc_poller *poller)
     return poller->worker_threads <= poller->workers + poller->blocked;
 }
 
-/* With the lock held: whether one of them may end, because there was more to do once. */
+/* With the lock held: whether one of them may end, because more handlers waited once. Some are kept:
+ * the next handler that waits is likely to need them again. */
 static bool has_surplus(const struct shmrpc_poller *poller)
 {
-    return poller->worker_threads > poller->workers + poller->blocked + 1;
+    return poller->worker_threads > poller->workers + poller->blocked + 1 + SPARE_THREADS;
 }
 
 /* With the lock held: whether a client's worker leaves requests to the threads that wait for
