@@ -210,6 +210,11 @@ static int finished(struct shmrpc_poller *poller, struct shmrpc_slot *slot, int6
     return 0;
 }
 
+static bool events_full(const struct shmrpc_poller *poller)
+{
+    return load_relaxed(&poller->event_count) >= EVENTS_MAX;
+}
+
 /* Take what a conn has, at most a batch. Returns how many messages, and stops at a request for
  * the slot. A negative number: the conn has ended. */
 static int poll_conn(struct shmrpc_poller *poller, struct shmrpc_slot *slot, struct conn *conn)
@@ -218,7 +223,7 @@ static int poll_conn(struct shmrpc_poller *poller, struct shmrpc_slot *slot, str
     int count = 0;
     int status = 0;
 
-    while (count < POLL_BATCH && !workers_full(poller, conn)) {
+    while (count < POLL_BATCH && !workers_full(poller, conn) && !events_full(poller)) {
         status = conn_receive(conn, &header, &poller->bells);
         if (status <= 0)
             break;
@@ -231,7 +236,7 @@ static int poll_conn(struct shmrpc_poller *poller, struct shmrpc_slot *slot, str
     }
     if (status >= 0)
         status = flush(poller, conn);
-    if (status == 0 && conn->hung_up && count == 0)
+    if (status == 0 && conn->hung_up && count == 0 && !events_full(poller))
         status = -EPIPE;
     if (status < 0) {
         fail_conn(poller, conn, -status);
@@ -258,7 +263,8 @@ static bool poll_hot(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
             continue;
         progress = true;
         conn->last_active_ns = poller->looked_ns;
-        if (slot->goal == GOAL_REQUEST && load_acquire32(&slot->state) == SLOT_DONE) {
+        bool done = slot->goal == GOAL_REQUEST && load_acquire32(&slot->state) == SLOT_DONE;
+        if (done || events_full(poller)) {
             poller->cursor = position + 1;
             break;
         }

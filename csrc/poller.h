@@ -194,6 +194,9 @@ uint64_t deadline_after(int64_t timeout_ns);
 
 /* ---- events.c ---- */
 
+/* So many may wait to be taken; then nothing is read, and senders wait in turn. */
+enum { EVENTS_MAX = 16384 };
+
 /* With the lock held: the message, whose payload is taken over, for Python. */
 int events_add(struct shmrpc_poller *poller, const struct conn *conn,
                const shmrpc_message *message, uint8_t *payload);

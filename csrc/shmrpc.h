@@ -238,7 +238,8 @@ int64_t shmrpc_next_queued(shmrpc_slot *slot);
 void shmrpc_finish(shmrpc_slot *slot);
 /* Absolute deadline of the request that this thread serves; 0 = none. */
 uint64_t shmrpc_inherited_deadline(void);
-/* Metadata that goes with the reply to the slot's request, whatever it will be. Copied. */
+/* Metadata that goes with the reply to the slot's request, whatever it will be; an error for which
+ * it leaves no room goes without. Copied. Nothing happens if there is no request, or a reply. */
 int shmrpc_reply_metadata(shmrpc_slot *slot, const char *metadata, size_t metadata_bytes);
 /* Reply OK to the slot's request, then shmrpc_next. -EMSGSIZE: not sent, reply otherwise. */
 int64_t shmrpc_reply_next(shmrpc_slot *slot, const char *body, size_t body_bytes);

@@ -28,6 +28,7 @@ enum {
     TICK_NS = 1000000,
     OUTBOX_MAX = 1 << 20,    /* a peer that does not fetch its replies is not read any more */
     QUEUED_BYTES_MAX = 64 << 20,
+    SPARE_THREADS = 8,
 };
 
 /* The request that this thread serves, the innermost if one is served while another waits. */
@@ -202,6 +203,13 @@ static void wake_idle(struct shmrpc_poller *poller)
 static bool may_spawn(const struct shmrpc_poller *poller)
 {
     return poller->worker_threads <= poller->workers + poller->blocked;
+}
+
+/* With the lock held: whether one of them may end, because more handlers waited once. Some are kept:
+ * the next handler that waits is likely to need them again. */
+static bool has_surplus(const struct shmrpc_poller *poller)
+{
+    return poller->worker_threads > poller->workers + poller->blocked + 1 + SPARE_THREADS;
 }
 
 /* With the lock held: whether a client's worker leaves requests to the threads that wait for
@@ -520,6 +528,13 @@ void workers_wake_all(struct shmrpc_poller *poller)
         slot_wake(poller->standby, SLOT_WAITING);
 }
 
+static void drop_reply_metadata(struct shmrpc_slot *slot)
+{
+    free(slot->reply_metadata);
+    slot->reply_metadata = NULL;
+    slot->reply_metadata_bytes = 0;
+}
+
 /* With the lock held: the slot's request is over. */
 static void finish_request(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
 {
@@ -536,9 +551,7 @@ static void finish_request(struct shmrpc_poller *poller, struct shmrpc_slot *slo
     slot->conn = NULL;
     if (serving == slot)
         serving = slot->serves;
-    free(slot->reply_metadata);
-    slot->reply_metadata = NULL;
-    slot->reply_metadata_bytes = 0;
+    drop_reply_metadata(slot);
 }
 
 void workers_forget(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
@@ -605,6 +618,8 @@ static int64_t find_work(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
                 callers_inherit(poller, slot);
             return SHMRPC_STOPPED;
         }
+        if (has_surplus(poller))
+            wake_idle(poller); /* who sees the same, and ends */
         if ((!left_to_callers(poller) || poller->leader == slot) &&
             start_queued(poller, slot, poller->workers)) {
             if (poller->leader == slot)
@@ -629,8 +644,10 @@ static int64_t find_work(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
                 return SHMRPC_SPAWN;
             }
             wake_idle(poller);
-        } else if (poller->worker_threads > poller->workers + poller->blocked + 1) {
-            return SHMRPC_STOPPED; /* there were more to do when it was started */
+        } else if (has_surplus(poller)) {
+            poller->worker_threads--;
+            slot->has_thread = false;
+            return SHMRPC_STOPPED;
         } else {
             idle(poller, slot);
         }
@@ -705,8 +722,9 @@ uint64_t shmrpc_inherited_deadline(void)
 
 int shmrpc_reply_metadata(shmrpc_slot *slot, const char *metadata, size_t metadata_bytes)
 {
+    if (!slot->running || slot->replied)
+        return 0; /* or it would go with the next one */
     uint8_t *copy = malloc(metadata_bytes + 1);
-
     if (copy == NULL)
         return -ENOMEM;
     memcpy(copy, metadata, metadata_bytes);
@@ -731,6 +749,10 @@ int shmrpc_reply(shmrpc_slot *slot, uint32_t status, const char *body, size_t bo
     if (!slot->running || slot->replied)
         return 0;
     int result = poller_send(slot->poller, slot->conn, &message, &position);
+    if (result == -EMSGSIZE && status != STATUS_OK && slot->reply_metadata_bytes != 0) {
+        drop_reply_metadata(slot);
+        return shmrpc_reply(slot, status, body, body_bytes);
+    }
     slot->replied = result != -EMSGSIZE && result != -ENOMEM;
     return result < 0 ? result : 0;
 }

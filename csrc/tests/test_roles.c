@@ -11,6 +11,7 @@
 #include "segment.h"
 
 static const int64_t MS = 1000000;
+enum { SPARE = 8 }; /* threads that are kept beyond those that are needed */
 
 /* A server and a client that are connected. */
 struct duo {
@@ -429,7 +430,7 @@ TEST(waiting_handlers_are_limited)
     hand_ring(&scene.hand);
     while (refused < CALLS - MOST)
         refused += take_frame(&scene.hand, SHMRPC_REPLY, NULL, 0).method_bytes == 8;
-    await_threads(&scene.server, 2 + MOST + 1);
+    await_threads(&scene.server, 2 + MOST + 1 + SPARE);
     shmrpc_conn_shutdown(scene.server.poller, scene.conn);
     scene_close(&scene);
 }
@@ -482,6 +483,51 @@ TEST(nesting_leaves_the_workers_to_others)
     duo_close(&duo);
 }
 
+static uint32_t field(struct party *party, const uint32_t *field)
+{
+    pthread_mutex_lock(&party->lock);
+    uint32_t value = *field;
+    pthread_mutex_unlock(&party->lock);
+    return value;
+}
+
+/* A thread that waits for a reply takes the role from the worker that leads, and serves what comes:
+ * the fewest switches from thread to thread. */
+TEST(waiting_thread_serves)
+{
+    for (int transport = 0; transport < TRANSPORTS; transport++) {
+        struct duo duo;
+        struct thread waiter;
+        uint32_t calls = 0;
+
+        harness_progress(HANG_SECONDS);
+        duo_open(&duo, (enum transport)transport, 4, 2);
+        party_serve(&duo.client, 2, 64);
+        shmrpc_slot *slot = slot_of(&duo.server, duo.server_conn);
+        for (; calls < 10; calls++)
+            CHECK(echoes(&duo.server, slot, -1));
+        CHECK_EQUAL(field(&duo.client, &duo.client.served_inline), 0);
+        start(&waiter, &duo.client, duo.client_conn, "block", 0, 1);
+        party_await(&duo.server, &duo.server.blocked, 1);
+        while (field(&duo.client, &duo.client.served_inline) == 0) {
+            CHECK(echoes(&duo.server, slot, -1)); /* the role has not changed hands yet */
+            calls++;
+        }
+        uint32_t before = field(&duo.client, &duo.client.served) -
+                          field(&duo.client, &duo.client.served_inline);
+        for (int i = 0; i < 50; i++, calls++)
+            CHECK(echoes(&duo.server, slot, -1));
+        CHECK_EQUAL(field(&duo.client, &duo.client.served), calls);
+        CHECK_EQUAL(field(&duo.client, &duo.client.served) -
+                        field(&duo.client, &duo.client.served_inline),
+                    before);
+        party_gate(&duo.server, true);
+        CHECK_EQUAL(end(&waiter), 0);
+        shmrpc_slot_free(slot);
+        duo_close(&duo);
+    }
+}
+
 /* A handler that forgets its caller does not keep it waiting. */
 TEST(request_that_ends_without_a_reply)
 {
@@ -501,7 +547,6 @@ TEST(request_that_ends_without_a_reply)
         CHECK_EQUAL(result, SHMRPC_MESSAGE);
         CHECK_EQUAL(shmrpc_slot_message(slot)->status, 1);
         CHECK_EQUAL(shmrpc_slot_message(slot)->body_bytes, 0);
-        CHECK_EQUAL(duo.client.served_inline, serves);
         party_gate(&duo.server, true);
         if (serves)
             CHECK_EQUAL(end(&waiter), 0);
@@ -622,6 +667,76 @@ TEST(conn_ends_with_requests_that_wait)
     shmrpc_poller_stats(solo.client.poller, &stats);
     CHECK_EQUAL(stats.queued, 0);
     solo_close(&solo);
+}
+
+/* ---- threads, and nothing to do ---- */
+
+static int64_t idle_cpu(void)
+{
+    int64_t before = cpu_ns();
+    sleep_us(200000);
+    return cpu_ns() - before;
+}
+
+/* Nobody is awake when there is nothing to do: not while handlers wait for each other, nor when
+ * callers have led and left, nor after the threads were many. */
+TEST(idle_uses_no_cpu)
+{
+    for (int transport = 0; transport < TRANSPORTS; transport++) {
+        struct duo duo;
+        struct thread callers[6], nester;
+
+        harness_progress(HANG_SECONDS);
+        duo_open(&duo, (enum transport)transport, 2, 0);
+        party_serve(&duo.client, 2, 64);
+        sleep_us(20000);
+        CHECK(idle_cpu() < 10 * MS); /* nobody has called */
+        for (int i = 0; i < 6; i++)
+            start(&callers[i], &duo.client, duo.client_conn, "nest", 6, 5);
+        for (int i = 0; i < 6; i++)
+            CHECK_EQUAL(end(&callers[i]), 0);
+        sleep_us(20000);
+        CHECK(idle_cpu() < 10 * MS); /* they have come and gone */
+        duo.client.nest_blocks = true;
+        start(&nester, &duo.client, duo.client_conn, "nest", 5, 1);
+        party_await(&duo.client, &duo.client.blocked, 1);
+        sleep_us(20000);
+        CHECK(idle_cpu() < 10 * MS); /* all wait for one */
+        party_gate(&duo.client, true);
+        CHECK_EQUAL(end(&nester), 0);
+        duo_close(&duo);
+    }
+}
+
+/* Threads that were started because others waited end when those have come back. */
+TEST(surplus_threads_end)
+{
+    enum { CALLERS = 24, WORKERS = 2 };
+    struct scene scene;
+    const uint32_t depth = 1;
+    struct frame_header header;
+    uint64_t asked[CALLERS];
+
+    scene_open(&scene, WORKERS, 64);
+    for (uint64_t i = 1; i <= CALLERS; i++)
+        put(&scene.hand, SHMRPC_REQUEST, 0, i << 16, "nest", &depth, sizeof depth);
+    hand_ring(&scene.hand);
+    for (int i = 0; i < CALLERS; i++)
+        asked[i] = take_frame(&scene.hand, SHMRPC_REQUEST, NULL, 0).call_id;
+    await_running(&scene.server, CALLERS); /* a thread each, which waits for us */
+    for (int i = 0; i < CALLERS; i++) {
+        const uint32_t none = 0;
+        header = (struct frame_header){.kind = SHMRPC_REPLY, .call_id = asked[i],
+                                       .length = sizeof none, .total_bytes = sizeof none};
+        CHECK_EQUAL(hand_send(&scene.hand, &header, &none), 0);
+    }
+    for (int i = 0; i < CALLERS; i++)
+        CHECK_EQUAL(take_frame(&scene.hand, SHMRPC_REPLY, NULL, 0).method_bytes, 0);
+    await_threads(&scene.server, WORKERS + 1 + SPARE);
+    put(&scene.hand, SHMRPC_REQUEST, 0, 99 << 16, "echo", "hello", 5); /* and it goes on */
+    hand_ring(&scene.hand);
+    CHECK_EQUAL(take_frame(&scene.hand, SHMRPC_REPLY, NULL, 0).call_id, 99 << 16);
+    scene_close(&scene);
 }
 
 /* ---- the end ---- */
