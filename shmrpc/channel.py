@@ -428,12 +428,8 @@ class Channel:
             position,
         )
         pending.position = position[0]
-        if status > 0:  # the ring is full: wait for room here, and read meanwhile
-            status = lib.shmrpc_flush(slot.c, nanoseconds_until(deadline))
-            while status in _GOES_ON:
-                slot.connection.poller.attend(status)
-                status = lib.shmrpc_wait(slot.c)
-        return status
+        # If the ring is full wait for room here, and read meanwhile.
+        return slot.connection.flush(slot, deadline) if status > 0 else status
 
     # ---- views ----
 

@@ -12,6 +12,8 @@ import sys
 import threading
 import time
 
+from streaming import add_streams
+
 import shmrpc
 
 
@@ -355,6 +357,7 @@ def main():
     server = shmrpc.Server(*setup["addresses"], **options)
     add_values(server)
     add_state(server)
+    add_streams(server)
     try:
         server.start()
     except shmrpc.ConnectError as error:
