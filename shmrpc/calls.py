@@ -6,10 +6,18 @@ import errno
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ._native import lib
-from .errors import Cancelled, DeadlineExceeded, Error, MessageTooLarge, ProtocolError
+from .errors import (
+    Cancelled,
+    ConnectionLost,
+    DeadlineExceeded,
+    Error,
+    ForkedError,
+    MessageTooLarge,
+    ProtocolError,
+)
 from .metadata import unpack_metadata, unpack_reply_metadata
 from .poller import FOREVER, Connection, Waiters, check_timeout
 from .session import Stream
@@ -17,20 +25,30 @@ from .session import Stream
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from types import TracebackType
+    from typing import NoReturn
+
+    from .poller import Slot
 
 __all__ = ["Call", "Receiver", "Requests"]
 
-_EPIPE, _EMSGSIZE = errno.EPIPE, errno.EMSGSIZE
+_EPIPE, _EMSGSIZE, _ETIMEDOUT = errno.EPIPE, errno.EMSGSIZE, errno.ETIMEDOUT
 
 
 class Channel(Protocol):
     """The client, as far as its calls need it."""
 
-    @property
-    def closed(self) -> bool: ...
+    _closed: bool
+
     def _remote_error(
         self, connection: Connection, method: str, status: int, body: bytes
     ) -> Error: ...
+
+
+class _Late(Exception):
+    """The deadline has passed, or nobody can read any more.
+
+    No TimeoutError: that is what a signal's handler may raise while we wait.
+    """
 
 
 class Receiver:
@@ -48,25 +66,32 @@ class Receiver:
         self._items: Iterator[Any] = iter(())
 
     def next_until(self, deadline: float) -> Any:
-        """The next item; StopIteration at the end, ``TimeoutError`` at the deadline."""
+        """The next item; StopIteration at the end, ``_Late``, ``ProtocolError``."""
         for item in self._items:
             return item
         return self._next_run(deadline)
+
+    def clear(self) -> None:
+        """Drop what was not taken."""
+        self._items = iter(())
+        self.stream.runs.clear()
 
     def pending(self) -> bool:
         """Whether an item has come that was not taken."""
         return bool(self.stream.runs)
 
     def ready(self) -> bool:
-        """Whether ``__next__`` would not wait."""
+        """Whether ``next_until`` would not wait."""
         return bool(self.stream.runs) or self.stream.ended or self.stream.overrun
 
     def _next_run(self, deadline: float) -> Any:
         stream = self.stream
-        if not self.ready() and not self.connection.poller.wait_until(
-            self.connection, self.waiters, self.ready, deadline
-        ):
-            raise TimeoutError
+        if not self.ready():
+            poller = self.connection.poller
+            if not poller.wait_until(self.connection, self.waiters, self.ready, deadline):
+                raise _Late
+        elif not stream.ended and time.monotonic() >= deadline:
+            raise _Late  # or a peer that is fast enough would never be late
         if stream.cancelled and not stream.lost_error:
             stream.runs.clear()
         try:
@@ -83,32 +108,30 @@ class Receiver:
         self._items = self._decode(data, ends)
         return next(self._items)
 
-    def _decode(self, data: bytes, ends: Any) -> Iterator[Any]:
+    def _decode(self, data: bytes, ends: Sequence[int]) -> Iterator[Any]:
         decode = self.connection.codec.decode
-        if len(ends) == 1:
-            return iter((decode(data),))
         starts = (0, *ends[:-1])
-        return iter([decode(data[start:end]) for start, end in zip(starts, ends)])  # noqa: B905
+        try:
+            return iter([decode(data[start:end]) for start, end in zip(starts, ends)])  # noqa: B905
+        except (ValueError, TypeError) as error:
+            msg = f"{self.connection.peer} sent a message in a stream that is none: {error}"
+            raise ProtocolError(msg) from error
 
 
 class Requests:
     """The caller's messages, as a handler with ``requests=True`` gets them.
 
     Iterating waits for the next one and ends when the caller sends no more. Raises ``Cancelled``
-    when the caller has given up or is gone, or the call's deadline has passed, which ends the
-    handler unless it catches that.
+    when the caller has given up, is gone, or its deadline has passed, which ends the handler unless
+    it catches that; ``ProtocolError`` for what is no message.
     """
 
     def __init__(
-        self,
-        connection: Connection,
-        stream: Stream,
-        waiters: Waiters,
-        call_id: int,
-        deadline: float,
+        self, connection: Connection, stream: Stream, call_id: int, deadline: float
     ) -> None:
+        waiters = cast("Waiters", stream.waiters)
         self._receiver = Receiver(connection, stream, waiters, call_id, 0)
-        self._deadline = deadline  # time.monotonic() seconds, or infinity
+        self._deadline = deadline
 
     def __iter__(self) -> Requests:
         if self._receiver.exhausted:
@@ -118,22 +141,29 @@ class Requests:
 
     def __next__(self) -> Any:
         receiver = self._receiver
+        stream = receiver.stream
+        if stream.cancelled and not stream.lost_error:
+            receiver.clear()
         try:
             return receiver.next_until(self._deadline)
         except StopIteration:
-            stream = receiver.stream
             if stream.overrun:
-                msg = "the caller sent more than it had credit for"
+                msg = f"{receiver.connection.peer} sent more than it had credit for"
                 raise ProtocolError(msg) from None
             if stream.cancelled:
-                msg = f"{receiver.connection.peer} does not wait for this call any more"
-                raise Cancelled(msg) from None
+                raise self._unwanted() from None
             raise
-        except TimeoutError:
-            receiver.stream.cancelled = True  # and nobody waits for its reply
-            late = time.monotonic() >= self._deadline
-            msg = "the deadline of the call has passed" if late else "this side is stopping"
-            raise Cancelled(msg) from None
+        except ConnectionLost:
+            raise self._unwanted() from None
+        except _Late:
+            if time.monotonic() < self._deadline:
+                msg = "the server is stopping"
+                raise Cancelled(msg) from None
+            stream.cancelled = True
+            raise self._unwanted() from None
+
+    def _unwanted(self) -> Cancelled:
+        return Cancelled(f"{self._receiver.connection.peer} does not wait for this call any more")
 
 
 class Call:
@@ -166,8 +196,9 @@ class Call:
         self._streams = streams  # by client.stream(): it has nothing to send
         self._sends = not streams
         self._send_lock = threading.Lock()
-        self._error: Exception | None = None
-        self._closed = False
+        self._closed = False  # given up by this side
+        self._error: Exception | None = None  # why; None: it was closed
+        self._failure: Exception | None = None  # how it ended by itself
         self._observers: list[Callable[[BaseException | None], None]] = []
 
     # ---- the beginning, for the channel ----
@@ -216,64 +247,86 @@ class Call:
     def send(self, item: Any) -> None:
         """Send one message. Waits while the handler is behind by a window of messages.
 
-        The item is copied. Raises the error that ended the call if it has ended, ``Error`` after
-        ``close_send``, TypeError or ValueError for what can't be sent, ``DeadlineExceeded``.
+        The item is copied, and has left this process on return. Raises the error that ended the
+        call if it has ended, ``Error`` after ``close_send`` and where the handler takes no more,
+        TypeError or ValueError for what can't be sent, ``MessageTooLarge``, ``DeadlineExceeded``.
         """
+        self._check_fork()
         with self._send_lock:
-            stream = self._stream
-            if not self._sends or stream.ended or self._closed:
-                self._refuse_send()
-            if not stream.may_send():
-                self._wait(self._may_go_on_sending)
-                if stream.ended or self._closed:
-                    self._refuse_send()
+            self._check_sending()
             slot = self._connection.slot()
-            try:
-                body = slot.pack(item)
-            except Exception as error:
-                slot.pack = self._connection.codec.encoder()
-                self._connection.slots.append(slot)
-                kind = type(item).__qualname__
-                msg = f"a message for {self.method!r} can't be sent: {error} (of type {kind})"
-                raise (TypeError if isinstance(error, TypeError) else ValueError)(msg) from error
+            body = self._pack(slot, item)
             size = len(body)
+            stream = self._stream
+            if not stream.may_send():
+                self._wait(lambda: stream.may_send() or stream.ended)
+                self._check_sending()
+            stream.sent(size)
             status = lib.shmrpc_send_item(slot.c, lib.SHMRPC_FLAG_CALLER, self._call_id, body, size)
+            if status > 0:
+                # Nobody but this thread may be there to see to the rest.
+                status = self._guard(lambda: self._connection.flush(slot, self.deadline))
             self._connection.slots.append(slot)
-            if status >= 0:
-                stream.sent(size)
+            if status == 0:
                 return
-        if status == -_EMSGSIZE:
-            msg = (
-                f"a message for {self.method!r} is longer than {self._connection.peer} accepts "
-                f"(max_message_bytes={self._connection.max_request_bytes})"
-            )
-            raise MessageTooLarge(msg)
-        self._wait(lambda: self._stream.over)  # the connection has ended: learn how
+            if status == -errno.ENOMEM:
+                stream.not_sent(size)
+                msg = f"no memory to send a message for {self.method!r}"
+                raise MemoryError(msg)
+            if status == -_EMSGSIZE:
+                stream.not_sent(size)
+                peer, limit = self._connection.peer, self._connection.max_request_bytes
+                msg = f"a message for {self.method!r} is longer than {peer} accepts"
+                raise MessageTooLarge(f"{msg} (max_message_bytes={limit})")
+        if status == -_ETIMEDOUT:
+            raise self._late()
+        self._wait(lambda: stream.over)  # the connection has ended: learn how
         self._refuse_send()
 
-    def _may_go_on_sending(self) -> bool:
-        return self._stream.may_send() or self._stream.ended or self._closed
+    def _pack(self, slot: Slot, item: Any) -> bytes:
+        try:
+            return slot.pack(item)
+        except Exception as error:
+            slot.pack = self._connection.codec.encoder()  # the old one may hold half a message
+            self._connection.slots.append(slot)
+            kind = type(item).__qualname__
+            msg = f"a message for {self.method!r} can't be sent: {error} (of type {kind})"
+            raise (TypeError if isinstance(error, TypeError) else ValueError)(msg) from error
 
-    def _refuse_send(self) -> None:
+    def _check_sending(self) -> None:
+        if not self._sends or self._stream.ended or self._closed:
+            self._refuse_send()
+
+    def _refuse_send(self) -> NoReturn:
         error = self._outcome() if self._stream.over else self._error
         if error is not None:
             raise error
-        if not self._sends:
+        if self._streams:
+            msg = f"stream() sends no messages to {self.method!r}; use open()"
+        elif not self._sends:
             msg = f"{self.method!r} was told by close_send() that nothing more comes"
-            if self._streams:
-                msg = f"stream() sends no messages to {self.method!r}; use open()"
-            raise Error(msg)
-        msg = f"the call of {self.method!r} is over, its handler takes no more messages"
+        elif self._closed:
+            msg = f"the call of {self.method!r} was closed"
+        else:
+            msg = f"the call of {self.method!r} is over, its handler takes no more messages"
         raise Error(msg)
 
     def close_send(self) -> None:
         """Tell the handler that no more messages come. Replies can still be received."""
-        with self._send_lock:
-            if not self._sends:
-                return
-            self._sends = False
-            if not self._stream.ended and not self._closed:
+        self._close_send(FOREVER)
+
+    def _close_send(self, until: float) -> None:
+        self._check_fork()
+        # Another thread may be sending, and wait for credit.
+        left = -1 if until == FOREVER else max(0.0, until - time.monotonic())
+        if not self._send_lock.acquire(timeout=left):
+            raise self._no_result_yet()
+        try:
+            if self._sends and not self._stream.ended and not self._closed:
                 self._connection.send_now(lib.SHMRPC_END, self._call_id)
+            self._sends = False
+        finally:
+            self._send_lock.release()
 
     # ---- receiving ----
 
@@ -289,12 +342,13 @@ class Call:
         return self._next()
 
     def _next(self) -> Any:
-        if self._closed and self._error is None:
+        self._check_fork()
+        if self._error is not None:
+            raise self._error
+        if self._closed:
             raise StopIteration
         try:
-            if self._error is not None:
-                raise self._error
-            return self._receiver.next_until(self.deadline)
+            return self._guard(lambda: self._receiver.next_until(self.deadline))
         except StopIteration:
             error = self._outcome()
             if error is not None:
@@ -307,14 +361,10 @@ class Call:
                 )
                 raise Error(msg) from None
             raise
-        except TimeoutError:
+        except _Late:
             raise self._late() from None
-        except (ValueError, TypeError) as error:
-            self.cancel()
-            msg = f"{self._connection.peer} sent an item of {self.method!r} that is none: {error}"
-            raise ProtocolError(msg) from error
-        except BaseException:  # Ctrl-C while waiting
-            self.cancel()
+        except ProtocolError as error:
+            self._give_up(error)
             raise
 
     def result(self, timeout: float | None = None) -> Any:
@@ -324,17 +374,21 @@ class Call:
         on. Raises what ``call`` would. For a method that streams its results, iterate instead.
         """
         until = FOREVER if timeout is None else time.monotonic() + check_timeout(timeout)
-        self.close_send()
+        self._close_send(until)
         if self._error is not None:
             raise self._error
-        self._wait(lambda: self._stream.over or self._receiver.pending(), until)
-        error = self._outcome() if self._stream.over else None
+        stream = self._stream
+        self._wait(lambda: stream.over or self._receiver.pending(), until)
+        error = self._outcome() if stream.over else None
         if error is not None:
             raise error
         if self._receiver.pending():
             msg = f"{self.method!r} streams its results: iterate over the call"
             raise Error(msg)
-        body = self._stream.reply[2] if self._stream.reply is not None else b""
+        if stream.reply is None:
+            msg = f"the call of {self.method!r} was closed before its result came"
+            raise Cancelled(msg)
+        body = stream.reply[2]
         if not body:
             return None
         try:
@@ -346,6 +400,7 @@ class Call:
 
     def done(self) -> bool:
         """Whether the call is over. Takes what has arrived into account."""
+        self._check_fork()
         if not self._stream.over and not self._closed:
             self._connection.poller.wait_until(
                 self._connection, self._waiters, lambda: self._stream.over, 0
@@ -356,6 +411,7 @@ class Call:
     def initial_metadata(self) -> dict[str, str | bytes]:
         """What the handler sent before its first reply. Waits until that is known."""
         stream = self._stream
+        self._check_fork()
         if self._error is None:
             self._wait(
                 lambda: stream.initial is not None or stream.received_messages != 0 or stream.over
@@ -383,39 +439,47 @@ class Call:
 
     def close(self) -> None:
         """Cancel the call unless it is over; iterating ends then."""
-        if not self._closed and not self._stream.over:
+        if self._stream.over:
+            self._outcome()
+        elif not self._closed:
             self._give_up(None)
         self._closed = True
+        self._receiver.clear()
 
     def _give_up(self, error: Exception | None) -> None:
         self._error = error
         self._closed = True
-        self._receiver._items = iter(())
-        self._stream.runs.clear()
         self._connection.session.calls.pop(self._call_id, None)
+        self._receiver.clear()
         self._stream.ended = True
         self._connection.send_now(lib.SHMRPC_CANCEL, self._call_id)
         self._waiters.wake()
         self._ended(error or Cancelled(f"the call of {self.method!r} was closed"))
 
-    def _wait(self, ready: Callable[[], bool], until: float = FOREVER) -> None:
-        """Wait; raises what ended the call if that keeps ``ready`` from coming true."""
+    def _guard(self, wait: Callable[[], Any]) -> Any:
+        """Wait, and cancel the call if that is interrupted (Ctrl-C)."""
         try:
-            if not ready() and not self._connection.poller.wait_until(
-                self._connection,
-                self._waiters,
-                lambda: ready() or self._closed,
-                min(self.deadline, until),
-            ):
-                if until < self.deadline and time.monotonic() >= until:
-                    msg = f"{self.method!r} has no result yet"
-                    raise TimeoutError(msg)
-                raise self._late()
-        except (TimeoutError, Error):
+            return wait()
+        except (StopIteration, _Late, Error):
             raise
-        except BaseException:  # Ctrl-C
+        except BaseException:
             self.cancel()
             raise
+
+    def _wait(self, ready: Callable[[], bool], until: float = FOREVER) -> None:
+        """Wait until ``ready()`` or the end; raises what this side has given the call up with."""
+
+        def ended() -> bool:
+            return ready() or self._closed
+
+        poller = self._connection.poller
+        limit = min(self.deadline, until)
+        if not ended() and not self._guard(
+            lambda: poller.wait_until(self._connection, self._waiters, ended, limit)
+        ):
+            if until < self.deadline and time.monotonic() >= until:
+                raise self._no_result_yet()
+            raise self._late()
         if self._error is not None:
             raise self._error
 
@@ -426,32 +490,43 @@ class Call:
         if time.monotonic() >= self.deadline:
             error = DeadlineExceeded(f"{self.method!r} on {peer} took longer than its timeout")
         else:
-            error = self._connection.lost(_EPIPE, lib.SHMRPC_UNKNOWN, self.method)
+            error = self._lost(_EPIPE, lib.SHMRPC_UNKNOWN)
         if not self._closed:
             self._give_up(error)
         return error
 
+    def _no_result_yet(self) -> TimeoutError:
+        return TimeoutError(f"{self.method!r} has no result yet")
+
+    def _lost(self, error: int, outcome: int) -> Exception:
+        if self._channel._closed:
+            peer = self._connection.peer
+            return Cancelled(f"{self.method!r} on {peer}: the client was closed meanwhile")
+        return self._connection.lost(error, outcome, self.method)
+
     def _outcome(self) -> Exception | None:
-        """How the call ended, once it has."""
+        """How the call ended, once it has. Items that came before may be left to receive."""
         stream = self._stream
-        if self._error is None and stream.overrun:
+        if stream.overrun and not self._closed:
             peer = self._connection.peer
             self._give_up(ProtocolError(f"{peer} sent more of {self.method!r} than it may"))
-        elif self._error is None and stream.reply is not None:
+        if self._error is not None:
+            return self._error
+        if self._failure is None and stream.reply is not None:
             status, _, body = stream.reply
             if status != 0:
-                self._error = self._channel._remote_error(
+                self._failure = self._channel._remote_error(
                     self._connection, self.method, status, body
                 )
-        elif self._error is None and stream.lost_error:
-            if self._channel.closed:
-                msg = f"{self.method!r} on {self._connection.peer}: the client was closed meanwhile"
-                self._error = Cancelled(msg)
-            else:
-                self._error = self._connection.lost(stream.lost_error, stream.outcome, self.method)
-        self._closed = True
-        self._ended(self._error)
-        return self._error
+        elif self._failure is None and stream.lost_error:
+            self._failure = self._lost(stream.lost_error, stream.outcome)
+        self._ended(self._failure)
+        return self._failure
+
+    def _check_fork(self) -> None:
+        if self._connection.poller.forked:
+            msg = f"this call of {self.method!r} was made before the fork, by the parent"
+            raise ForkedError(msg)
 
     def __enter__(self) -> Call:
         return self
@@ -465,8 +540,10 @@ class Call:
         self.close()
 
     def __del__(self) -> None:
-        if not sys.is_finalizing() and not self.__dict__.get("_closed", True):
-            self.close()
+        # Whatever locks this thread holds: only what takes none.
+        closed = self.__dict__.get("_closed", True)
+        if not sys.is_finalizing() and not closed and not self._stream.over:
+            self._give_up(None)
 
     def __repr__(self) -> str:
         state = "over" if self._closed or self._stream.over else "open"

@@ -440,10 +440,7 @@ class Channel:
             position,
         )
         if status > 0:  # the ring is full: wait for room here, and read meanwhile
-            status = lib.shmrpc_flush(slot.c, nanoseconds_until(deadline))
-            while status in _GOES_ON:
-                slot.connection.poller.attend(status)
-                status = lib.shmrpc_wait(slot.c)
+            status = slot.connection.flush(slot, deadline)
             if status in (_EPIPE, _EPROTO) and kind != lib.SHMRPC_NOTIFY:
                 return 0  # what became of it is told later: it may have run, its reply be here
         return status

@@ -49,6 +49,7 @@ _SECONDS_MAX = 9e9  # the core counts nanoseconds in 64 bits
 
 _EPROTO, _ETIMEDOUT = errno.EPROTO, errno.ETIMEDOUT
 _GO_ON = frozenset((-errno.EAGAIN, -errno.EINTR, 0))
+_FLUSHED = frozenset((0, -errno.EPIPE, -_EPROTO, -_ETIMEDOUT, lib.SHMRPC_STOPPED))
 
 
 def check_timeout(timeout: Any) -> float:
@@ -80,7 +81,9 @@ class Slot:
     def __init__(self, connection: Connection) -> None:
         slot = lib.shmrpc_slot_new(connection.poller.c, connection.conn_id)
         if slot == ffi.NULL:
-            if connection.closed:
+            # It may have ended so recently that nobody has told us yet.
+            status = lib.shmrpc_conn_status(connection.poller.c, connection.conn_id)
+            if connection.closed or status != 0:
                 raise connection.lost(errno.EPIPE, lib.SHMRPC_NOT_SENT, "a call")
             msg = "no memory for another waiting thread"
             raise ConnectError(msg)
@@ -245,9 +248,20 @@ class Connection:
         """The same from a slot of the pool, with nobody who would want to know if it failed."""
         if self.closed or self.poller.forked:
             return
-        slot = self.slot()
+        try:
+            slot = self.slot()
+        except Error:  # it has just ended
+            return
         self.send(slot, kind, call_id, body, flags=flags)
         self.slots.append(slot)
+
+    def flush(self, slot: Slot, deadline: float) -> int:
+        """Wait until what was sent has left this process, and read meanwhile; -errno otherwise."""
+        status: int = lib.shmrpc_flush(slot.c, nanoseconds_until(deadline))
+        while status not in _FLUSHED:
+            self.poller.attend(status)
+            status = lib.shmrpc_wait(slot.c)
+        return status
 
 
 class Waiters(list[Slot]):
@@ -285,6 +299,7 @@ class Poller:
         self.forked = False
         self.slots: weakref.WeakSet[Freed] = weakref.WeakSet()
         self.connections: dict[int, Connection] = {}
+        self._dropped = 0  # frames, by connections that have ended
         self.threads: list[threading.Thread] = []
         self._lock = threading.Lock()
         self._taker = ffi.gc(lib.shmrpc_slot_new(self.c, 0), lib.shmrpc_slot_free)
@@ -349,18 +364,17 @@ class Poller:
             self._take_cancel(connection, call_id, later)
         elif kind == lib.SHMRPC_END:
             stream = session.stream_of(call_id, from_caller=True)
-            if stream is not None:
-                stream.ended = True
-                stream.waiters.wake()
+            if stream is not None and not stream.end():
+                session.dropped += 1
         elif kind == lib.SHMRPC_INITIAL:
             stream = session.stream_of(call_id, from_caller=False)
-            if stream is not None and stream.initial is None:
-                stream.initial = metadata_of(message)
-                stream.waiters.wake()
+            if stream is not None and not stream.begin(metadata_of(message)):
+                session.dropped += 1
         elif kind == lib.SHMRPC_ROOM:
             self._take_room(connection)
         elif kind == lib.SHMRPC_CLOSED:
             self.connections.pop(connection.conn_id, None)
+            self._dropped += session.dropped
             later += connection.end(message.status)
             self._take_end(connection, later)
 
@@ -387,10 +401,10 @@ class Poller:
         return bool(self._message.flags & lib.SHMRPC_FLAG_CALLER)
 
     def _take_items(self, session: Session, call_id: int) -> None:
-        stream = session.stream_of(call_id, from_caller=self._from_caller())
+        count = self._message.item_count
+        stream = session.stream_of(call_id, from_caller=self._from_caller(), frames=count)
         if stream is None:
             return
-        count = self._message.item_count
         data = body_of(self._message)
         ends: Sequence[int] = ffi.unpack(self._message.ends, count) if count > 1 else (len(data),)
         if not stream.items(data, ends):
@@ -429,14 +443,14 @@ class Poller:
         """Wait until ``ready()``; False when the time has passed or the poller stops."""
         slot = connection.slot()
         waiters.append(slot)
+        goes_on = True
         try:
-            while not ready():
-                if not self.wait(slot, deadline):
-                    return ready()
+            while goes_on and not ready():
+                goes_on = self.wait(slot, deadline)
         finally:
             waiters.remove(slot)
         connection.slots.append(slot)
-        return True
+        return goes_on or ready()
 
     # ---- serving ----
 
@@ -525,7 +539,8 @@ class Poller:
         lib.shmrpc_poller_stats(self.c, counters)
         stats = {name: int(getattr(counters, name)) for name in dir(counters)}
         connections = list(self.connections.values())
-        stats["frames_dropped"] += sum(other.session.dropped for other in connections)
+        dropped = sum(connection.session.dropped for connection in connections)
+        stats["frames_dropped"] += self._dropped + dropped
         return stats
 
     def forget(self) -> None:

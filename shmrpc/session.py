@@ -25,6 +25,7 @@ WINDOW_BYTES = 256 << 10
 NOT_SENT = ((1 << 64) - 1,)
 
 _CREDIT = struct.Struct("<II")
+_CREDIT_MAX = 0xFFFF_FFFF
 
 
 class Pending(Protocol):
@@ -104,9 +105,17 @@ class Stream:
         return self.sent_messages < self.granted_messages and self.sent_bytes < self.granted_bytes
 
     def sent(self, size: int) -> None:
-        """An item of this many bytes was sent."""
+        """An item of this many bytes is about to be sent.
+
+        Not afterwards: the credit for it may be back before the sending thread runs on.
+        """
         self.sent_messages += 1
         self.sent_bytes += size
+
+    def not_sent(self, size: int) -> None:
+        """It was not, after all."""
+        self.sent_messages -= 1
+        self.sent_bytes -= size
 
     # ---- for the consumer ----
 
@@ -120,7 +129,7 @@ class Stream:
     def due_credit(self) -> bytes:
         """The body of a CREDIT frame to be sent now, or nothing."""
         messages = self.taken_messages - self.returned_messages
-        size = self.taken_bytes - self.returned_bytes
+        size = min(self.taken_bytes - self.returned_bytes, _CREDIT_MAX)
         if messages < WINDOW_MESSAGES // 2 and size < WINDOW_BYTES // 2:
             return b""
         self.returned_messages += messages
@@ -151,12 +160,37 @@ class Stream:
         return True
 
     def credit(self, body: bytes) -> bool:
-        """The receiver takes more. False if that can't be read."""
+        """The receiver takes more. False if that can't be: it never got what it gives back.
+
+        Nobody could send beyond a window otherwise but into memory of its own.
+        """
         if len(body) != _CREDIT.size:
             return False
         messages, size = _CREDIT.unpack(body)
-        self.granted_messages += messages
-        self.granted_bytes += size
+        granted_messages = self.granted_messages + messages
+        granted_bytes = self.granted_bytes + size
+        if (
+            granted_messages > self.sent_messages + WINDOW_MESSAGES
+            or granted_bytes > self.sent_bytes + WINDOW_BYTES
+        ):
+            return False
+        self.granted_messages, self.granted_bytes = granted_messages, granted_bytes
+        self.waiters.wake()
+        return True
+
+    def end(self) -> bool:
+        """Callee: no more items come. False if that was so before."""
+        if self.ended:
+            return False
+        self.ended = True
+        self.waiters.wake()
+        return True
+
+    def begin(self, metadata: bytes) -> bool:
+        """Caller: initial metadata has come. False if it had before."""
+        if self.initial is not None:
+            return False
+        self.initial = metadata
         self.waiters.wake()
         return True
 
@@ -169,12 +203,15 @@ class Stream:
     def lost(self, error: int) -> None:
         """As ``Pending.lost``, and for a stream that the peer called."""
         self.lost_error = error
-        self.ended = self.cancelled = True
+        # In this order: a thread that sees the end must not take it for a regular one.
+        self.cancelled = True
+        self.ended = True
         self.waiters.wake()
 
     def cancel(self) -> None:
         """Callee: the caller has given up."""
-        self.cancelled = self.ended = True
+        self.cancelled = True
+        self.ended = True
         self.waiters.wake()
 
 
@@ -191,12 +228,12 @@ class Session:
         """A call id that was never used on this connection."""
         return next(self._ids) << 16 | low_bits
 
-    def stream_of(self, call_id: int, *, from_caller: bool) -> Stream | None:
-        """The stream that a frame belongs to; counts it as dropped if there is none."""
+    def stream_of(self, call_id: int, *, from_caller: bool, frames: int = 1) -> Stream | None:
+        """The stream that frames belong to; counts them as dropped if there is none."""
         stream = self.requests.get(call_id) if from_caller else self.calls.get(call_id)
         if isinstance(stream, Stream):
             return stream
-        self.dropped += 1
+        self.dropped += frames
         return None
 
     def opened(self, call_id: int, stream: Stream) -> None:

@@ -10,6 +10,7 @@ import errno
 import logging
 import threading
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from msgpack import unpackb
@@ -18,15 +19,13 @@ from ._native import ffi, lib
 from .calls import Requests
 from .codec import Codec, MsgpackCodec
 from .context import CallContext, enter_worker, leave_worker
-from .errors import Cancelled, ConnectionLost, Error, MessageTooLarge
+from .errors import Cancelled, ConnectionLost, Error, RemoteError
 from .failures import Failure
 from .metadata import pack_metadata, pack_reply_metadata, unpack_metadata
 from .poller import FOREVER, Connection, Poller, Waiters
 from .rendezvous import Credentials
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from .failures import Stage
     from .registry import Method, Registry
     from .session import Stream
@@ -205,6 +204,8 @@ class Worker:
                 stream = connection.session.requests.get(message.call_id)
         if connection is None or stream is None:
             return  # its caller has cancelled it, or is gone
+        if stream.started:
+            return  # by an earlier request of the same id, to which all that comes belongs
         stream.started = True
         try:
             self._run_handler(method, function, body, connection, stream)
@@ -220,64 +221,75 @@ class Worker:
         stream: Stream,
     ) -> None:
         message = self._message
-        waiters = cast("Waiters", stream.waiters)
+        deadline = message.deadline_ns / 1e9 or FOREVER
         args = result = _NOT_YET
         try:
             args, kwargs = self._host.codec.decode(body), {}
             if message.flags & lib.SHMRPC_FLAG_KEYWORDS:
                 args, kwargs = args
             if method.requests:
-                deadline = message.deadline_ns / 1e9 or FOREVER
-                args = [Requests(connection, stream, waiters, message.call_id, deadline), *args]
+                args = [Requests(connection, stream, message.call_id, deadline), *args]
             outcome = function(*args, **kwargs)
-            if not method.generator:
+            if method.generator or isinstance(outcome, Iterator):
+                self._send_items(outcome, connection, stream, deadline)
+                self._reply(b"")
+            else:
                 result = outcome
                 self._reply(self._pack(result))
-                return
-            self._send_items(outcome, connection, stream)
-            self._reply(b"")
         except BaseException as error:
             # To a caller that has cancelled there is nothing to report.
             if not (stream.cancelled and isinstance(error, Cancelled)):
                 self._fail(error, args, result)
 
-    def _send_items(self, items: Iterator[Any], connection: Connection, stream: Stream) -> None:
+    def _send_items(
+        self, items: Iterator[Any], connection: Connection, stream: Stream, deadline: float
+    ) -> None:
         """Send what a generator yields; ``Cancelled`` when the caller wants no more."""
         slot, call_id = self._slot, self._message.call_id
         pack, send = self._pack, lib.shmrpc_send_item
+        expires = deadline != FOREVER
         try:
             for item in items:
-                body = pack(item)
+                try:
+                    body = pack(item)
+                except Exception as error:
+                    raise self._unpackable(item, error) from error
                 size = len(body)
-                if stream.cancelled or not stream.may_send():
-                    self._wait_for_credit(connection, stream)
+                late = expires and time.monotonic() >= deadline
+                if late or stream.cancelled or not stream.may_send():
+                    self._wait_for_credit(connection, stream, deadline)
+                stream.sent(size)
                 status = send(slot, 0, call_id, body, size)
                 if status < 0:
                     self._refuse_item(connection, status, size)
-                stream.sent_messages += 1
-                stream.sent_bytes += size
         finally:
             # GeneratorExit in the handler, unless it has ended by itself.
             close = getattr(items, "close", None)
             if close is not None:
                 close()
 
-    def _wait_for_credit(self, connection: Connection, stream: Stream) -> None:
+    def _wait_for_credit(self, connection: Connection, stream: Stream, deadline: float) -> None:
         def ready() -> bool:
             return stream.cancelled or stream.may_send()
 
-        deadline = self._message.deadline_ns / 1e9 or FOREVER
         waiters = cast("Waiters", stream.waiters)
-        waited = self._poller.wait_until(connection, waiters, ready, deadline)
-        if not waited or stream.cancelled:
+        late = time.monotonic() >= deadline
+        if late or not self._poller.wait_until(connection, waiters, ready, deadline):
             stream.cancelled = True
+        if stream.cancelled:
             msg = f"{connection.peer} does not wait for {self._method_name()!r} any more"
             raise Cancelled(msg)
 
+    def _unpackable(self, item: Any, error: Exception) -> RemoteError:
+        kind = type(item).__qualname__
+        text = f"{self._method_name()!r} yielded what can't be sent: {error} (of type {kind})"
+        return RemoteError(text, type=type(error).__qualname__, code="INTERNAL")
+
     def _refuse_item(self, connection: Connection, status: int, size: int) -> None:
         if status == _EMSGSIZE:
-            msg = f"an item of {size} bytes is longer than {connection.peer} accepts"
-            raise MessageTooLarge(msg)
+            text = f"an item of {size} bytes is longer than the caller accepts"
+            text += " (its max_message_bytes)"
+            raise RemoteError(text, type="shmrpc.MessageTooLarge", code="RESOURCE_EXHAUSTED")
         if status == -errno.ENOMEM:
             raise MemoryError
         msg = f"lost {connection.peer} while streaming to it"

@@ -13,6 +13,7 @@ import threading
 import time
 
 from duplex import add_duplex
+from streaming import add_streams
 
 import shmrpc
 
@@ -358,6 +359,7 @@ def main():
     add_values(server)
     add_state(server)
     add_duplex(server)
+    add_streams(server)
     try:
         server.start()
     except shmrpc.ConnectError as error:
