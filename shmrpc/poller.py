@@ -526,10 +526,11 @@ class Poller:
         self._run_worker = None
         lib.shmrpc_poller_stop(self.c)
         until = time.monotonic() + patience
-        for thread in self.threads:
+        threads = self.threads  # a worker that starts another one meanwhile replaces the list
+        for thread in threads:
             if thread is not threading.current_thread():
                 thread.join(max(0.0, until - time.monotonic()))
-        return [thread.name for thread in self.threads if thread.is_alive()]
+        return [thread.name for thread in threads if thread.is_alive()]
 
     # ---- statistics, forks ----
 
