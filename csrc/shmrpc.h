@@ -236,6 +236,10 @@ int64_t shmrpc_next_queued(shmrpc_slot *slot);
 /* The slot's request is over: shmrpc_next does the same. One that has no reply gets one without a
  * body: status 1 (CANCELLED), or 4 after its deadline; not if its caller has cancelled it. */
 void shmrpc_finish(shmrpc_slot *slot);
+/* Let another thread serve the request that shmrpc_next_queued has started in this one: a stream,
+ * which may depend on what this thread does next. The other thread calls shmrpc_adopt first. */
+void shmrpc_disown(shmrpc_slot *slot);
+void shmrpc_adopt(shmrpc_slot *slot);
 /* Absolute deadline of the request that this thread serves; 0 = none. */
 uint64_t shmrpc_inherited_deadline(void);
 /* Metadata that goes with the reply to the slot's request, whatever it will be; an error for which

@@ -717,6 +717,26 @@ int64_t shmrpc_next_queued(shmrpc_slot *slot)
     return result;
 }
 
+void shmrpc_disown(shmrpc_slot *slot)
+{
+    struct shmrpc_poller *poller = slot->poller;
+
+    poller_lock(poller);
+    if (serves_around(poller, slot)) {
+        poller->running++;
+        poller->blocked--;
+    }
+    if (serving == slot)
+        serving = slot->serves;
+    slot->serves = NULL;
+    poller_unlock(poller);
+}
+
+void shmrpc_adopt(shmrpc_slot *slot)
+{
+    serving = slot;
+}
+
 uint64_t shmrpc_inherited_deadline(void)
 {
     return serving != NULL ? serving->message.deadline_ns : 0;

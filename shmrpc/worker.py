@@ -26,6 +26,8 @@ from .poller import FOREVER, Connection, Poller, Waiters
 from .rendezvous import Credentials
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from .failures import Stage
     from .registry import Method, Registry
     from .session import Stream
@@ -119,24 +121,40 @@ class Worker:
             pack = self._pack
             status = _next(slot)
 
-    def serve_queued(self) -> None:
+    def serve_queued(self, done: Callable[[Worker], None]) -> None:
         """Run a request that is queued, in a thread that waits for something else.
 
+        A stream gets a thread of its own: its next message may depend on what this one does next.
         What interrupts the main thread in a handler, such as Ctrl-C, is not for the handler alone:
         it is raised here, too.
         """
+        if lib.shmrpc_next_queued(self._slot) == lib.SHMRPC_MESSAGE:
+            if self._message.flags & lib.SHMRPC_FLAG_STREAM:
+                lib.shmrpc_disown(self._slot)
+                threading.Thread(
+                    target=self._run_elsewhere, args=(done,), name="shmrpc-stream", daemon=True
+                ).start()
+                return
+            self._run_here()
+        done(self)
+
+    def _run_here(self) -> None:
         before = enter_worker(self)
         self._thread = threading.get_ident()
         self._interruptible = threading.current_thread() is threading.main_thread()
         try:
-            if lib.shmrpc_next_queued(self._slot) == lib.SHMRPC_MESSAGE:
-                self._run_message()
-                if self._interruption is not None:
-                    raise self._interruption
+            self._run_message()
+            if self._interruption is not None:
+                raise self._interruption
         finally:
             lib.shmrpc_finish(self._slot)
             self._interruption = None
             leave_worker(before)
+
+    def _run_elsewhere(self, done: Callable[[Worker], None]) -> None:
+        lib.shmrpc_adopt(self._slot)
+        self._run_here()
+        done(self)
 
     def _special(self, status: int) -> None:
         """Whatever is not a plain request."""
@@ -451,9 +469,11 @@ class InlineWorkers:
         if worker is None:
             worker = Worker(self._host, self._poller)
         try:
-            worker.serve_queued()
+            worker.serve_queued(self._take_back)
         except BaseException:
             worker.end()
             raise
+
+    def _take_back(self, worker: Worker) -> None:
         with self._lock:
             self._free.append(worker)
