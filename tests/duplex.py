@@ -170,24 +170,24 @@ def add_streams(server):
         return [end[1:] for end in found]
 
     @server.method
-    def count(limit, pause=0):
+    def numbers(limit, pause=0):
         for number in range(limit):
             yield number
             time.sleep(pause)
 
     @server.method(requests=True)
-    def relay(requests, label=""):
+    def pass_on(requests, label=""):
         """Bidirectional: each message comes back."""
         with noted(label):
             yield from requests
 
     @server.method(requests=True)
-    def total(requests, label=""):
+    def sum_up(requests, label=""):
         with noted(label):
             return sum(requests)
 
     @server.method
-    def endless(label, size=0, pause=0):
+    def flood(label, size=0, pause=0):
         """As fast as its caller takes it, or slowly."""
         with noted(label):
             while True:

@@ -19,10 +19,10 @@ import shmrpc
 # method, arguments after the label, how it is left: what the handler sees
 RETURN, EXIT, CANCELLED = ["return", True], ["GeneratorExit", True], ["Cancelled", True]
 STREAMS = [
-    ("relay", (), CANCELLED),  # waits for a message
-    ("total", (), CANCELLED),
-    ("endless", (1000,), EXIT),  # waits for credit
-    ("endless", (100, 0.01), EXIT),  # busy with something else
+    ("pass_on", (), CANCELLED),  # waits for a message
+    ("sum_up", (), CANCELLED),
+    ("flood", (1000,), EXIT),  # waits for credit
+    ("flood", (100, 0.01), EXIT),  # busy with something else
     ("until_cancelled", (), RETURN),
 ]
 
@@ -84,7 +84,7 @@ def test_call_that_is_left(client, method, args, end, how):
 
 
 def test_iteration_that_is_left(client):
-    for item in client.stream("endless", "left", 10):
+    for item in client.stream("flood", "left", 10):
         assert item == bytes(10)
         break
     assert ended(client, "left") == [EXIT]
@@ -95,7 +95,7 @@ def test_a_call_that_is_over_is_not_cancelled(client):
         assert call.result() == 3
         assert not call.cancel()
         assert call.result() == 3
-    stream = client.stream("count", 3)
+    stream = client.stream("numbers", 3)
     assert list(stream) == [0, 1, 2]
     assert not stream.cancel()
 
@@ -211,7 +211,7 @@ def test_a_queued_call_that_is_cancelled_never_starts(transport, service, connec
     blocker = client.submit("note_and_hold", path, "first")
     wait_until(lambda: os.path.exists(path))
     futures = [client.submit("note", path, "cancelled") for _ in range(5)]
-    calls = [client.open("relay", "cancelled") for _ in range(5)]
+    calls = [client.open("pass_on", "cancelled") for _ in range(5)]
     client.ping()  # they have arrived
     for call in (*futures, *calls):
         assert call.cancel()
@@ -245,7 +245,7 @@ def test_late_replies_are_dropped_and_counted(transport, service, connect):
 def test_late_items_are_dropped_and_counted(transport, service, connect):
     client = connect(service(transport).address)
     for number in range(20):
-        call = opened(client, "endless", f"late-{number}", 10)
+        call = opened(client, "flood", f"late-{number}", 10)
         call.cancel()
         assert ended(client, f"late-{number}") == [EXIT]
     client.ping()
@@ -264,7 +264,7 @@ def test_cancelling_at_any_moment(transport, service, connect):
         chance = random.Random(seed + number)
         for _ in range(300):
             method, *args = chance.choice(
-                [("echo", 1), ("count", 1000), ("relay",), ("endless", "any"), ("sleep", 0.001)]
+                [("echo", 1), ("numbers", 1000), ("pass_on",), ("flood", "any"), ("sleep", 0.001)]
             )
             pause = chance.choice((0, 0, 0.0001, 0.001))
             if method == "echo" and chance.random() < 0.5:
@@ -276,14 +276,14 @@ def test_cancelling_at_any_moment(transport, service, connect):
                 if chance.random() < 0.5 and method != "echo":
                     call.send(1)
                 time.sleep(pause)
-                assert call.cancel() or method in {"echo", "sleep", "count"}
+                assert call.cancel() or method in {"echo", "sleep", "numbers"}
         return True
 
     assert all(in_threads(4, work, timeout=50))
     wait_until(lambda: client.call("stats")["running"] == 1)
     stats = client.call("stats")
     assert (stats["queued"], stats["outbox_bytes"]) == (0, 0)
-    assert list(client.stream("count", 2000)) == list(range(2000))
+    assert list(client.stream("numbers", 2000)) == list(range(2000))
 
 
 # ---- Ctrl-C ----
@@ -317,7 +317,7 @@ works = {
     "call": lambda: client.call("until_cancelled", label),
     "timeout": lambda: client.call("until_cancelled", label, timeout=60),
     "future": lambda: client.submit("until_cancelled", label).result(),
-    "next": lambda: next(client.open("relay", label)),
+    "next": lambda: next(client.open("pass_on", label)),
     "result": lambda: client.open("until_cancelled", label).result(),
     "send": send,
     "notify": notify,
@@ -392,7 +392,7 @@ client.method(name="echo")(lambda value: value)
 signal.signal(signal.SIGALRM, interrupt)
 
 def bidirectional():
-    with client.open("relay") as call:
+    with client.open("pass_on") as call:
         for number in range(20):
             call.send(number)
         call.close_send()
@@ -405,7 +405,7 @@ def futures():
 works = [
     lambda: client.call("echo", 1),
     lambda: client.call("echo", bytes(300_000)),
-    lambda: list(client.stream("count", 1000)),
+    lambda: list(client.stream("numbers", 1000)),
     lambda: client.call("call_back", "call", "echo", 1),
     lambda: client.call("call_back", "submit", "echo", 1),
     lambda: client.notify("echo", bytes(100_000)),
@@ -418,7 +418,7 @@ def others():
         number = client.call("echo", 5, timeout=20)
         future = client.submit("echo", 6, timeout=20)
         assert (number, future.result()) == (5, 6)
-        assert list(client.stream("count", 700, timeout=20)) == list(range(700))
+        assert list(client.stream("numbers", 700, timeout=20)) == list(range(700))
         rounds.append(1)
 
 end = time.monotonic() + seconds

@@ -291,7 +291,7 @@ def test_timeouts_that_are_long(client, recorded, common, connect, transport, ti
     for channel in (client, recorded[0]):
         assert channel.call("add", 1, 2, timeout=timeout) == 3
         assert channel.submit("add", 1, 2, timeout=timeout).result(5) == 3
-        assert list(channel.stream("count", 3, timeout=timeout)) == [0, 1, 2]
+        assert list(channel.stream("numbers", 3, timeout=timeout)) == [0, 1, 2]
         channel.notify("add", 1, 2, timeout=timeout)
     remaining = client.call("remaining", timeout=timeout)
     assert remaining is None or remaining > 1e5

@@ -268,11 +268,11 @@ def test_refused_beyond_max_concurrency(transport, service, connect):
     """Calls that wait for their caller count as well: there is a thread for each of them."""
     running = service(transport, workers=2, max_concurrency=8)
     client = connect(running.address)
-    calls = [client.open("relay") for _ in range(8)]
+    calls = [client.open("pass_on") for _ in range(8)]
     for call in calls:
         call.send(1)
         assert next(call) == 1
-    with pytest.raises(shmrpc.Overloaded), client.open("relay") as ninth:
+    with pytest.raises(shmrpc.Overloaded), client.open("pass_on") as ninth:
         next(ninth)
     with pytest.raises(shmrpc.Overloaded):
         client.call("add", 1, 2)
@@ -505,7 +505,7 @@ def test_streams_that_wait_use_up_no_workers(transport, service, connect):
     clients = [connect(running.address) for _ in range(50)]
     process = psutil.Process(running.pid)
     threads = process.num_threads()
-    calls = [client.open("relay") for client in clients]
+    calls = [client.open("pass_on") for client in clients]
     for number, call in enumerate(calls):
         call.send(number)
         assert next(call) == number
