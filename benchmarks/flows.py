@@ -63,9 +63,11 @@ def _stream_down(client: Client, until_ns: int) -> int:
 def _stream_up(client: Client, until_ns: int) -> int:
     count = 0
     with client.open("take_all") as call:
-        while now_ns() < until_ns:
+        while True:
             call.send(PAYLOAD)
             count += 1
+            if now_ns() >= until_ns:
+                break
         if call.result() != count:
             raise WrongReplyError
     return count

@@ -160,9 +160,14 @@ class Team:
         self.connect()
         figures = []
         for flow in flows:
-            start_ns, stop_ns = effort.window()
-            when = {"start_ns": start_ns, "stop_ns": stop_ns, "server_pid": server.pid}
-            driver.tell("move", direction=direction, flow=flow, **when)
+            driver.tell(
+                "move",
+                direction=direction,
+                flow=flow,
+                warm_up_ns=int(effort.warm_up_seconds * 1e9),
+                window_ns=int(effort.seconds * 1e9),
+                server_pid=server.pid,
+            )
             figures.append(Movement(**driver.answer(effort.patience_s)).figures())
         driver.ask("close")
         return figures

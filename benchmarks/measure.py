@@ -153,13 +153,16 @@ def measure(
     )
 
 
-def measure_flow(flow: Flow, *, start_ns: int, stop_ns: int, server_pid: int) -> Movement:
-    """Warm up by one flow, and sum up another one."""
+def measure_flow(flow: Flow, *, warm_up_ns: int, window_ns: int, server_pid: int) -> Movement:
+    """Warm up by one flow, and sum up another one.
+
+    The window begins when the warm-up has ended: on a busy machine that may be late.
+    """
     pids = os.getpid(), server_pid
-    flow(start_ns)
+    flow(now_ns() + warm_up_ns)
     before = [cpu_ns(pid) for pid in pids]
     begin = now_ns()
-    items = flow(stop_ns)
+    items = flow(begin + window_ns)
     elapsed_ns = now_ns() - begin
     after = [cpu_ns(pid) for pid in pids]
     return Movement(items, elapsed_ns, after[0] - before[0], after[1] - before[1])

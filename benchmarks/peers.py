@@ -47,10 +47,10 @@ class _Driver:
         echo = self._connection.echo
         return asdict(measure(echo, thread_safe=self._contender.thread_safe, **how))
 
-    def move(self, direction: str, flow: str, **when: int) -> dict[str, Any]:
+    def move(self, direction: str, flow: str, **how: int) -> dict[str, Any]:
         if not isinstance(self._connection, FlowConnection):
             raise TypeError("it moves no items")
-        return asdict(measure_flow(self._connection.flow(direction, flow), **when))
+        return asdict(measure_flow(self._connection.flow(direction, flow), **how))
 
     def close(self) -> None:
         if self._connection is not None:
