@@ -4,6 +4,7 @@
 #   make test     C tests, then the Python tests          (PYTEST_ARGS="-k ring" passes options on)
 #   make check    ruff, mypy, C warnings of gcc and clang, layer rule
 #   make bench    benchmarks                              (BENCH_ARGS="-k unary")
+#   make thorough the tests over tcp that `make test` runs over unix alone
 #   make deep     models, sanitizers, fuzzers: needs spin and clang
 #   make test-py  core tests over shm, for one more Python (PYTHON=python3.13 VENV=.venv-3.13)
 #   make clean    remove everything that these made
@@ -23,7 +24,7 @@ BUILD_INPUTS := pyproject.toml setup.py $(wildcard csrc/*.c csrc/*.h csrc/cffi_b
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test deep test-py check check-python check-c bench install install-test install-dev \
+.PHONY: help demo test thorough deep test-py check check-python check-c bench install install-test install-dev \
 	install-bench clean FORCE
 
 help:
@@ -74,7 +75,10 @@ demo: install
 
 test: install-test
 	$(MAKE) -C csrc test
-	$(BIN)/python -m pytest tests -m 'not deep' $(IN_PARALLEL) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests -m 'not deep and not thorough' $(IN_PARALLEL) $(PYTEST_ARGS)
+
+thorough: install-test
+	$(BIN)/python -m pytest tests -m thorough $(IN_PARALLEL) $(PYTEST_ARGS)
 
 deep: install-test
 	$(BIN)/python -m pytest tests -m deep $(PYTEST_ARGS)

@@ -158,6 +158,27 @@ def short_directory():
         shutil.rmtree(path, ignore_errors=True)
 
 
+# ---- what `make test` leaves to `make thorough` ----
+
+# unix and tcp share all code but the making of the socket: these files have many cases of it.
+ALIKE = {
+    "aio",
+    "cancellation",
+    "interceptors_live",
+    "metadata",
+    "retries_live",
+    "streams",
+    "symmetry",
+}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        name = item.path.stem.removeprefix("test_")
+        if name in ALIKE and "[tcp" in item.name.replace("-tcp", "[tcp"):
+            item.add_marker(pytest.mark.thorough)
+
+
 # ---- nothing may be left over ----
 
 
