@@ -163,6 +163,9 @@ class Connection:
         if self._probe is None:
             self._probe = self.slot()
         self.session.calls[call_id] = pending
+        if self.retired and not self.closed:
+            # Another thread hangs up just now, and may have forgotten us: our end has to be told.
+            self.poller.connections[self.conn_id] = self
 
     def outcome(self, call_id: int, position: int) -> int:
         """What became of a registered call whose connection was lost."""
