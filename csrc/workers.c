@@ -563,6 +563,8 @@ void workers_forget(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
     if (serving == slot)
         serving = slot->serves;
     poller->worker_threads -= slot->has_thread;
+    if (has_surplus(poller))
+        wake_idle(poller);
     if (poller->leader == slot) {
         callers_inherit(poller, slot);
         if (poller->leader == NULL)
@@ -590,6 +592,8 @@ void workers_leave(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
     slot->blocks = NULL;
     poller->blocked--;
     poller->running++; /* perhaps beyond `workers` for a while */
+    if (has_surplus(poller))
+        wake_idle(poller); /* it ends, and wakes the next one */
 }
 
 /* With the lock held: lead. What that ended with for the worker, or RESULT_QUEUED: to look again

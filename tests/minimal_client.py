@@ -53,7 +53,7 @@ class MinimalClient:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.socket.connect(path)
         self.tail = self.head = self.peer_head = self.peer_tail = 0
-        self.ids = itertools.count(0x10000, 0x10000)
+        self.ids = itertools.count(0x10001, 0x10000)
         self._shake(HELLO, ring_bytes)
         (peer_ring, self.peer_max), (segment, self.bell) = self._answer(WELCOME, 2)
         self.peer = Side(segment, peer_ring, mmap.PROT_READ)

@@ -442,7 +442,8 @@ def test_memory_of_another_user(tmp_path, manner, expected):
     tmp_path.chmod(0o755)
     path = tmp_path / "open.sock"
     for parent in tmp_path.parents:
-        if parent.stat().st_uid == 0 and parent != Path("/tmp") and "pytest" in parent.name:
+        ours = "pytest" in parent.name or parent.name.startswith("popen-")
+        if parent.stat().st_uid == 0 and ours:
             parent.chmod(0o755)
     with process("server", f"shm://{path}", "--allow", other) as running:
         path.chmod(0o777)

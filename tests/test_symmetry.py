@@ -518,7 +518,7 @@ def test_streams_that_wait_use_up_no_workers(transport, service, connect):
         assert next(call) == number + 1
     for call in calls:
         call.close()
-    wait_until(lambda: process.num_threads() < threads + 10, what="the end of idle threads")
+    wait_until(lambda: process.num_threads() < threads + 20, what="the end of idle threads")
     wait_until(lambda: clients[0].call("stats")["running"] == 1)
 
 
