@@ -310,6 +310,7 @@ class Worker:
             raise RemoteError(text, type="shmrpc.MessageTooLarge", code="RESOURCE_EXHAUSTED")
         if status == -errno.ENOMEM:
             raise MemoryError
+        self._message.cancelled = 1  # before the core has seen the end
         msg = f"lost {connection.peer} while streaming to it"
         raise Cancelled(msg)
 

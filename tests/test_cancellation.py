@@ -443,7 +443,7 @@ print(interrupted, len(rounds))
 """
 
 
-@pytest.mark.deep
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_interrupts_at_any_moment(transport, service, connect):
     """A signal handler that raises, anywhere: no other thread of the client suffers."""
