@@ -64,6 +64,7 @@ struct shmrpc_slot {
     bool checked_signals; /* the same, between two shmrpc_wait_events */
     bool poked;           /* lock: shmrpc_poke came while it was out in Python */
     bool has_thread; /* worker: of its own, which is in shmrpc_next or runs a request */
+    bool has_asked;  /* worker: for a standby, before it leads */
     bool running;   /* worker: has a request */
     bool replied;   /* worker: its request needs no reply any more */
     uint64_t call_id;

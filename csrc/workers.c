@@ -571,6 +571,21 @@ static int64_t lead(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
     return result;
 }
 
+/* With the lock held: this worker is about to lead, and nobody stands by. Who relieved a standby that
+ * went to run a request may find the role free, and take that instead. Wakes a thread that idles;
+ * true if there is none, and all the others run requests, so that none will come by itself. */
+static bool lacks_standby(struct shmrpc_poller *poller)
+{
+    if (poller->standby != NULL)
+        return false;
+    if (poller->idle != NULL) {
+        wake_idle(poller);
+        return false;
+    }
+    return poller->worker_threads > 1 && may_spawn(poller) &&
+           poller->running + poller->blocked + 1 >= poller->worker_threads;
+}
+
 /* With the lock held: find something to run for this worker. */
 static int64_t find_work(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
 {
@@ -589,6 +604,13 @@ static int64_t find_work(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
             return slot->result;
         }
         if (poller->leader == slot || poller->leader == NULL) {
+            if (lacks_standby(poller) && !slot->has_asked) {
+                slot->has_asked = true; /* once: the new thread takes a moment to come */
+                poller->leader = slot;
+                workers_go_away(poller);
+                return SHMRPC_SPAWN;
+            }
+            slot->has_asked = false;
             int64_t result = lead(poller, slot);
             if (result != RESULT_QUEUED)
                 return result;
