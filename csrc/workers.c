@@ -554,6 +554,16 @@ void workers_leave(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
     poller->running++; /* perhaps beyond `workers` for a while */
 }
 
+/* With the lock held: this worker leads, and goes out to Python. A caller that waits for the role
+ * gets it: nobody knows how long that takes. */
+static void step_out(struct shmrpc_poller *poller, const struct shmrpc_slot *slot)
+{
+    if (load_relaxed(&poller->role_wanted) != 0)
+        callers_promote(poller, slot);
+    if (poller->leader == slot)
+        workers_go_away(poller);
+}
+
 /* With the lock held: lead. What that ended with for the worker, or RESULT_QUEUED: to look again
  * what there is to do. */
 static int64_t lead(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
@@ -567,7 +577,7 @@ static int64_t lead(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
         callers_promote(poller, slot);
     if (result == RESULT_WANTED || result == RESULT_QUEUED || result == SHMRPC_STOPPED)
         return RESULT_QUEUED;
-    workers_go_away(poller);
+    step_out(poller, slot);
     return result;
 }
 
@@ -600,14 +610,14 @@ static int64_t find_work(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
         if ((!left_to_callers(poller) || poller->leader == slot) &&
             start_queued(poller, slot, poller->workers)) {
             if (poller->leader == slot)
-                workers_go_away(poller);
+                step_out(poller, slot);
             return slot->result;
         }
         if (poller->leader == slot || poller->leader == NULL) {
             if (lacks_standby(poller) && !slot->has_asked) {
                 slot->has_asked = true; /* once: the new thread takes a moment to come */
                 poller->leader = slot;
-                workers_go_away(poller);
+                step_out(poller, slot);
                 return SHMRPC_SPAWN;
             }
             slot->has_asked = false;
@@ -624,7 +634,7 @@ static int64_t find_work(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
             }
             if (poller->idle == NULL && may_spawn(poller)) {
                 if (takes)
-                    workers_go_away(poller);
+                    step_out(poller, slot);
                 return SHMRPC_SPAWN;
             }
             wake_idle(poller);

@@ -14,10 +14,12 @@
  * workers, and hands on to another caller, or to nobody: then the standby takes the role after two ticks.
  *
  * Reduced as in leader.pml (futexes; `edge`: the doorbell, EPOLLET) and takeover.pml (ticks end at any moment; all threads
- * exist; handlers return or block for ever). With STOPS somebody stops the poller at any moment. All is decided under one
- * lock, so the model is sequentially consistent on purpose.
+ * exist; handlers return or block for ever). With NESTED the reply to caller 0 comes when all requests have
+ * begun, as if these were calls that it has caused. With STOPS somebody stops the poller at any moment: workers and waits end. With
+ * RETIRES the workers end and the callers go on, as on a client whose connection has ended. All is decided under one lock,
+ * so the model is sequentially consistent on purpose.
  *
- * Checked: no invalid end state, i.e. every call ends, and with STOPS every worker; one thread reads at a time (assert); when
+ * Checked: no invalid end state, i.e. every call ends; one thread reads at a time (assert); when
  * nothing moves any more, nothing is left to read, and no request is queued unless WORKERS handlers are stuck (assert at
  * `timeout`). -DNP: no endless ticking or asking for the role.
  *
@@ -29,25 +31,30 @@
  *   BUG_5  caller takes the role of one that is away, and leaves it marked so: the standby takes it as well
  *   BUG_6  caller promoted but not woken
  *   BUG_7  role handed to a caller that is done
- *   BUG_8  worker that leads when the poller stops gives the role to nobody (STOPS)
- *   BUG_9  who starts a queued request clears the sign for those behind it
+ *   BUG_8  worker that ends gives the role to nobody (RETIRES; this one was in the code)
+ *   BUG_9  who starts a queued request clears the sign for those behind it (this one was in the code)
  *   BUG_10 caller that leads queues a request and wakes nobody
- *   BUG_11 stopping does not tell the callers that follow (STOPS)
- *   BUG_12 role_wanted is never taken back: the worker promotes, or looks for whom to promote, for ever
+ *   BUG_11 worker that goes to run a request keeps the role from a caller that has asked for it (RETIRES: nobody stands by)
+ *   BUG_12 role_wanted is never taken back: the worker promotes, or looks for whom to promote, for ever (-DNP)
  *   BUG_13 worker leads although nobody stands by and others idle: it relieved a standby that went to run a request, and
  *          found the role free (this one was in the code)
  */
 #ifndef NW
-#define NW 3
+#define NW 2
 #endif
 #ifndef WORKERS
-#define WORKERS 2
+#define WORKERS 1
 #endif
 #ifndef NC
 #define NC 2
 #endif
 #ifndef REQUESTS
-#define REQUESTS 2
+#define REQUESTS 1
+#endif
+#ifdef NESTED
+#define MAY_REPLY (begun == REQUESTS)
+#else
+#define MAY_REPLY true
 #endif
 #define NONE 99
 #define REQUEST 88
@@ -68,12 +75,12 @@ mtype state[NC] = WAITING;
 bit inside[NC];
 byte running, queued;
 bit role_wanted, startable;	/* set under the lock, looked at by who leads */
-bit stopping;
+bit stopping, retired;
 
 chan ring = [NC + REQUESTS] of { byte };
 bit edge, kick;			/* what wakes epoll_wait */
 bit requested[NC];
-byte stuck, reading;		/* ghosts */
+byte stuck, reading, begun;	/* ghosts */
 
 #define LOCK	atomic { lock == 0 -> lock = 1 }
 #define UNLOCK	lock = 0
@@ -121,7 +128,9 @@ inline hand_on()
 #endif
 	if
 	:: CANDIDATE(0) -> leader = 0; promote(0)
+#if NC > 1
 	:: CANDIDATE(1) -> leader = 1; promote(1)
+#endif
 	:: else
 	fi
 }
@@ -133,6 +142,19 @@ inline promote(i)
 #else
 	wake_caller(i, PROMOTED)
 #endif
+}
+
+/* With the lock held: a leading worker goes out to run a request. */
+inline step_out()
+{
+	if
+	:: role_wanted -> role_wanted = 0; hand_on()
+	:: else
+	fi;
+	if
+	:: leader == me -> go_away()
+	:: else
+	fi
 }
 
 /* With the lock held; the sign for a leader that is no worker goes by a futex. */
@@ -255,7 +277,7 @@ proctype worker(byte me)
 	LOCK;
 find_work:					/* with the lock held */
 	if
-	:: stopping ->
+	:: stopping || retired ->
 		if
 		:: leader == me ->		/* callers_inherit() */
 			leader = NONE;
@@ -272,12 +294,12 @@ find_work:					/* with the lock held */
 	if
 	:: queued && running < WORKERS ->
 		queued--;
-		running++;
+		running++; begun++;
 #ifndef BUG_9
 		find_runner();
 #endif
 		if
-		:: leader == me -> go_away()
+		:: leader == me -> step_out()
 		:: else
 		fi;
 		goto handler
@@ -311,7 +333,7 @@ stand_by:
 	seen = away_count;
 watch:
 	if
-	:: stopping || startable -> goto relieved
+	:: stopping || retired || startable -> goto relieved
 	:: else
 	fi;
 	if
@@ -355,11 +377,15 @@ drain:
 			LOCK;
 			if
 			:: running < WORKERS && !queued ->
-				running++;
+				running++; begun++;
 				UNLOCK;
 				reading--;
 				LOCK;		/* back in lead() of workers.c */
+#ifdef BUG_11
 				go_away();
+#else
+				step_out();
+#endif
 				goto handler
 			:: else ->
 				queued++;
@@ -371,8 +397,8 @@ drain:
 	:: empty(ring) -> break
 	od;
 	if					/* finished() */
-	:: stopping -> reading--; LOCK; goto find_work
-	:: !stopping && role_wanted ->
+	:: stopping || retired -> reading--; LOCK; goto find_work
+	:: !stopping && !retired && role_wanted ->
 		reading--;
 		LOCK;				/* callers_promote() */
 #ifndef BUG_12
@@ -390,7 +416,7 @@ drain:
 #else
 		goto find_work;
 #endif
-	:: !stopping && !role_wanted && startable -> reading--; LOCK; goto find_work
+	:: !stopping && !retired && !role_wanted && startable -> reading--; LOCK; goto find_work
 	:: else
 	fi;
 end_epoll:
@@ -430,17 +456,23 @@ active proctype peer()
 
 end:
 	do
-	:: atomic { requested[0] -> requested[0] = 0; ring!0; edge = 1 }
+	:: atomic { requested[0] && MAY_REPLY -> requested[0] = 0; ring!0; edge = 1 }
+#if NC > 1
 	:: atomic { requested[1] -> requested[1] = 0; ring!1; edge = 1 }
+#endif
 	:: atomic { requests < REQUESTS -> requests++; ring!REQUEST; edge = 1 }
 	od
 }
 
-#ifdef STOPS
-active proctype stopper()			/* shmrpc_poller_stop() */
+#if defined(STOPS) || defined(RETIRES)
+active proctype stopper()			/* shmrpc_poller_stop(), workers_retire() */
 {
 	LOCK;
+#ifdef STOPS
 	stopping = 1;
+#else
+	retired = 1;
+#endif
 	do
 	:: idling[NC] || idling[NC + 1] || idling[NC + NW - 1] -> wake_idle()
 	:: else -> break
@@ -449,15 +481,17 @@ active proctype stopper()			/* shmrpc_poller_stop() */
 	:: standby != NONE -> asleep[standby] = 0
 	:: else
 	fi;
-#ifndef BUG_11
+#ifdef STOPS
 	if
 	:: UNDONE(0) && leader != 0 -> wake_caller(0, DONE)
 	:: else
 	fi;
+#if NC > 1
 	if
 	:: UNDONE(1) && leader != 1 -> wake_caller(1, DONE)
 	:: else
 	fi;
+#endif
 #endif
 	UNLOCK;
 	kick = 1
@@ -466,15 +500,18 @@ active proctype stopper()			/* shmrpc_poller_stop() */
 
 active proctype monitor()
 {
-	timeout -> assert(stopping || (empty(ring) && (queued == 0 || stuck >= WORKERS) && !inside[0] && !inside[1]));
-	assert(!inside[0] && !inside[1])
+	timeout ->
+		assert(!inside[0] && !inside[NC - 1]);
+		assert(stopping || retired || (empty(ring) && (queued == 0 || stuck >= WORKERS)))
 }
 
 init
 {
 	atomic {
 		run caller(0);
+#if NC > 1
 		run caller(1);
+#endif
 		run worker(NC);
 		run worker(NC + 1);
 #if NW > 2
