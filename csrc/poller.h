@@ -64,7 +64,6 @@ struct shmrpc_slot {
     bool checked_signals; /* the same, between two shmrpc_wait_events */
     bool poked;           /* lock: shmrpc_poke came while it was out in Python */
     bool has_thread; /* worker: of its own, which is in shmrpc_next or runs a request */
-    bool has_asked;  /* worker: for a standby, before it leads */
     bool running;   /* worker: has a request */
     bool replied;   /* worker: its request needs no reply any more */
     uint64_t call_id;
@@ -127,6 +126,8 @@ struct shmrpc_poller {
     struct shmrpc_slot *standby, *idle; /* lock */
     bool standby_parked;                /* lock */
     uint32_t worker_threads, running, queued; /* lock */
+    uint32_t spawning;     /* lock: threads that were asked for and have not come */
+    uint64_t spawned_ns;   /* lock: when one was asked for last */
     uint32_t blocked;      /* lock: requests whose thread waits for something on this poller */
     bool retired;          /* lock: a client's conn has ended, its workers end */
     uint64_t queued_bytes;                    /* lock */

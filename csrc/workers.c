@@ -29,6 +29,7 @@ enum {
     OUTBOX_MAX = 1 << 20,    /* a peer that does not fetch its replies is not read any more */
     QUEUED_BYTES_MAX = 64 << 20,
     SPARE_THREADS = 8,
+    SPAWN_NS = 100000000,
 };
 
 /* The request that this thread serves, the innermost if one is served while another waits. */
@@ -196,11 +197,28 @@ static void wake_idle(struct shmrpc_poller *poller)
     }
 }
 
+/* With the lock held: the threads there are, and those that were asked for and are on their way.
+ * One that has not come after SPAWN_NS could not be started. */
+static uint32_t expected_threads(struct shmrpc_poller *poller)
+{
+    if (poller->spawning != 0 && clock_now_ns() - poller->spawned_ns > SPAWN_NS)
+        poller->spawning = 0;
+    return poller->worker_threads + poller->spawning;
+}
+
 /* With the lock held: whether one more thread may be started. There is one more than requests that
  * run or wait, so that somebody reads. */
-static bool may_spawn(const struct shmrpc_poller *poller)
+static bool may_spawn(struct shmrpc_poller *poller)
 {
-    return poller->worker_threads <= poller->workers + poller->blocked;
+    return expected_threads(poller) <= poller->workers + poller->blocked;
+}
+
+/* With the lock held: somebody is asked to start one. */
+static int64_t spawn(struct shmrpc_poller *poller)
+{
+    poller->spawning++;
+    poller->spawned_ns = clock_now_ns();
+    return SHMRPC_SPAWN;
 }
 
 /* With the lock held: whether one of them may end, because more handlers waited once. Some are kept:
@@ -241,12 +259,14 @@ static bool find_runner(struct shmrpc_poller *poller)
     if (poller->client || (poller->leader != NULL && poller->leader->goal == GOAL_REQUEST &&
                            !poller->away))
         return true;
-    if (poller->standby != NULL)
+    if (poller->standby != NULL) {
         slot_wake(poller->standby, SLOT_WAITING);
-    else if (poller->idle != NULL)
+    } else if (poller->idle != NULL) {
         wake_idle(poller);
-    else if (may_spawn(poller))
+    } else if (load_relaxed(&poller->spawn_wanted) == 0 && may_spawn(poller)) {
+        spawn(poller);
         store_relaxed(&poller->spawn_wanted, 1); /* which the leading caller sees */
+    }
     return load_relaxed(&poller->spawn_wanted) != 0;
 }
 
@@ -593,7 +613,7 @@ static bool lacks_standby(struct shmrpc_poller *poller)
         return false;
     }
     return poller->worker_threads > 1 && may_spawn(poller) &&
-           poller->running + poller->blocked + 1 >= poller->worker_threads;
+           poller->running + poller->blocked + 1 >= expected_threads(poller);
 }
 
 /* With the lock held: find something to run for this worker. */
@@ -614,13 +634,11 @@ static int64_t find_work(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
             return slot->result;
         }
         if (poller->leader == slot || poller->leader == NULL) {
-            if (lacks_standby(poller) && !slot->has_asked) {
-                slot->has_asked = true; /* once: the new thread takes a moment to come */
+            if (lacks_standby(poller)) {
                 poller->leader = slot;
                 step_out(poller, slot);
-                return SHMRPC_SPAWN;
+                return spawn(poller);
             }
-            slot->has_asked = false;
             int64_t result = lead(poller, slot);
             if (result != RESULT_QUEUED)
                 return result;
@@ -635,7 +653,7 @@ static int64_t find_work(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
             if (poller->idle == NULL && may_spawn(poller)) {
                 if (takes)
                     step_out(poller, slot);
-                return SHMRPC_SPAWN;
+                return spawn(poller);
             }
             wake_idle(poller);
         } else if (has_surplus(poller)) {
@@ -681,9 +699,11 @@ int64_t shmrpc_next(shmrpc_slot *slot)
 
     answer_if_nobody_has(slot);
     poller_lock(poller);
-    if (!slot->has_thread)
+    if (!slot->has_thread) {
+        slot->has_thread = true;
         poller->worker_threads++;
-    slot->has_thread = true;
+        poller->spawning -= poller->spawning != 0;
+    }
     finish_request(poller, slot);
     slot->goal = GOAL_REQUEST;
     store_release32(&slot->state, SLOT_WAITING);
