@@ -126,6 +126,8 @@ struct shmrpc_poller {
     struct shmrpc_slot *standby, *idle; /* lock */
     bool standby_parked;                /* lock */
     uint32_t worker_threads, running, queued; /* lock */
+    uint32_t spawning;     /* lock: threads that were asked for and have not come */
+    uint64_t spawned_ns;   /* lock: when one was asked for last */
     uint32_t blocked;      /* lock: requests whose thread waits for something on this poller */
     bool event_requests;   /* lock: requests are events */
     uint64_t armed_ns;     /* leader: when poller_arm armed, 0 if it did not spin before */

@@ -29,6 +29,7 @@ enum {
     OUTBOX_MAX = 1 << 20,    /* a peer that does not fetch its replies is not read any more */
     QUEUED_BYTES_MAX = 64 << 20,
     SPARE_THREADS = 8,
+    SPAWN_NS = 100000000,
 };
 
 /* The request that this thread serves, the innermost if one is served while another waits. */
@@ -198,11 +199,28 @@ static void wake_idle(struct shmrpc_poller *poller)
     }
 }
 
+/* With the lock held: the threads there are, and those that were asked for and are on their way.
+ * One that has not come after SPAWN_NS could not be started. */
+static uint32_t expected_threads(struct shmrpc_poller *poller)
+{
+    if (poller->spawning != 0 && clock_now_ns() - poller->spawned_ns > SPAWN_NS)
+        poller->spawning = 0;
+    return poller->worker_threads + poller->spawning;
+}
+
 /* With the lock held: whether one more thread may be started. There is one more than requests that
  * run or wait, so that somebody reads. */
-static bool may_spawn(const struct shmrpc_poller *poller)
+static bool may_spawn(struct shmrpc_poller *poller)
 {
-    return poller->worker_threads <= poller->workers + poller->blocked;
+    return expected_threads(poller) <= poller->workers + poller->blocked;
+}
+
+/* With the lock held: somebody is asked to start one. */
+static int64_t spawn(struct shmrpc_poller *poller)
+{
+    poller->spawning++;
+    poller->spawned_ns = clock_now_ns();
+    return SHMRPC_SPAWN;
 }
 
 /* With the lock held: whether one of them may end, because more handlers waited once. Some are kept:
@@ -243,12 +261,14 @@ static bool find_runner(struct shmrpc_poller *poller)
     if (poller->client || (poller->leader != NULL && poller->leader->goal == GOAL_REQUEST &&
                            !poller->away))
         return true;
-    if (poller->standby != NULL)
+    if (poller->standby != NULL) {
         slot_wake(poller->standby, SLOT_WAITING);
-    else if (poller->idle != NULL)
+    } else if (poller->idle != NULL) {
         wake_idle(poller);
-    else if (may_spawn(poller))
+    } else if (load_relaxed(&poller->spawn_wanted) == 0 && may_spawn(poller)) {
+        spawn(poller);
         store_relaxed(&poller->spawn_wanted, 1); /* which the leading caller sees */
+    }
     return load_relaxed(&poller->spawn_wanted) != 0;
 }
 
@@ -596,6 +616,16 @@ void workers_leave(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
         wake_idle(poller); /* it ends, and wakes the next one */
 }
 
+/* With the lock held: this worker leads, and goes out to Python. A caller that waits for the role
+ * gets it: nobody knows how long that takes. */
+static void step_out(struct shmrpc_poller *poller, const struct shmrpc_slot *slot)
+{
+    if (load_relaxed(&poller->role_wanted) != 0)
+        callers_promote(poller, slot);
+    if (poller->leader == slot)
+        workers_go_away(poller);
+}
+
 /* With the lock held: lead. What that ended with for the worker, or RESULT_QUEUED: to look again
  * what there is to do. */
 static int64_t lead(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
@@ -609,8 +639,23 @@ static int64_t lead(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
         callers_promote(poller, slot);
     if (result == RESULT_WANTED || result == RESULT_QUEUED || result == SHMRPC_STOPPED)
         return RESULT_QUEUED;
-    workers_go_away(poller);
+    step_out(poller, slot);
     return result;
+}
+
+/* With the lock held: this worker is about to lead, and nobody stands by. Who relieved a standby that
+ * went to run a request may find the role free, and take that instead. Wakes a thread that idles;
+ * true if there is none, and all the others run requests, so that none will come by itself. */
+static bool lacks_standby(struct shmrpc_poller *poller)
+{
+    if (poller->standby != NULL)
+        return false;
+    if (poller->idle != NULL) {
+        wake_idle(poller);
+        return false;
+    }
+    return poller->worker_threads > 1 && may_spawn(poller) &&
+           poller->running + poller->blocked + 1 >= expected_threads(poller);
 }
 
 /* With the lock held: find something to run for this worker. */
@@ -627,12 +672,17 @@ static int64_t find_work(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
         if ((!left_to_callers(poller) || poller->leader == slot) &&
             start_queued(poller, slot, poller->workers)) {
             if (poller->leader == slot)
-                workers_go_away(poller);
+                step_out(poller, slot);
             return slot->result;
         }
         if (must_end(poller))
             continue; /* it gave up the lock for moments */
         if (poller->leader == slot || poller->leader == NULL) {
+            if (lacks_standby(poller)) {
+                poller->leader = slot;
+                step_out(poller, slot);
+                return spawn(poller);
+            }
             int64_t result = lead(poller, slot);
             if (result != RESULT_QUEUED)
                 return result;
@@ -646,8 +696,8 @@ static int64_t find_work(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
             }
             if (poller->idle == NULL && may_spawn(poller)) {
                 if (takes)
-                    workers_go_away(poller);
-                return SHMRPC_SPAWN;
+                    step_out(poller, slot);
+                return spawn(poller);
             }
             wake_idle(poller);
         } else if (has_surplus(poller)) {
@@ -693,9 +743,11 @@ int64_t shmrpc_next(shmrpc_slot *slot)
 
     answer_if_nobody_has(slot);
     poller_lock(poller);
-    if (!slot->has_thread)
+    if (!slot->has_thread) {
+        slot->has_thread = true;
         poller->worker_threads++;
-    slot->has_thread = true;
+        poller->spawning -= poller->spawning != 0;
+    }
     finish_request(poller, slot);
     slot->goal = GOAL_REQUEST;
     store_release32(&slot->state, SLOT_WAITING);

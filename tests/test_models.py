@@ -75,6 +75,12 @@ GOOD = [
     case("close", "N=2 SLOTS=1", ENDS),
     case("takeover", "", HOLDS, covers=True),
     case("takeover", "", ENDS),
+    case("roles", "", HOLDS),
+    case("roles", "NESTED", HOLDS),
+    case("roles", "STOPS NC=1", HOLDS),
+    case("roles", "RETIRES NC=1", HOLDS),
+    case("roles", "NESTED NC=1 NW=3 WORKERS=2 REQUESTS=2", HOLDS),
+    case("roles", "", ENDS),
 ]
 
 LARGER = [
@@ -95,6 +101,11 @@ LARGER = [
     case("close", "", ENDS),
     case("takeover", "REQUESTS=6", HOLDS),
     case("takeover", "REQUESTS=5", ENDS),
+    case("roles", "REQUESTS=2", HOLDS),
+    case("roles", "STOPS", HOLDS),
+    case("roles", "RETIRES", HOLDS),
+    case("roles", "NC=1 NW=3 WORKERS=2 REQUESTS=3", HOLDS),
+    case("roles", "NW=3 WORKERS=2", HOLDS),
 ]
 
 # model, variant (with the configuration that shows it), the way it must fail
@@ -178,6 +189,19 @@ takeover   BUG_10            assertion
 takeover   BUG_11            assertion
 takeover   BUG_12            assertion
 takeover   BUG_13            cycle
+roles      BUG_1             assertion
+roles      BUG_2             assertion
+roles      BUG_3             assertion
+roles      BUG_4             assertion
+roles      BUG_5             assertion
+roles      BUG_6             assertion
+roles      BUG_7             assertion
+roles      BUG_8 RETIRES     assertion
+roles      BUG_9 NESTED NC=1 NW=3 WORKERS=2 REQUESTS=2 assertion
+roles      BUG_10 NESTED     assertion
+roles      BUG_11 RETIRES    assertion
+roles      BUG_12            cycle
+roles      BUG_13 NC=1 NW=3 WORKERS=2 REQUESTS=3 assertion
 """
 
 

@@ -416,6 +416,46 @@ TEST(requests_that_waited_for_room)
     free(body);
 }
 
+/* Whoever leads after a caller has left: somebody stands by, also when the standby has just gone
+ * to run a request, and the thread that it woke leads instead of it. */
+TEST(leader_after_a_caller_has_a_standby)
+{
+    struct random random = {harness_seed()};
+
+    for (int i = 0; i < 400; i++) {
+        struct scene scene;
+        struct reader reader;
+
+        harness_progress(HANG_SECONDS);
+        scene_open(&scene, 4, 64);
+        for (uint64_t id = 1; id <= 3; id++) /* makes threads, which idle then */
+            put(&scene.hand, SHMRPC_REQUEST, 0, id << 16, "block", NULL, 0);
+        hand_ring(&scene.hand);
+        party_await(&scene.server, &scene.server.blocked, 3);
+        party_gate(&scene.server, true);
+        for (int k = 0; k < 3; k++)
+            take_frame(&scene.hand, SHMRPC_REPLY, NULL, 0);
+        await_running(&scene.server, 0);
+        party_gate(&scene.server, false);
+        read_start(&reader, &scene.server);
+        await_leader(&scene.server, reader.slot);
+        put(&scene.hand, SHMRPC_REQUEST, 0, 4 << 16, "block", NULL, 0);
+        hand_ring(&scene.hand);
+        party_await(&scene.server, &scene.server.blocked, 1);
+        for (uint64_t k = random_below(&random, 2000); k > 0; k--)
+            cpu_pause();
+        shmrpc_poke(reader.slot);
+        put(&scene.hand, SHMRPC_REQUEST, 0, 5 << 16, "block", NULL, 0);
+        hand_ring(&scene.hand);
+        party_await(&scene.server, &scene.server.blocked, 2);
+        put(&scene.hand, SHMRPC_REQUEST, 0, 6 << 16, "echo", "hello", 5);
+        hand_ring(&scene.hand);
+        CHECK_EQUAL(take_frame(&scene.hand, SHMRPC_REPLY, NULL, 0).call_id, 6 << 16);
+        CHECK_EQUAL(read_end(&reader), 0);
+        scene_close(&scene);
+    }
+}
+
 /* Requests whose handlers wait count for max_concurrency: each of them has a thread. */
 TEST(waiting_handlers_are_limited)
 {
