@@ -223,6 +223,8 @@ void slot_wake(struct shmrpc_slot *slot, uint32_t state)
 
 void slot_finish(struct shmrpc_slot *slot, int64_t result)
 {
+    if (load_acquire32(&slot->state) == SLOT_DONE)
+        return; /* its thread may be reading the result without the lock */
     slot->result = result;
     slot_wake(slot, SLOT_DONE);
 }

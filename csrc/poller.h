@@ -222,7 +222,7 @@ int slot_receive(struct shmrpc_slot *slot, struct conn *conn, const struct frame
 void slot_take(struct shmrpc_slot *slot, struct stored *stored);
 /* Whether the body lies in the view that Python has. */
 bool slot_in_view(const struct shmrpc_slot *slot);
-/* With the lock held: set result and wake the slot's thread. */
+/* With the lock held: set result and wake the slot's thread, unless its wait has ended already. */
 void slot_finish(struct shmrpc_slot *slot, int64_t result);
 /* With the lock held: set the state and wake the slot's thread if it sleeps. */
 void slot_wake(struct shmrpc_slot *slot, uint32_t state);

@@ -14,7 +14,7 @@ import msgpack
 
 from ._native import ffi, lib
 from .calls import Call
-from .codec import Codec, MsgpackCodec, explain_arguments
+from .codec import PACKING_ERRORS, Codec, MsgpackCodec, explain_arguments
 from .errors import Cancelled, Error, ProtocolError
 from .futures import CallFuture
 from .metadata import Metadata, pack_metadata
@@ -144,9 +144,13 @@ class Channel:
             name = self._name(method)
         try:
             body = slot.pack(args)
-        except Exception as error:
+        except PACKING_ERRORS as error:
             raise self._unpackable(slot, method, args, kwargs, error) from error
-        count = _call(slot.c, name, body, len(body), -1)
+        try:
+            count = _call(slot.c, name, body, len(body), -1)
+        except BaseException:  # a signal's handler ran as it returned; somebody may keep our frame
+            lib.shmrpc_abandon(slot.c)
+            raise
         if count < 0:
             if count == _ENOTCONN:
                 self._drop(slot.connection)
@@ -179,13 +183,17 @@ class Channel:
             name = self._names.get(method) or self._name(method)
             try:
                 body = slot.pack([args, kwargs] if kwargs else args)
-            except Exception as error:
+            except PACKING_ERRORS as error:
                 raise self._unpackable(slot, method, args, kwargs, error) from error
             left_ns = nanoseconds_until(deadline)
             flags = lib.SHMRPC_FLAG_KEYWORDS if kwargs else 0
-            status = lib.shmrpc_call_with(
-                slot.c, name, flags, beside, len(beside), body, len(body), left_ns
-            )
+            try:
+                status = lib.shmrpc_call_with(
+                    slot.c, name, flags, beside, len(beside), body, len(body), left_ns
+                )
+            except BaseException:
+                lib.shmrpc_abandon(slot.c)
+                raise
             if status != _ENOTCONN:
                 return self._finish(slot, method, status, reply_metadata)
             self._drop(slot.connection)
@@ -387,7 +395,7 @@ class Channel:
                 name = self._names.get(method) or self._name(method)
                 try:
                     body = slot.pack([args, kwargs] if kwargs else args)
-                except Exception as error:
+                except PACKING_ERRORS as error:
                     raise self._unpackable(slot, method, args, kwargs, error) from error
                 if kwargs:
                     flags |= lib.SHMRPC_FLAG_KEYWORDS

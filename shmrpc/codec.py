@@ -12,7 +12,11 @@ import msgpack
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Codec", "MsgpackCodec", "explain_arguments"]
+__all__ = ["PACKING_ERRORS", "Codec", "MsgpackCodec", "explain_arguments"]
+
+# What an encoder raises for a value that it can't pack. Anything else, such as what a signal handler
+# raised meanwhile, is not about the value.
+PACKING_ERRORS = (TypeError, ValueError, OverflowError, RecursionError)
 
 
 class Codec(Protocol):
@@ -52,11 +56,13 @@ def explain_arguments(
     for label, value in [*enumerate(args, 1), *kwargs.items()]:
         try:
             codec.encoder()(value)
-        except (TypeError, ValueError, OverflowError, RecursionError) as reason:
+        except PACKING_ERRORS as reason:
             kind = type(value)
             msg = (
                 f"argument {label!r} of {method!r} can't be sent: {reason} "
                 f"(the value is of type {kind.__module__}.{kind.__qualname__})"
             )
             return (TypeError if isinstance(reason, TypeError) else ValueError)(msg)
-    return error
+    # Never `error` itself: raised from itself, it would keep its frames alive.
+    msg = f"the arguments of {method!r} can't be sent: {error}"
+    return (TypeError if isinstance(error, TypeError) else ValueError)(msg)

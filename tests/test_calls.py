@@ -488,3 +488,51 @@ def test_program_that_ends_without_closing(common, transport):
         timeout=30,
     )
     assert (run.returncode, run.stdout, run.stderr) == (0, "3\n", "")
+
+
+def test_an_encoder_that_fails_otherwise_is_not_explained(transport, service):
+    """What is not about the value passes as it is, raised from nothing, and the next call works."""
+
+    class Failing(shmrpc.codec.MsgpackCodec):
+        fails = False
+
+        def encoder(self):
+            pack = super().encoder()
+
+            def packed(value):
+                if self.fails:
+                    raise KeyError("elsewhere")
+                return pack(value)
+
+            return packed
+
+    codec = Failing()
+    with shmrpc.connect(service(transport).address, codec=codec) as client:
+        for way in (client.call, client.submit, client.notify):
+            codec.fails = True
+            with pytest.raises(KeyError) as raised:
+                way("add", 1, 2)
+            assert raised.value.__cause__ is None
+            codec.fails = False
+            assert client.call("add", 1, 2) == 3
+
+
+def test_arguments_that_fail_only_together_raise_no_error_from_itself(transport, service):
+    class TooMany(shmrpc.codec.MsgpackCodec):
+        def encoder(self):
+            pack = super().encoder()
+
+            def packed(value):
+                if isinstance(value, (list, tuple)) and len(value) > 2:
+                    raise ValueError("too many")
+                return pack(value)
+
+            return packed
+
+    with shmrpc.connect(service(transport).address, codec=TooMany()) as client:
+        with pytest.raises(
+            ValueError, match=r"arguments of 'add' can't be sent: too many"
+        ) as raised:
+            client.call("add", 1, 2, 3)
+        assert raised.value.__cause__ is not raised.value
+        assert client.call("add", 1, 2) == 3

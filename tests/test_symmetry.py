@@ -112,7 +112,8 @@ def test_a_client_where_nobody_waits_serves_from_a_thread_of_its_own(client):
         return number
 
     client.call("kept.keep", "a")
-    client.call("kept.later", "a", "note", [0, 0.001, 0.02] * 20)
+    # A notification: in a call this thread would wait, and could serve the first of them itself.
+    client.notify("kept.later", "a", "note", [0, 0.001, 0.02] * 20)
     assert done.wait(20)
     assert [number for number, _ in served] == list(range(60))
     assert all(name.startswith("shmrpc-worker") for _, name in served)

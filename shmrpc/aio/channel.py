@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 
 from shmrpc._native import ffi, lib
-from shmrpc.codec import Codec, MsgpackCodec, explain_arguments
+from shmrpc.codec import PACKING_ERRORS, Codec, MsgpackCodec, explain_arguments
 from shmrpc.context import inherited_deadline
 from shmrpc.errors import Cancelled, DeadlineExceeded, Error, ProtocolError
 from shmrpc.metadata import Metadata, pack_metadata
@@ -179,7 +179,7 @@ class Channel:
     ) -> bytes:
         try:
             return slot.pack([args, kwargs] if kwargs else args)
-        except Exception as error:
+        except PACKING_ERRORS as error:
             slot.pack = self._codec.encoder()  # the old one may hold half a message
             raise explain_arguments(self._codec, method, args, kwargs, error) from error
 
