@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["PACKING_ERRORS", "Codec", "MsgpackCodec", "explain_arguments"]
 
-# What an encoder raises for a value that it can't pack. Anything else, such as what a signal handler
-# raised meanwhile, is not about the value.
+# What an encoder raises for a value that it can't pack. Anything else, such as what a signal
+# handler raised meanwhile, is not about the value.
 PACKING_ERRORS = (TypeError, ValueError, OverflowError, RecursionError)
 
 
