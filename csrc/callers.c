@@ -309,7 +309,7 @@ void callers_room(struct shmrpc_poller *poller, struct conn *conn)
 static bool enter(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
 {
     slot->inside = true;
-    slot->alone = poller->client && poller->workers == 0;
+    slot->alone = poller->client && poller->workers == 0 && slot->origin == NULL;
     poller->inside++;
     if (poller->workers != 0)
         workers_enter(poller, slot);
@@ -454,6 +454,17 @@ static bool goes_on(int64_t result)
            result == SHMRPC_SPAWN || result == SHMRPC_QUEUED;
 }
 
+/* The call that a request was passed on by has ended: nobody may interrupt it any more. */
+static void end_forward(struct shmrpc_slot *slot)
+{
+    struct shmrpc_slot *worker = slot->origin;
+
+    poller_lock(worker->poller);
+    worker->forwards = NULL;
+    poller_unlock(worker->poller);
+    slot->origin = NULL;
+}
+
 /* Wait until the slot's goal is met. */
 static int64_t wait_goal(struct shmrpc_poller *poller, struct shmrpc_slot *slot, bool leads)
 {
@@ -467,7 +478,7 @@ static int64_t wait_goal(struct shmrpc_poller *poller, struct shmrpc_slot *slot,
         result = slot->result; /* it came while we gave up */
     else
         store_release32(&slot->state, SLOT_WAITING); /* also if promoted: leave handed that on */
-    if (result == -ETIMEDOUT && slot->goal == GOAL_REPLY)
+    if ((result == -ETIMEDOUT || result == -ECANCELED) && slot->goal == GOAL_REPLY)
         cancel.header.call_id = slot->call_id;
     if (!goes_on(result) || slot->goal == GOAL_EVENTS) {
         slot->goal = GOAL_NONE;
@@ -476,6 +487,8 @@ static int64_t wait_goal(struct shmrpc_poller *poller, struct shmrpc_slot *slot,
     poller_unlock(poller);
     if (cancel.header.call_id != 0)
         poller_send(poller, slot->conn, &cancel, &position);
+    if (slot->origin != NULL && !goes_on(result))
+        end_forward(slot);
     return result;
 }
 
@@ -523,11 +536,46 @@ static void set_deadline(struct outgoing *message, const struct conn *conn, uint
     message->header.deadline_ns = deadline_ns;
 }
 
+/* Send this request and wait for its reply. */
+static int64_t call(struct shmrpc_slot *slot, struct outgoing *message, int64_t timeout_ns)
+{
+    struct shmrpc_poller *poller = slot->poller;
+
+    poller_lock(poller);
+    if (slot->origin != NULL && slot->unwanted) {
+        poller_unlock(poller);
+        end_forward(slot);
+        return -ECANCELED;
+    }
+    begin(slot, GOAL_REPLY, earlier(deadline_after(timeout_ns), shmrpc_inherited_deadline()));
+    store_relaxed(&slot->position, UINT64_MAX); /* not sent */
+    slot->result = -ECANCELED; /* what callers_unwanted ends it with */
+    slot->call_id = ++poller->call_sequence << 16 | slot->index;
+    message->header.call_id = slot->call_id;
+    bool leads = enter(poller, slot);
+    poller_unlock(poller);
+
+    if (slot->deadline_ns != 0)
+        set_deadline(message, slot->conn, slot->deadline_ns);
+    int status = poller_send(poller, slot->conn, message, &slot->position);
+    if (status >= 0)
+        return wait_goal(poller, slot, leads);
+
+    poller_lock(poller);
+    leave(poller, slot);
+    slot->goal = GOAL_NONE;
+    slot->call_id = 0;
+    slot->message.outcome = SHMRPC_NOT_SENT;
+    poller_unlock(poller);
+    if (slot->origin != NULL)
+        end_forward(slot);
+    return status;
+}
+
 int64_t shmrpc_call_with(shmrpc_slot *slot, const shmrpc_name *name, uint32_t flags,
                          const char *metadata, size_t metadata_bytes, const char *body,
                          size_t body_bytes, int64_t timeout_ns)
 {
-    struct shmrpc_poller *poller = slot->poller;
     struct outgoing message = {
         .header = {.kind = SHMRPC_REQUEST,
                    .flags = (uint8_t)flags,
@@ -538,35 +586,59 @@ int64_t shmrpc_call_with(shmrpc_slot *slot, const shmrpc_name *name, uint32_t fl
                   {(void *)(uintptr_t)body, body_bytes}},
     };
 
-    if (conn_hung_up(slot->conn))
-        return -ENOTCONN;
-    poller_lock(poller);
-    begin(slot, GOAL_REPLY, earlier(deadline_after(timeout_ns), shmrpc_inherited_deadline()));
-    store_relaxed(&slot->position, UINT64_MAX); /* not sent */
-    slot->call_id = ++poller->call_sequence << 16 | slot->index;
-    message.header.call_id = slot->call_id;
-    bool leads = enter(poller, slot);
-    poller_unlock(poller);
-
-    if (slot->deadline_ns != 0)
-        set_deadline(&message, slot->conn, slot->deadline_ns);
-    int status = poller_send(poller, slot->conn, &message, &slot->position);
-    if (status >= 0)
-        return wait_goal(poller, slot, leads);
-
-    poller_lock(poller);
-    leave(poller, slot);
-    slot->goal = GOAL_NONE;
-    slot->call_id = 0;
-    slot->message.outcome = SHMRPC_NOT_SENT;
-    poller_unlock(poller);
-    return status;
+    return conn_hung_up(slot->conn) ? -ENOTCONN : call(slot, &message, timeout_ns);
 }
 
 int64_t shmrpc_call(shmrpc_slot *slot, const shmrpc_name *name, const char *body,
                     size_t body_bytes, int64_t timeout_ns)
 {
     return shmrpc_call_with(slot, name, 0, NULL, 0, body, body_bytes, timeout_ns);
+}
+
+int64_t shmrpc_forward(shmrpc_slot *slot, shmrpc_slot *worker, int64_t timeout_ns)
+{
+    const shmrpc_message *request = &worker->message;
+    struct outgoing message = {
+        .header = {.kind = SHMRPC_REQUEST,
+                   .flags = (uint8_t)request->flags,
+                   .method_bytes = (uint16_t)request->method_bytes,
+                   .metadata_bytes = request->metadata_bytes},
+        .parts = {{(void *)(uintptr_t)request->head, request->method_bytes},
+                  {(void *)(uintptr_t)(request->head + request->method_bytes),
+                   request->metadata_bytes},
+                  {(void *)(uintptr_t)request->body, request->body_bytes}},
+    };
+
+    if (conn_hung_up(slot->conn))
+        return -ENOTCONN;
+    slot->unwanted = false;
+    slot->origin = worker;
+    poller_lock(worker->poller);
+    bool wanted = request->cancelled == 0 && worker->running &&
+                  load_relaxed(&worker->conn->error) == 0;
+    worker->forwards = wanted ? slot : NULL;
+    poller_unlock(worker->poller);
+    if (!wanted) {
+        slot->origin = NULL;
+        return -ECANCELED;
+    }
+    return call(slot, &message, timeout_ns);
+}
+
+void callers_unwanted(struct shmrpc_slot *slot)
+{
+    struct shmrpc_poller *poller = slot->poller;
+
+    poller_lock(poller);
+    slot->unwanted = true; /* if the call has not begun */
+    if (slot->goal == GOAL_REPLY && slot->call_id != 0) {
+        /* Its result says so since it began: a leader that reads the reply just now writes its own
+         * without the lock. */
+        slot_wake(slot, SLOT_DONE);
+        if (poller->leader == slot)
+            poller_kick(poller);
+    }
+    poller_unlock(poller);
 }
 
 int64_t shmrpc_wait(shmrpc_slot *slot)
@@ -595,6 +667,8 @@ void shmrpc_abandon(shmrpc_slot *slot)
     poller_unlock(poller);
     if (message.header.call_id != 0)
         poller_send(poller, slot->conn, &message, &position);
+    if (slot->origin != NULL)
+        end_forward(slot);
 }
 
 int shmrpc_send(shmrpc_slot *slot, uint32_t kind, uint32_t flags, uint64_t call_id,

@@ -122,6 +122,7 @@ static void fail_conn(struct shmrpc_poller *poller, struct conn *conn, int error
     /* After the error: a peer that sees the end may rely on it that nothing queued starts. */
     shutdown(conn->control_fd, SHUT_RDWR);
     callers_lost(poller, conn, error);
+    workers_lost(poller, conn);
     const shmrpc_message closed = {.kind = SHMRPC_CLOSED, .status = (uint32_t)error};
     events_add(poller, conn, &closed, NULL);
     if (poller->client) { /* it keeps its conn, to tell what became of its calls */

@@ -47,8 +47,13 @@ static int grow(struct methods *methods)
 
 int methods_add(struct methods *methods, const char *name, size_t bytes, int32_t index, bool fast)
 {
-    if (bytes == 0 || bytes > SHMRPC_METHOD_MAX)
+    if (bytes > SHMRPC_METHOD_MAX)
         return -EINVAL;
+    if (bytes == 0) {
+        methods->other = (struct method){.index = index, .fast = fast};
+        methods->has_other = true;
+        return 0;
+    }
     if (methods->count >= methods->capacity / 2) {
         int status = grow(methods);
         if (status < 0)
@@ -66,10 +71,12 @@ int methods_add(struct methods *methods, const char *name, size_t bytes, int32_t
 
 const struct method *methods_find(const struct methods *methods, const uint8_t *name, size_t bytes)
 {
+    const struct method *other = methods->has_other ? &methods->other : NULL;
+
     if (methods->capacity == 0 || bytes == 0 || bytes > SHMRPC_METHOD_MAX)
-        return NULL;
+        return other;
     const struct method *method = place(methods->table, methods->capacity, name, bytes);
-    return method->bytes != 0 ? method : NULL;
+    return method->bytes != 0 ? method : other;
 }
 
 void methods_free(struct methods *methods)

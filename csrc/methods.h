@@ -18,11 +18,13 @@ struct method {
 struct methods {
     struct method *table; /* open addressing; a free place has bytes == 0 */
     uint32_t capacity, count;
+    struct method other; /* stands for all that are not in the table */
+    bool has_other;
 };
 
-/* Add or replace. 0, -EINVAL, -ENOMEM. */
+/* Add or replace; an empty name stands for all that are unknown. 0, -EINVAL, -ENOMEM. */
 int methods_add(struct methods *methods, const char *name, size_t bytes, int32_t index, bool fast);
-/* Null if unknown. */
+/* Null if unknown, and nothing stands for those. */
 const struct method *methods_find(const struct methods *methods, const uint8_t *name,
                                   size_t bytes);
 void methods_free(struct methods *methods);

@@ -73,6 +73,9 @@ struct shmrpc_slot {
     struct shmrpc_slot *next_idle;
     struct shmrpc_slot *serves; /* worker: the request around this one, in the same thread */
     struct shmrpc_slot *blocks; /* caller: the worker whose request waits here */
+    struct shmrpc_slot *forwards; /* worker, lock: where its request was passed on to */
+    struct shmrpc_slot *origin;   /* caller: the worker of that, for its own thread */
+    bool unwanted;                /* caller, lock: nobody waits for what origin asks for */
     uint8_t *reply_metadata;    /* worker: see shmrpc_reply_metadata */
     uint32_t reply_metadata_bytes;
     uint32_t *ends;             /* of message.ends, malloc */
@@ -242,6 +245,8 @@ int slot_sleep(struct shmrpc_slot *slot, uint64_t deadline_ns);
 void callers_promote(struct shmrpc_poller *poller, const struct shmrpc_slot *leader);
 /* With the lock held: the leading worker ends; who waits inside has to read by itself. */
 void callers_inherit(struct shmrpc_poller *poller, const struct shmrpc_slot *leader);
+/* Without the lock of this slot's poller: the request that was passed on here is not wanted. */
+void callers_unwanted(struct shmrpc_slot *slot);
 /* With the lock held: end every wait, because the poller stops. */
 void callers_stop(struct shmrpc_poller *poller);
 struct shmrpc_slot *slot_new(struct shmrpc_poller *poller, uint64_t conn_id, bool worker);
@@ -267,6 +272,8 @@ void workers_resume(struct shmrpc_poller *poller);
 void workers_forget(struct shmrpc_poller *poller, struct shmrpc_slot *slot);
 /* With the lock held: whether a request of this conn runs. */
 bool workers_run(const struct shmrpc_poller *poller, const struct conn *conn);
+/* With the lock held: those that this conn's requests were passed on to need not answer. */
+void workers_lost(struct shmrpc_poller *poller, const struct conn *conn);
 /* With the lock held: tell all requests that run that nobody waits for them any more. */
 void workers_cancel_all(struct shmrpc_poller *poller);
 /* With the lock held: a client's conn has ended. Its workers end, what is queued is dropped. */

@@ -153,7 +153,8 @@ void shmrpc_poller_drain(shmrpc_poller *poller);
 /* End every wait with SHMRPC_STOPPED, now and later, and cancel the requests that run. */
 void shmrpc_poller_stop(shmrpc_poller *poller);
 void shmrpc_poller_stats(shmrpc_poller *poller, shmrpc_stats *stats);
-/* Requests for `name` get message.method = index and, if fast, a count instead of SHMRPC_MESSAGE. */
+/* Requests for `name` get message.method = index and, if fast, a count instead of SHMRPC_MESSAGE.
+ * The empty name stands for every method that was not added. */
 int shmrpc_method_add(shmrpc_poller *poller, const char *name, size_t name_bytes, int32_t index,
                       int fast);
 
@@ -190,6 +191,12 @@ int64_t shmrpc_call(shmrpc_slot *slot, const shmrpc_name *name, const char *body
 int64_t shmrpc_call_with(shmrpc_slot *slot, const shmrpc_name *name, uint32_t flags,
                          const char *metadata, size_t metadata_bytes, const char *body,
                          size_t body_bytes, int64_t timeout_ns);
+/* Pass the request that `worker` serves in this thread on, from where it lies, as a call on the slot's
+ * conn: the same method, flags, metadata and body, and the earlier of its deadline and timeout_ns.
+ * As shmrpc_call_with; -ECANCELED when the request is cancelled or its caller is gone: then the peer
+ * is told. The slot is of another poller than the worker, and none of its threads serves by
+ * forwarding to the worker's. */
+int64_t shmrpc_forward(shmrpc_slot *slot, shmrpc_slot *worker, int64_t timeout_ns);
 /* Go on waiting after -EAGAIN, -EINTR, SHMRPC_EVENTS, SHMRPC_SPAWN or SHMRPC_QUEUED. */
 int64_t shmrpc_wait(shmrpc_slot *slot);
 /* Give up waiting; the peer is told. The reply, if it still comes, is dropped and counted. */
@@ -249,6 +256,9 @@ int shmrpc_reply_metadata(shmrpc_slot *slot, const char *metadata, size_t metada
 int64_t shmrpc_reply_next(shmrpc_slot *slot, const char *body, size_t body_bytes);
 /* Reply to the slot's request; once. */
 int shmrpc_reply(shmrpc_slot *slot, uint32_t status, const char *body, size_t body_bytes);
+/* Reply to the worker's request what `slot` has received after shmrpc_forward, from where it lies:
+ * status, metadata and body. */
+int shmrpc_reply_from(shmrpc_slot *worker, const shmrpc_slot *slot);
 
 /* Bare rings, without calls, threads or sleeping: the floor that benchmarks compare with. The
  * memory holds two segments; side 0 or 1. */

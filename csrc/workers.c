@@ -368,6 +368,8 @@ void workers_cancel(struct shmrpc_poller *poller, struct conn *conn, uint64_t ca
         if (slot != NULL && slot->running && slot->conn == conn && slot->call_id == call_id) {
             store_release32((atomic_u32 *)&slot->message.cancelled, 1);
             flags |= slot->message.flags;
+            if (slot->forwards != NULL)
+                callers_unwanted(slot->forwards);
         }
     }
     for (struct stored *stored = poller->queue.first; stored != NULL; stored = stored->next) {
@@ -389,11 +391,25 @@ bool workers_run(const struct shmrpc_poller *poller, const struct conn *conn)
     return false;
 }
 
+void workers_lost(struct shmrpc_poller *poller, const struct conn *conn)
+{
+    for (uint32_t i = 0; i < poller->slot_capacity; i++) {
+        const struct shmrpc_slot *slot = poller->slots[i];
+        if (slot != NULL && slot->running && slot->conn == conn && slot->forwards != NULL)
+            callers_unwanted(slot->forwards);
+    }
+}
+
 void workers_cancel_all(struct shmrpc_poller *poller)
 {
-    for (uint32_t i = 0; i < poller->slot_capacity; i++)
-        if (poller->slots[i] != NULL && poller->slots[i]->running)
-            store_release32((atomic_u32 *)&poller->slots[i]->message.cancelled, 1);
+    for (uint32_t i = 0; i < poller->slot_capacity; i++) {
+        struct shmrpc_slot *slot = poller->slots[i];
+        if (slot == NULL || !slot->running)
+            continue;
+        store_release32((atomic_u32 *)&slot->message.cancelled, 1);
+        if (slot->forwards != NULL)
+            callers_unwanted(slot->forwards);
+    }
 }
 
 /* ---- the queue ---- */
@@ -832,6 +848,26 @@ int shmrpc_reply(shmrpc_slot *slot, uint32_t status, const char *body, size_t bo
         return shmrpc_reply(slot, status, body, body_bytes);
     }
     slot->replied = result != -EMSGSIZE && result != -ENOMEM;
+    return result < 0 ? result : 0;
+}
+
+int shmrpc_reply_from(shmrpc_slot *worker, const shmrpc_slot *slot)
+{
+    const shmrpc_message *reply = &slot->message;
+    struct outgoing message = {
+        .header = {.kind = SHMRPC_REPLY,
+                   .method_bytes = (uint16_t)reply->status,
+                   .call_id = worker->call_id,
+                   .metadata_bytes = reply->metadata_bytes},
+        .parts = {{(void *)(uintptr_t)reply->head, reply->metadata_bytes},
+                  {(void *)(uintptr_t)reply->body, reply->body_bytes}},
+    };
+    atomic_u64 position;
+
+    if (!worker->running || worker->replied)
+        return 0;
+    int result = poller_send(worker->poller, worker->conn, &message, &position);
+    worker->replied = result != -EMSGSIZE && result != -ENOMEM;
     return result < 0 ? result : 0;
 }
 
