@@ -10,6 +10,7 @@ import msgpack
 __all__ = [
     "METADATA_BYTES_MAX",
     "Metadata",
+    "PackedMetadata",
     "pack_metadata",
     "pack_reply_metadata",
     "unpack_metadata",
@@ -18,11 +19,18 @@ __all__ = [
 
 Metadata = Mapping[str, str | bytes]
 
+
+class PackedMetadata(bytes):
+    """Metadata as it came, to be passed on."""
+
+
 METADATA_BYTES_MAX = 8192  # of one call, packed; what gRPC allows by default
 
 
 def pack_metadata(metadata: Any) -> bytes:
     """Check and pack; TypeError or ValueError says what is wrong with it."""
+    if isinstance(metadata, PackedMetadata):
+        return metadata
     check_metadata(metadata)
     return _limited(dict(metadata), metadata)
 

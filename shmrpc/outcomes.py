@@ -25,6 +25,15 @@ if TYPE_CHECKING:
 
 __all__ = ["remote_error", "send_error"]
 
+# Errors that are no handler's: the server's own, or of who stands between it and us.
+_OWN: dict[str, type[Error]] = {
+    "shmrpc.Cancelled": Cancelled,
+    "shmrpc.DeadlineExceeded": DeadlineExceeded,
+    "shmrpc.MessageTooLarge": MessageTooLarge,
+    "shmrpc.MethodNotFound": MethodNotFound,
+    "shmrpc.Overloaded": Overloaded,
+}
+
 
 def remote_error(connection: Connection, method: str, status: int, body: bytes) -> Error:
     """The error for a reply whose status is not OK."""
@@ -43,9 +52,11 @@ def remote_error(connection: Connection, method: str, status: int, body: bytes) 
     except (ValueError, TypeError, KeyError, AttributeError):
         msg = f"{connection.peer} sent an error for {method!r} that is not readable"
         return ProtocolError(msg)
-    if error.type == "shmrpc.MessageTooLarge":
-        return MessageTooLarge(f"{connection.peer}: {error.message}")
-    return error
+    if error.type == "shmrpc.ConnectionLost":
+        outcome = "not_started" if fields.get("outcome") == "not_started" else "unknown"
+        return ConnectionLost(f"{connection.peer}: {error.message}", outcome)
+    own = _OWN.get(error.type)
+    return own(f"{connection.peer}: {error.message}") if own is not None else error
 
 
 def _core_error(connection: Connection, method: str, code: str) -> Error:

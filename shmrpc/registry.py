@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
     from .poller import Poller
 
-__all__ = ["Method", "Registry", "make_name"]
+__all__ = ["OTHER", "Method", "Registry", "make_name"]
+
+OTHER = -1  # the number of every method that is not registered
 
 
 def make_name(method: str) -> Any:
@@ -60,6 +62,8 @@ class Registry:
     ) -> None:
         """``wrap`` makes the function that is called in a method's place."""
         self._takes_async = takes_async
+        # Whether requests for methods that are not here are admitted, under the number OTHER.
+        self.admits_others = False
         self._lock = threading.Lock()
         self._wrap = wrap
         self.functions: list[Callable[..., Any]] = []  # what is called, by number
@@ -110,6 +114,8 @@ class Registry:
         with self._lock:
             self._poller = poller
             if poller is not None:
+                if self.admits_others:
+                    lib.shmrpc_method_add(poller.c, b"", 0, OTHER, True)
                 for name, index in self._indexes.items():
                     self._add_to_core(poller, name, index)
 

@@ -205,7 +205,6 @@ class Worker:
     def _run_stream(self, method: Method, function: Any, body: memoryview) -> None:
         """A call that may have messages both ways, or should have."""
         message = self._message
-        connection = self._poller.connection(message.conn_id)
         if not message.flags & lib.SHMRPC_FLAG_STREAM or message.kind == lib.SHMRPC_NOTIFY:
             how = "open()" if method.requests else "stream() or open()"
             text = f"{method.name!r} takes or returns a stream of messages: call it by {how}"
@@ -214,6 +213,19 @@ class Worker:
             else:
                 self._reply_error("TypeError", text, "INVALID_ARGUMENT")
             return
+        claimed = self._claim_stream()
+        if claimed is None:
+            return
+        connection, stream = claimed
+        try:
+            self._run_handler(method, function, body, connection, stream)
+        finally:
+            connection.session.requests.pop(message.call_id, None)
+
+    def _claim_stream(self) -> tuple[Connection, Stream] | None:
+        """The stream that the request has opened; None if there is nobody to serve any more."""
+        message = self._message
+        connection = self._poller.connection(message.conn_id)
         stream = None
         if connection is not None:
             stream = connection.session.requests.get(message.call_id)
@@ -221,14 +233,11 @@ class Worker:
                 self._poller.dispatch()
                 stream = connection.session.requests.get(message.call_id)
         if connection is None or stream is None:
-            return  # its caller has cancelled it, or is gone
+            return None  # its caller has cancelled it, or is gone
         if stream.started:
-            return  # by an earlier request of the same id, to which all that comes belongs
+            return None  # by an earlier request of the same id, to which all that comes belongs
         stream.started = True
-        try:
-            self._run_handler(method, function, body, connection, stream)
-        finally:
-            connection.session.requests.pop(message.call_id, None)
+        return connection, stream
 
     def _run_handler(
         self,

@@ -30,6 +30,7 @@ LAYERS = [
     ["client", "server"],
     ["aio"],
     ["__init__"],
+    ["sidecar"],
     ["cli", "__main__"],
 ]
 LEVEL = {module: level for level, row in enumerate(LAYERS) for module in row}

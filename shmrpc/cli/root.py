@@ -18,6 +18,7 @@ from .errors import Ended, failure_of, one_line
 from .ls import ls
 from .ping import ping
 from .serve import serve
+from .sidecar import sidecar
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,7 +66,7 @@ def shmrpc_command(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for _command in (demo, serve, call, ping, ls):
+for _command in (demo, serve, call, ping, ls, sidecar):
     shmrpc_command.add_command(_command)
 
 

@@ -1,0 +1,354 @@
+"""Where requests come in over shm, unix and tcp, and are passed on by the thread that read them.
+
+A unary call crosses a sidecar in one thread and five calls into C: read the request, send it on and
+wait, send the reply back. Its bytes are copied from one connection's slot into the other connection,
+and never become a Python object. Streams have their own two loops below.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from time import perf_counter_ns
+from typing import TYPE_CHECKING, Any
+
+from shmrpc._native import ffi, lib
+from shmrpc.errors import Cancelled, Error
+from shmrpc.poller import FOREVER, Waiters
+from shmrpc.server import Server
+from shmrpc.worker import Worker
+
+from .endpoint import RawRequests
+from .raw import Reply, Request, failure_reply
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from shmrpc.poller import Connection, Poller, Slot
+    from shmrpc.session import Stream
+
+    from .counts import Cell
+    from .endpoint import RawCall
+    from .routes import Route, Table
+    from .service import Sidecar
+
+__all__ = ["RelayServer"]
+
+_log = logging.getLogger("shmrpc.sidecar")
+
+_WORKERS = 256  # calls that are passed on at a time: each waits in a thread
+_MAX_CONCURRENCY = 4096
+_CANCELLED = 1
+_EMSGSIZE_TEXT = "the reply is longer than the caller accepts (its max_message_bytes)"
+
+_next = lib.shmrpc_next
+_reply_from = lib.shmrpc_reply_from
+_MESSAGE, _STREAM = lib.SHMRPC_MESSAGE, lib.SHMRPC_FLAG_STREAM
+_buffer = ffi.buffer
+
+
+def _same(item: bytes) -> bytes:
+    return item
+
+
+class _RelayWorker(Worker):
+    """A worker that passes on what is not its server's own."""
+
+    def __init__(self, host: RelayServer, poller: Poller) -> None:
+        super().__init__(host, poller)
+        self._sidecar = host.sidecar
+        self._cells: dict[str, Cell] = {}
+        self.table: Table | None = None  # in use now: its upstreams stay
+        self.route: Route | None = None
+        host.sidecar.workers.add(self)
+
+    def end(self) -> None:
+        """See ``Worker``."""
+        sidecar = self._sidecar
+        sidecar.workers.discard(self)
+        sidecar.counts.end(self._cells)
+        super().end()
+
+    def _serve(self) -> None:
+        slot, message = self._slot, self._message
+        status = _next(slot)
+        while True:
+            if status >= 0 or status == _MESSAGE:
+                if message.method < 0:
+                    self._relay(slot, message, plain=status >= 0)
+                else:
+                    self._run_message()
+            elif status == lib.SHMRPC_STOPPED:
+                return
+            else:
+                self._special(status)
+            status = _next(slot)
+
+    def _relay(self, slot: Any, message: Any, *, plain: bool) -> None:
+        start = perf_counter_ns()
+        sidecar = self._sidecar
+        while True:  # a table that is replaced just now might be dismantled already
+            self.table = table = sidecar.table
+            if sidecar.table is table:
+                break
+        code = 0
+        route = None
+        try:
+            name = bytes(_buffer(message.head, message.method_bytes))
+            self.route = route = table.known.get(name) or table.find(name)
+            leg = route.direct
+            whole = plain or not (message.kind == lib.SHMRPC_NOTIFY or message.flags & _STREAM)
+            if leg is not None and whole and leg.native:
+                code = self._reply_with(leg.forward(slot, name, route.timeout_ns))
+            elif message.kind == lib.SHMRPC_NOTIFY:
+                self._notify(route, name.decode("utf-8", "replace"))
+            elif message.flags & _STREAM:
+                code = self._stream(route, name.decode("utf-8", "replace"))
+            else:
+                code = self._call(route, name)
+        except BaseException as error:
+            code = self._refuse(error)
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            self.table = self.route = None
+            prefix = route.prefix if route is not None else "-"
+            cell = self._cells.get(prefix)
+            if cell is None:
+                cell = self._cells[prefix] = sidecar.counts.cell(prefix)
+            cell.count(code, perf_counter_ns() - start)
+
+    def _refuse(self, error: BaseException) -> int:
+        """Tell the caller of what went wrong on the way; returns the status."""
+        message = self._message
+        if not isinstance(error, Error):
+            _log.error("passing on %r failed", self._method_name(), exc_info=error)
+        if message.kind == lib.SHMRPC_NOTIFY:
+            _log.warning("notification %r was not passed on: %s", self._method_name(), error)
+        if message.cancelled and isinstance(error, Cancelled):
+            return _CANCELLED  # there is nobody to tell
+        reply = failure_reply(error)
+        lib.shmrpc_reply(self._slot, reply.status, reply.body, len(reply.body))
+        return reply.status
+
+    # ---- unary calls ----
+
+    def _reply_with(self, call: Slot) -> int:
+        """Send back the reply that a forwarding slot has."""
+        status = _reply_from(self._slot, call.c)
+        code: int = call.message.status
+        call.connection.slots.append(call)
+        if status < 0:
+            self._reply_error("shmrpc.MessageTooLarge", _EMSGSIZE_TEXT, "RESOURCE_EXHAUSTED")
+        return code
+
+    def _call(self, route: Route, name: bytes) -> int:
+        """A call about which there is something to decide, or whose upstream is another kind."""
+        method = name.decode("utf-8", "replace")
+
+        def attempt(leg: Any, timeout: float | None) -> Slot | Reply:
+            if leg.native:
+                left_ns = -1 if timeout is None else int(timeout * 1e9)
+                slot: Slot = leg.forward(self._slot, name, left_ns)
+                return slot
+            return self._call_other(leg, timeout)
+
+        carried, over = route.carry(method, attempt, uid=self._uid(), deadline=self._deadline())
+        over(None)
+        if isinstance(carried, Reply):
+            self._send(carried)
+            return carried.status
+        return self._reply_with(carried)
+
+    def _call_other(self, leg: Any, timeout: float | None) -> Reply:
+        """By a leg that waits elsewhere; it is told when the caller gives up."""
+        message = self._message
+        connection = self._poller.connection(message.conn_id)
+
+        def wanted() -> bool:
+            return not (message.cancelled or connection is None or connection.closed)
+
+        reply: Reply = leg.unary(self._request(), timeout, wanted)
+        return reply
+
+    def _send(self, reply: Reply) -> None:
+        if reply.metadata:
+            lib.shmrpc_reply_metadata(self._slot, reply.metadata, len(reply.metadata))
+        size = len(reply.body)
+        if lib.shmrpc_reply(self._slot, reply.status, reply.body, size) < 0:
+            self._reply_error("shmrpc.MessageTooLarge", _EMSGSIZE_TEXT, "RESOURCE_EXHAUSTED")
+
+    def _request(self) -> Request:
+        message = self._message
+        size = message.body_bytes
+        return Request(
+            self._method_name(),
+            bytes(_buffer(message.body, size)) if size else b"",
+            self._request_metadata(),
+            bool(message.flags & lib.SHMRPC_FLAG_KEYWORDS),
+            self._deadline(),
+        )
+
+    def _deadline(self) -> float | None:
+        deadline_ns = self._message.deadline_ns
+        return deadline_ns / 1e9 if deadline_ns else None
+
+    def _uid(self) -> int:
+        connection = self._poller.connection(self._message.conn_id)
+        return connection.credentials.uid if connection is not None else -1
+
+    def _notify(self, route: Route, method: str) -> None:
+        request = self._request()
+
+        def attempt(leg: Any, timeout: float | None) -> None:
+            leg.notify(request, timeout)
+
+        deadline = request.deadline
+        _, over = route.carry(method, attempt, uid=self._uid(), deadline=deadline, repeatable=False)
+        over(None)
+
+    # ---- streams ----
+
+    def _stream(self, route: Route, method: str) -> int:
+        claimed = self._claim_stream()
+        if claimed is None:
+            return _CANCELLED
+        connection, stream = claimed
+        ended = bool(self._message.flags & lib.SHMRPC_FLAG_ENDED)
+        request = self._request()
+
+        def attempt(leg: Any, timeout: float | None) -> RawCall:
+            call: RawCall = leg.open(request, timeout, ended=ended)
+            return call
+
+        try:
+            call, over = route.carry(
+                method, attempt, uid=self._uid(), deadline=request.deadline, repeatable=False
+            )
+            try:
+                code = self._carry_stream(call, connection, stream, ended=ended)
+            except BaseException as error:
+                over(error)
+                raise
+            over(None)
+            return code
+        finally:
+            connection.session.requests.pop(self._message.call_id, None)
+
+    def _carry_stream(
+        self, call: RawCall, connection: Connection, stream: Stream, *, ended: bool
+    ) -> int:
+        """Both directions until both have ended."""
+        watch = _Watch(call)
+        watch.extend(stream.waiters if isinstance(stream.waiters, Waiters) else ())
+        stream.waiters = watch  # now this thread, which waits for the upstream, hears of the caller
+        up = None
+        if not ended:
+            deadline = self._deadline() or FOREVER
+            requests = RawRequests(connection, stream, self._message.call_id, deadline)
+            up = threading.Thread(
+                target=_send_up, args=(requests, call), name="shmrpc-sidecar-up", daemon=True
+            )
+            up.start()
+        try:
+            return self._send_down(call, connection, stream)
+        except BaseException:
+            call.cancel()
+            raise
+        finally:
+            call.close()
+            stream.cancel()  # who sends up waits for more no longer
+            if up is not None:
+                up.join()
+
+    def _send_down(self, call: RawCall, connection: Connection, stream: Stream) -> int:
+        self._pack = _same
+        try:
+            deadline = self._deadline() or FOREVER
+            self._send_items(self._replies(call, stream), connection, stream, deadline)
+        finally:
+            self._pack = self._host.codec.encoder()
+        reply = call.reply()
+        self._send(reply)
+        return reply.status
+
+    def _replies(self, call: RawCall, stream: Stream) -> Iterator[bytes]:
+        told = False
+        while True:
+            items = call.take(stream)
+            if stream.cancelled:
+                msg = f"the caller of {call.method!r} does not wait any more"
+                raise Cancelled(msg)
+            if not told and call.initial is not None:
+                self._send_initial(call.initial)
+                told = True
+            if items is None:
+                return
+            yield from items
+
+    def _send_initial(self, packed: bytes) -> None:
+        connection = self._poller.connection(self._message.conn_id)
+        if connection is not None:
+            connection.send(
+                self,  # type: ignore[arg-type] - of which it takes the C slot
+                lib.SHMRPC_INITIAL,
+                self._message.call_id,
+                metadata=packed,
+            )
+
+
+class _Watch(Waiters):
+    """Who waits for something of a caller's stream: also the thread that waits for its upstream."""
+
+    def __init__(self, call: RawCall) -> None:
+        super().__init__()
+        self._call = call
+
+    def wake(self) -> None:
+        super().wake()
+        self._call.waiters.wake()
+
+
+def _send_up(requests: RawRequests, call: RawCall) -> None:
+    """Pass on what the caller sends; in a thread of its own."""
+    try:
+        for item in requests:
+            call.send(item)
+        call.close_send()
+    except (Error, ValueError) as error:
+        if not isinstance(error, Cancelled):
+            # Either the call is over, which is for the other thread to tell; or the caller's
+            # messages can't be sent, of which nobody else would learn.
+            call.fail(error)
+        else:
+            call.cancel()
+
+
+class RelayServer(Server):
+    """A server whose methods are elsewhere."""
+
+    def __init__(self, sidecar: Sidecar, address: str, **options: Any) -> None:
+        super().__init__(address, workers=_WORKERS, max_concurrency=_MAX_CONCURRENCY, **options)
+        self.sidecar = sidecar
+        self.registry.admits_others = True
+
+    def _run_worker(self, poller: Poller) -> None:
+        worker = _RelayWorker(self, poller)
+        del poller
+        worker.run()
+
+    def _describe(self, name: str) -> dict[str, Any] | None:
+        """Whoever has the method knows."""
+        import msgpack
+
+        route = self.sidecar.table.find(name.encode())
+        request = Request("shmrpc.describe", msgpack.packb([name]))
+
+        def attempt(leg: Any, timeout: float | None) -> Reply:
+            reply: Reply = leg.unary(request, timeout)
+            return reply
+
+        reply, over = route.carry(name, attempt)
+        over(None)
+        described = msgpack.unpackb(reply.body) if reply.status == 0 and reply.body else None
+        return described if isinstance(described, dict) else None
