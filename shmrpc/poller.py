@@ -230,7 +230,7 @@ class Connection:
 
     def send(
         self,
-        slot: Slot,
+        slot: Freed,
         kind: int,
         call_id: int,
         body: bytes = b"",

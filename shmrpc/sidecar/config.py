@@ -5,8 +5,10 @@ Every complaint names the file, the line if it is known, and what is allowed.
 
 from __future__ import annotations
 
+import importlib
 import math
 import re
+import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -39,7 +41,7 @@ class ConfigError(Error):
 
 @dataclass(frozen=True)
 class TlsConfig:
-    """Files in PEM. ``ca`` is who signs the other side's certificate; ours is ``cert`` and ``key``."""
+    """Files in PEM: ``ca`` signs the certificate of the other side; ours is ``cert``, ``key``."""
 
     ca: str | None = None
     cert: str | None = None
@@ -356,13 +358,10 @@ def _config(place: _Place) -> Config:
 def load(path: str) -> Config:
     """Read a TOML file; ``ConfigError``."""
     try:
-        import tomllib
-    except ImportError:  # Python 3.10
-        try:
-            import tomli as tomllib  # type: ignore[no-redef, import-not-found, unused-ignore]
-        except ImportError:
-            msg = f"{path}: TOML needs Python 3.11, or: pip install 'shmrpc[sidecar]'"
-            raise ConfigError(msg) from None
+        tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    except ImportError:
+        msg = f"{path}: TOML needs Python 3.11, or: pip install 'shmrpc[sidecar]'"
+        raise ConfigError(msg) from None
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()

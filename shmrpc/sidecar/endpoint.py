@@ -42,20 +42,25 @@ class RelayClient(Client):
     def _connection(self, deadline: float) -> Connection:
         return self._connect(min(deadline, time.monotonic() + self._timeout), once=True)
 
-    def forward(self, worker: Any, method: bytes, timeout_ns: int) -> Slot:
+    def forward(
+        self, worker: Any, method: bytes, timeout_ns: int, slot: Slot | None = None, status: int = 0
+    ) -> Slot:
         """Pass on what this worker's slot holds; returns the slot with the reply, to be put back.
 
+        It may have been sent on ``slot`` already, with this ``status``.
         Raises ``Cancelled`` when the request is not wanted any more, else as ``call``.
         """
         while True:
-            slot = self._slot()
             try:
-                status = _forward(slot.c, worker, timeout_ns)
+                if slot is None:
+                    slot = self._slot()
+                    status = _forward(slot.c, worker, timeout_ns)
                 while status in GOES_ON:
                     slot.connection.poller.attend(status)
                     status = lib.shmrpc_wait(slot.c)
             except BaseException:
-                lib.shmrpc_abandon(slot.c)
+                if slot is not None:
+                    lib.shmrpc_abandon(slot.c)
                 raise
             if status >= 0:
                 return slot
@@ -64,6 +69,7 @@ class RelayClient(Client):
                 return slot
             if status == _ENOTCONN:
                 self._drop(slot.connection)
+                slot = None
                 continue
             name = method.decode("utf-8", "replace")
             if status == _ECANCELED:
@@ -273,27 +279,29 @@ class NativeEndpoint:
         self._timeout = connect_timeout
         self._options = {"max_message_bytes": max_message_bytes}
         self._lock = threading.Lock()
-        self._client: RelayClient | None = None
+        self.connected: RelayClient | None = None  # the client, once there was a connection
         self._closed = False
 
     def client(self, timeout: float | None = None) -> RelayClient:
         """The client, connected once; ``ConnectError``."""
-        client = self._client
+        client = self.connected
         if client is not None:
             return client
         with self._lock:
             if self._closed:
                 msg = f"lost {self.address}: it is no upstream any more"
                 raise ConnectionLost(msg, "not_sent")
-            if self._client is None:
+            if self.connected is None:
                 limit = self._timeout if timeout is None else min(timeout, self._timeout)
-                self._client = RelayClient(self.address, timeout=limit, **self._options)
-                self._client._timeout = self._timeout
-            return self._client
+                self.connected = RelayClient(self.address, timeout=limit, **self._options)
+                self.connected._timeout = self._timeout
+            return self.connected
 
-    def forward(self, worker: Any, method: bytes, timeout_ns: int) -> Slot:
+    def forward(
+        self, worker: Any, method: bytes, timeout_ns: int, slot: Slot | None = None, status: int = 0
+    ) -> Slot:
         """See ``RelayClient.forward``."""
-        return (self._client or self.client()).forward(worker, method, timeout_ns)
+        return self.client().forward(worker, method, timeout_ns, slot, status)
 
     def unary(self, request: Request, timeout: float | None) -> Reply:
         """See ``RelayClient.unary``."""
@@ -311,7 +319,7 @@ class NativeEndpoint:
         """Hang up. Calls under way end with an error."""
         with self._lock:
             self._closed = True
-            client, self._client = self._client, None
+            client, self.connected = self.connected, None
         if client is not None:
             client.close()
 

@@ -65,7 +65,7 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = _READ_SECONDS
     server: _Server
 
-    def do_GET(self) -> None:  # noqa: N802 - the base class's name
+    def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         if path == "/health":
             status = self.server.sidecar.status()

@@ -86,8 +86,6 @@ class Breaker:
 
     def allows(self) -> bool:
         """Whether a call may go through; then ``succeeded``, ``failed`` or ``spared`` is due."""
-        if self._opened is None:
-            return True
         with self._lock:
             if self._opened is None:
                 return True

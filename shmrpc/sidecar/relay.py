@@ -1,8 +1,8 @@
 """Where requests come in over shm, unix and tcp, and are passed on by the thread that read them.
 
-A unary call crosses a sidecar in one thread and five calls into C: read the request, send it on and
-wait, send the reply back. Its bytes are copied from one connection's slot into the other connection,
-and never become a Python object. Streams have their own two loops below.
+A unary call crosses a sidecar in one thread and three calls into C: read the request, send it on
+and wait, send the reply back. Its bytes are copied from one connection's slot into the other
+connection, and never become a Python object. Streams have their own two loops below.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .endpoint import RawRequests
 from .raw import Reply, Request, failure_reply
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from shmrpc.poller import Connection, Poller, Slot
     from shmrpc.session import Stream
@@ -41,7 +41,7 @@ _MAX_CONCURRENCY = 4096
 _CANCELLED = 1
 _EMSGSIZE_TEXT = "the reply is longer than the caller accepts (its max_message_bytes)"
 
-_next = lib.shmrpc_next
+_next, _forward = lib.shmrpc_next, lib.shmrpc_forward
 _reply_from = lib.shmrpc_reply_from
 _MESSAGE, _STREAM = lib.SHMRPC_MESSAGE, lib.SHMRPC_FLAG_STREAM
 _buffer = ffi.buffer
@@ -70,12 +70,32 @@ class _RelayWorker(Worker):
         super().end()
 
     def _serve(self) -> None:
-        slot, message = self._slot, self._message
+        slot, message, sidecar = self._slot, self._message, self._sidecar
         status = _next(slot)
         while True:
-            if status >= 0 or status == _MESSAGE:
+            if status >= 0 and message.method < 0:
+                # The way of nearly every call: what _relay does, where nothing is to be decided.
+                start = perf_counter_ns()
+                self.table = table = sidecar.table
+                try:
+                    if sidecar.table is not table:
+                        raise LookupError  # replaced meanwhile: it might be dismantled already
+                    route = table.known[bytes(_buffer(message.head, message.method_bytes))]
+                    call = route.direct.connected._slots.pop()
+                except (LookupError, AttributeError):
+                    self._relay(start)
+                else:
+                    self.route = route
+                    result = _forward(call.c, slot, route.timeout_ns)
+                    if result >= 0 and _reply_from(slot, call.c) >= 0:
+                        call.connection.slots.append(call)
+                        self.table = self.route = None
+                        self._count(route.prefix, 0, perf_counter_ns() - start)
+                    else:
+                        self._relay(start, call, result)
+            elif status >= 0 or status == _MESSAGE:
                 if message.method < 0:
-                    self._relay(slot, message, plain=status >= 0)
+                    self._relay(perf_counter_ns())
                 else:
                     self._run_message()
             elif status == lib.SHMRPC_STOPPED:
@@ -84,25 +104,32 @@ class _RelayWorker(Worker):
                 self._special(status)
             status = _next(slot)
 
-    def _relay(self, slot: Any, message: Any, *, plain: bool) -> None:
-        start = perf_counter_ns()
-        sidecar = self._sidecar
-        while True:  # a table that is replaced just now might be dismantled already
-            self.table = table = sidecar.table
-            if sidecar.table is table:
-                break
-        code = 0
-        route = None
+    def _count(self, prefix: str, status: int, nanoseconds: int) -> None:
+        cell = self._cells.get(prefix)
+        if cell is None:
+            cell = self._cells[prefix] = self._sidecar.counts.cell(prefix)
+        cell.count(status, nanoseconds)
+
+    def _relay(self, start: int, call: Slot | None = None, result: int = 0) -> None:
+        """Pass the message on. It may have been sent on ``call`` already, with this result."""
+        message = self._message
+        while call is None and self.table is not self._sidecar.table:
+            self.table = self._sidecar.table
+        table = self.table or self._sidecar.table
+        code, route = 0, self.route
         try:
             name = bytes(_buffer(message.head, message.method_bytes))
-            self.route = route = table.known.get(name) or table.find(name)
+            if route is None:
+                self.route = route = table.find(name)
             leg = route.direct
-            whole = plain or not (message.kind == lib.SHMRPC_NOTIFY or message.flags & _STREAM)
-            if leg is not None and whole and leg.native:
-                code = self._reply_with(leg.forward(slot, name, route.timeout_ns))
-            elif message.kind == lib.SHMRPC_NOTIFY:
+            flags, whole = message.flags & _STREAM, message.kind != lib.SHMRPC_NOTIFY
+            if leg is not None and leg.native and whole and not flags:
+                code = self._reply_with(
+                    leg.forward(self._slot, name, route.timeout_ns, call, result)
+                )
+            elif not whole:
                 self._notify(route, name.decode("utf-8", "replace"))
-            elif message.flags & _STREAM:
+            elif flags:
                 code = self._stream(route, name.decode("utf-8", "replace"))
             else:
                 code = self._call(route, name)
@@ -112,11 +139,7 @@ class _RelayWorker(Worker):
                 raise
         finally:
             self.table = self.route = None
-            prefix = route.prefix if route is not None else "-"
-            cell = self._cells.get(prefix)
-            if cell is None:
-                cell = self._cells[prefix] = sidecar.counts.cell(prefix)
-            cell.count(code, perf_counter_ns() - start)
+            self._count(route.prefix if route else "-", code, perf_counter_ns() - start)
 
     def _refuse(self, error: BaseException) -> int:
         """Tell the caller of what went wrong on the way; returns the status."""
@@ -289,12 +312,7 @@ class _RelayWorker(Worker):
     def _send_initial(self, packed: bytes) -> None:
         connection = self._poller.connection(self._message.conn_id)
         if connection is not None:
-            connection.send(
-                self,  # type: ignore[arg-type] - of which it takes the C slot
-                lib.SHMRPC_INITIAL,
-                self._message.call_id,
-                metadata=packed,
-            )
+            connection.send(self, lib.SHMRPC_INITIAL, self._message.call_id, metadata=packed)
 
 
 class _Watch(Waiters):
