@@ -46,7 +46,11 @@ class Acceptor:
         self._selector.register(self._wake_receive, selectors.EVENT_READ)
         try:
             for term in terms:
-                listener = Listener(term.address, for_others=bool(term.allow_uids))
+                listener = Listener(
+                    term.address,
+                    for_others=bool(term.allow_uids),
+                    allow_remote=term.allow_remote,
+                )
                 self._listeners.append(listener)
                 self._terms[listener.socket.fileno()] = term
                 self._selector.register(listener.socket, selectors.EVENT_READ)

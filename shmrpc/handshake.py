@@ -58,6 +58,7 @@ class Terms:
     ring_bytes: int = 65536
     backing: segments.Backing = "auto"
     allow_uids: frozenset[int] = frozenset()
+    allow_remote: bool = False  # tcp may be listened at where other hosts can reach it
 
 
 @dataclass

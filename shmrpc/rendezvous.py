@@ -22,7 +22,7 @@ from . import handover
 from .address import Address, rendezvous_directory
 from .errors import ConnectError
 
-__all__ = ["Credentials", "Listener", "open_socket", "peer_credentials"]
+__all__ = ["Credentials", "Listener", "is_loopback", "open_socket", "peer_credentials"]
 
 _BACKLOG = 1024
 
@@ -44,6 +44,13 @@ def peer_credentials(sock: socket.socket) -> Credentials:
     return Credentials(
         *struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
     )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether this numeric address is of this host alone."""
+    import ipaddress  # only who serves tcp needs it
+
+    return ipaddress.ip_address(host.partition("%")[0]).is_loopback
 
 
 def prepare_directory(path: str) -> None:
@@ -98,12 +105,15 @@ def _write_pid(lock_fd: int) -> None:
 class Listener:
     """One listening socket. Not for use after a fork but to ``let_go``."""
 
-    def __init__(self, address: Address, *, for_others: bool = False) -> None:
+    def __init__(
+        self, address: Address, *, for_others: bool = False, allow_remote: bool = False
+    ) -> None:
         """Listen at ``address``; ``ConnectError`` if it is taken or can't be had.
 
         That is, at the inherited socket with this address if there is one. ``for_others`` lets
         other users reach a Unix socket, as far as its directory lets them; who is served is then a
         matter of SO_PEERCRED. A supervisor's socket has the mode that the supervisor gave it.
+        Without ``allow_remote`` a tcp socket of our own is for this host alone.
         """
         self.address = address
         self._mode = 0o666 if for_others else 0o600
@@ -115,7 +125,7 @@ class Listener:
                 self.socket = socket.socket(fileno=self._inherited.fd)
                 self._take_over(self._inherited)
             elif address.transport == "tcp":
-                self.socket = self._listen_tcp(address)
+                self.socket = self._listen_tcp(address, allow_remote)
             else:
                 self.socket = self._listen_unix(address)
         except (OSError, UnicodeError) as error:
@@ -143,10 +153,16 @@ class Listener:
             raise
         return sock
 
-    def _listen_tcp(self, address: Address) -> socket.socket:
+    def _listen_tcp(self, address: Address, allow_remote: bool) -> socket.socket:
         family, kind, protocol, _, place = socket.getaddrinfo(
             address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
+        if not allow_remote and not is_loopback(str(place[0])):
+            msg = (
+                f"can't listen at {address}: other hosts could reach it, and tcp has neither "
+                "encryption nor authentication; allow_remote=True (--allow-remote) if that is meant"
+            )
+            raise ConnectError(msg)
         sock = socket.socket(family, kind, protocol)
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

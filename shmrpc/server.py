@@ -51,7 +51,9 @@ class Server:
     """Serves methods at one or several addresses.
 
     ``workers`` handlers run at a time, on as many threads. ``max_concurrency`` calls may run or
-    wait for a worker; the next is refused with ``Overloaded``. ``show_tracebacks`` is whether
+    wait for a worker; the next is refused with ``Overloaded``. ``allow_remote`` lets a ``tcp``
+    address be one that other hosts can reach: it has neither encryption nor authentication, and
+    is for loopback, and for links that you trust as much. ``show_tracebacks`` is whether
     callers see a handler's traceback: by default those of our own uid do. ``interceptors`` see
     every call before its handler, the first outermost (see ``shmrpc.interceptors``).
 
@@ -67,6 +69,7 @@ class Server:
         max_message_bytes: int = 64 << 20,
         backing: Backing = "auto",
         allow_uids: Iterable[int] = (),
+        allow_remote: bool = False,
         show_tracebacks: bool | None = None,
         wait: Wait = "auto",
         spin_budget: float | None = None,
@@ -84,7 +87,11 @@ class Server:
         uids = frozenset(allow_uids)
         self._terms = [
             handshake.Terms(
-                addresses.parse(text), max_message_bytes, backing=backing, allow_uids=uids
+                addresses.parse(text),
+                max_message_bytes,
+                backing=backing,
+                allow_uids=uids,
+                allow_remote=allow_remote,
             )
             for text in address
         ]

@@ -213,6 +213,13 @@ def add_requests(server, traces, released):
                 raise ValueError(error)
 
     @server.method(requests=True)
+    def quiet(requests, tag):
+        """Initial metadata at once, the result after ``go``."""
+        shmrpc.current_call().send_initial_metadata({"early": "yes"})
+        released[tag].wait(60)
+        return "done"
+
+    @server.method(requests=True)
     def idle(requests):
         return "took none"
 

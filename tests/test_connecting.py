@@ -1,5 +1,6 @@
 """Finding each other, or saying why not."""
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -16,6 +17,7 @@ import pytest
 from conftest import SERVICES, SLACK, Service, address_of, wait_until
 
 import shmrpc
+from shmrpc import aio
 
 # docs/protocol.md: magic, version, kind, transport, pid, ring, max message, reason, zero
 HANDSHAKE = struct.Struct("<8sHBBIIIII32x")
@@ -621,3 +623,25 @@ def test_drain_refuses_and_finishes(transport, service, connect):
     running.signal(signal.SIGTERM)
     assert future.result(10) == "done"
     assert running.process.wait(10) == 0
+
+
+# ---- tcp is for this host ----
+
+
+@pytest.mark.parametrize("make", [shmrpc.Server, aio.Server])
+def test_tcp_for_other_hosts_has_to_be_meant(make, no_leaks):
+    async def listens(server):
+        started = server.start()
+        if started is not None:
+            await started
+        (found,) = server.addresses
+        stopped = server.stop(0.1)
+        if stopped is not None:
+            await stopped
+        return found
+
+    for address in ("tcp://0.0.0.0:0", "tcp://[::]:0"):
+        with pytest.raises(shmrpc.ConnectError, match="allow_remote=True"):
+            asyncio.run(listens(make(address)))
+    found = asyncio.run(listens(make("tcp://0.0.0.0:0", allow_remote=True)))
+    assert found.startswith("tcp://0.0.0.0:")

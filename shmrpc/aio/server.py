@@ -55,6 +55,7 @@ class Server:
         max_message_bytes: int = 64 << 20,
         backing: Backing = "auto",
         allow_uids: Iterable[int] = (),
+        allow_remote: bool = False,
         show_tracebacks: bool | None = None,
         wait: Wait = "auto",
         spin_budget: float | None = None,
@@ -72,7 +73,11 @@ class Server:
         uids = frozenset(allow_uids)
         self._terms = [
             handshake.Terms(
-                addresses.parse(text), max_message_bytes, backing=backing, allow_uids=uids
+                addresses.parse(text),
+                max_message_bytes,
+                backing=backing,
+                allow_uids=uids,
+                allow_remote=allow_remote,
             )
             for text in address
         ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,7 @@ _log = logging.getLogger("shmrpc.sidecar")
 
 _WORKERS = 256  # calls that are passed on at a time: each waits in a thread
 _MAX_CONCURRENCY = 4096
-_CANCELLED = 1
+_CANCELLED, _DEADLINE_EXCEEDED = 1, 4
 _EMSGSIZE_TEXT = "the reply is longer than the caller accepts (its max_message_bytes)"
 
 _next, _forward = lib.shmrpc_next, lib.shmrpc_forward
@@ -148,8 +149,11 @@ class _RelayWorker(Worker):
             _log.error("passing on %r failed", self._method_name(), exc_info=error)
         if message.kind == lib.SHMRPC_NOTIFY:
             _log.warning("notification %r was not passed on: %s", self._method_name(), error)
-        if message.cancelled and isinstance(error, Cancelled):
-            return _CANCELLED  # there is nobody to tell
+        if isinstance(error, Cancelled):
+            # There is nobody to tell, or the core does: it knows whether that was too late.
+            deadline = self._deadline()
+            late = deadline is not None and time.monotonic() >= deadline
+            return _DEADLINE_EXCEEDED if late else _CANCELLED
         reply = failure_reply(error)
         lib.shmrpc_reply(self._slot, reply.status, reply.body, len(reply.body))
         return reply.status

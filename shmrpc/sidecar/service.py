@@ -113,6 +113,7 @@ class Sidecar:
             self,
             address,
             allow_uids=config.allow_uids,
+            allow_remote=config.allow_remote,
             max_message_bytes=config.max_message_bytes,
         )
         server.start()
