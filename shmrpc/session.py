@@ -160,11 +160,12 @@ class Stream:
         self.waiters.wake()
         return True
 
-    def replied(self, status: int, metadata: bytes, body: bytes) -> None:
+    def replied(self, status: int, metadata: bytes, body: bytes) -> Callable[[], None] | None:
         """As ``Pending.replied``."""
         self.reply = (status, metadata, body)
         self.ended = True
         self.waiters.wake()
+        return None
 
     def lost(self, error: int) -> None:
         """As ``Pending.lost``, and for a stream that the peer called."""

@@ -24,7 +24,7 @@ LAYERS = [
     ["handshake"],
     ["poller"],
     ["link", "registry", "context"],
-    ["outcomes", "failures", "calls", "futures", "proxy", "acceptor"],
+    ["outcomes", "failures", "calls", "futures", "proxy", "acceptor", "bytestream"],
     ["channel", "worker"],
     ["caller", "intercepted"],
     ["client", "server"],

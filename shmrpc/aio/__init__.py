@@ -3,5 +3,15 @@
 from .calls import Call
 from .client import Client, connect
 from .server import Server
+from .streams import create_connection, create_server, open_connection, start_server
 
-__all__ = ["Call", "Client", "Server", "connect"]
+__all__ = [
+    "Call",
+    "Client",
+    "Server",
+    "connect",
+    "create_connection",
+    "create_server",
+    "open_connection",
+    "start_server",
+]
