@@ -275,13 +275,11 @@ class ByteStream:
         self._wire.send_eof()
 
     def close(self) -> None:
-        """Send what waits in this process for as long as the peer reads, and hang up. Repeatable."""
+        """End our half and hang up; what the connection has no room for is lost. Repeatable."""
         if self._closed:
             return
         self._closed = True
-        connection = self._wire.connection
-        if not connection.closed:
-            self._wire.send_eof()
+        self._wire.send_eof()
         self._wire.hang_up()
         self._waiters.wake()
 

@@ -1,4 +1,4 @@
-"""Byte streams with asyncio's faces: the same test runs over asyncio's own Unix sockets and ours."""
+"""Byte streams with asyncio's faces: tests run over its own Unix sockets as well."""
 
 import asyncio
 import contextlib
@@ -13,7 +13,7 @@ import warnings
 
 import pytest
 import uvloop
-from conftest import TRANSPORTS, address_of
+from conftest import address_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +22,8 @@ from shmrpc import aio
 from shmrpc.bytestream import connect_bytes
 
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+# Where a test runs: what carries the bytes, in which loop.
+OURS = [("shm", "asyncio"), ("shm", "uvloop"), ("unix", "asyncio"), ("tcp", "uvloop")]
 PEER = """
 import asyncio, sys
 from shmrpc import aio
@@ -84,9 +86,14 @@ class Shmrpc:
         return await aio.open_connection(self.address, **options)
 
 
-@pytest.fixture(params=["asyncio's", *TRANSPORTS])
-def net(request, directory):
-    return Unix(directory) if request.param == "asyncio's" else Shmrpc(request.param, directory)
+@pytest.fixture(params=[("asyncio's", "asyncio"), *OURS], ids="-".join)
+def place(request):
+    return request.param
+
+
+@pytest.fixture
+def net(place, directory):
+    return Unix(directory) if place[0] == "asyncio's" else Shmrpc(place[0], directory)
 
 
 def in_loop(new_loop, main):
@@ -113,9 +120,9 @@ def in_loop(new_loop, main):
     return result
 
 
-@pytest.fixture(params=LOOPS)
-def run(request, no_leaks):
-    return lambda main: in_loop(LOOPS[request.param], main)
+@pytest.fixture
+def run(place, no_leaks):
+    return lambda main: in_loop(LOOPS[place[1]], main)
 
 
 class Recorder(asyncio.Protocol):
@@ -476,17 +483,16 @@ STEPS = st.lists(
 )
 
 
-@pytest.mark.parametrize("loop", LOOPS)
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport,loop", OURS)
 @settings(
-    max_examples=15,
+    max_examples=12,
     deadline=None,
     print_blob=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(here=STEPS, there=STEPS, first=st.booleans())
 def test_whatever_is_written_arrives_whole_and_in_order(
-    directory, loop, transport, here, there, first
+    directory, transport, loop, here, there, first
 ):
     async def play(steps, protocol, byte):
         written = bytearray()
@@ -525,11 +531,15 @@ def test_whatever_is_written_arrives_whole_and_in_order(
 # ---- ours alone ----
 
 
-@pytest.fixture(params=TRANSPORTS)
-def ours(request, directory):
-    return Shmrpc(request.param, directory)
+only_ours = pytest.mark.parametrize("place", OURS, ids="-".join, indirect=True)
 
 
+@pytest.fixture
+def ours(place, directory):
+    return Shmrpc(place[0], directory)
+
+
+@only_ours
 def test_extra_info(ours, run):
     async def main():
         async with connected(ours) as pair:
@@ -549,6 +559,7 @@ def test_extra_info(ours, run):
     run(main())
 
 
+@only_ours
 def test_a_peer_that_is_killed_has_hung_up(ours, run):
     async def main():
         streams = asyncio.get_running_loop().create_future()
@@ -572,8 +583,9 @@ def test_a_peer_that_is_killed_has_hung_up(ours, run):
     run(main())
 
 
-def test_a_server_of_calls_serves_no_byte_streams(service, transport, run):
-    running = service(transport)
+@only_ours
+def test_a_server_of_calls_serves_no_byte_streams(service, place, run):
+    running = service(place[0])
 
     async def main():
         with pytest.raises(shmrpc.ConnectError, match="serves calls and no byte streams"):
@@ -582,6 +594,7 @@ def test_a_server_of_calls_serves_no_byte_streams(service, transport, run):
     run(main())
 
 
+@only_ours
 def test_a_server_of_byte_streams_serves_no_calls(ours, run):
     async def main():
         server = await ours.create_server(Recorder)
@@ -591,12 +604,13 @@ def test_a_server_of_byte_streams_serves_no_calls(ours, run):
         async with aio.connect(ours.address) as client:
             server.close()
             with pytest.raises(shmrpc.Error):
-                await client.call("anything", timeout=2)
+                await client.call("anything", timeout=0.2)
         await server.wait_closed()
 
     run(main())
 
 
+@only_ours
 def test_an_address_has_one_server(ours, run):
     async def main():
         if ours.address.startswith("tcp"):
@@ -617,7 +631,7 @@ def test_an_address_has_one_server(ours, run):
     run(main())
 
 
-def test_connecting_can_be_cancelled(directory, run):
+def test_connecting_can_be_cancelled(directory, no_leaks):
     async def main():
         with socket.socket(socket.AF_UNIX) as silent:
             silent.bind(f"{directory}/silent.sock")
@@ -631,7 +645,7 @@ def test_connecting_can_be_cancelled(directory, run):
             with pytest.raises(shmrpc.ConnectError):
                 await aio.open_connection(address, timeout=0.1)
 
-    run(main())
+    in_loop(uvloop.new_event_loop, main())
 
 
 def test_a_transport_that_is_dropped_warns(directory, no_leaks):
@@ -649,6 +663,7 @@ def test_a_transport_that_is_dropped_warns(directory, no_leaks):
     in_loop(asyncio.new_event_loop, main())
 
 
+@only_ours
 def test_threads_have_byte_streams_too(ours, run):
     data = random.Random(5).randbytes(1_000_000)
 

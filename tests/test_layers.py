@@ -29,6 +29,7 @@ LAYERS = [
     ["caller", "intercepted"],
     ["client", "server"],
     ["aio"],
+    ["httpx"],
     ["__init__"],
     ["cli", "__main__"],
 ]

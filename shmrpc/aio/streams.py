@@ -15,6 +15,7 @@ from .hub import hub_of
 from .transport import ShmTransport
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Awaitable, Callable, Iterable
 
     from shmrpc.bytestream import Wire
@@ -85,6 +86,7 @@ class ByteServer(asyncio.AbstractServer):
         self._ended = asyncio.Event()
         self._forever: asyncio.Future[None] | None = None
         self._serving = False
+        self.named_by: socket.socket | None = None  # whose path is the address: closed with us
         segments.sweep()
         self._acceptor: Acceptor | None = Acceptor(
             self, [byte_terms(addresses.parse(text), uids) for text in address]
@@ -140,6 +142,8 @@ class ByteServer(asyncio.AbstractServer):
             return
         self._serving = False
         acceptor.close()
+        if self.named_by is not None:
+            self.named_by.close()
         # What the acceptor's thread has just made is on its way into the loop: `_add` refuses it.
         for conn_id in self._silent:
             self._hub.expect_no_more(conn_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import socket
 import warnings
 from asyncio import constants, transports
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ShmTransport"]
 
+_log = logging.getLogger("shmrpc.aio")
+
 # Writes that have to wait are joined up to so much, so that small ones don't use up the credit.
 _JOIN_BYTES = 32 << 10
 
@@ -32,7 +35,7 @@ class ShmTransport(transports._FlowControlMixin):
     ``loop.sendfile`` takes no transport without it. Belongs to the loop's thread.
     """
 
-    _sendfile_compatible = constants._SendfileMode.FALLBACK  # type: ignore[attr-defined]
+    _sendfile_compatible = constants._SendfileMode.FALLBACK
     _maybe_pause_protocol: Callable[[], None]
     _maybe_resume_protocol: Callable[[], None]
 
@@ -73,7 +76,8 @@ class ShmTransport(transports._FlowControlMixin):
 
     def __del__(self) -> None:
         if not self._finished:
-            warnings.warn(f"unclosed transport {self!r}", ResourceWarning, source=self)
+            message = f"unclosed transport {self!r}"
+            warnings.warn(message, ResourceWarning, stacklevel=2, source=self)
             self._wire.hang_up()
 
     # ---- what it is ----
@@ -155,11 +159,8 @@ class ShmTransport(transports._FlowControlMixin):
             self._flush()
         if not self._paused and not self._closing:
             self._deliver()
-        if self._finished:
-            return
-        if stream.overrun or stream.lost_error == errno.EPROTO:
-            self._fail(self._wire.lost())
-        elif stream.lost_error and self._buffer:
+        broken = stream.overrun or stream.lost_error == errno.EPROTO
+        if broken or (stream.lost_error and self._buffer):
             self._fail(self._wire.lost())
         elif stream.lost_error and self._closing:
             self._finish(None)
@@ -192,7 +193,9 @@ class ShmTransport(transports._FlowControlMixin):
             if self._paused or self._closing:
                 self._rest = left
                 return
-            if self._feed != self._feed_buffer:  # another protocol has taken over
+            if not isinstance(
+                self._protocol, asyncio.BufferedProtocol
+            ):  # another protocol has taken over
                 self._feed(left)
                 return
             buffer = memoryview(self._protocol.get_buffer(len(left))).cast("B")
@@ -222,9 +225,7 @@ class ShmTransport(transports._FlowControlMixin):
 
     def write(self, data: bytes | bytearray | memoryview[Any]) -> None:
         """Send it, or keep what there is no credit for."""
-        if not isinstance(data, (bytes, bytearray, memoryview)):
-            msg = f"data argument must be a bytes-like object, not {type(data).__name__!r}"
-            raise TypeError(msg)
+        whole = data if isinstance(data, bytes) else memoryview(data).cast("B")
         if self._eof_sent:
             msg = "Cannot call write() after write_eof()"
             raise RuntimeError(msg)
@@ -233,9 +234,8 @@ class ShmTransport(transports._FlowControlMixin):
         if self._finished or self._leaving:
             self._ignored_writes += 1
             if self._ignored_writes == constants.LOG_THRESHOLD_FOR_CONNLOST_WRITES:
-                asyncio.log.logger.warning("%r: writes after the connection was lost", self)
+                _log.warning("%r: writes after the connection was lost", self)
             return
-        whole = data if isinstance(data, bytes) else memoryview(data).cast("B")
         sent = 0
         if not self._buffer:
             sent = self._try_send(whole)
@@ -275,8 +275,10 @@ class ShmTransport(transports._FlowControlMixin):
                     size += len(buffer[0])
                     pieces.append(buffer.popleft())
                 piece = b"".join(pieces)
-            sent = self._try_send(piece)
-            if self._finished:
+            try:
+                sent = self._wire.send(piece)
+            except OSError as error:
+                self._fail(error)
                 return
             self._buffered -= sent
             if sent != len(piece):
