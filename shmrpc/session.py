@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["NOT_SENT", "WINDOW_BYTES", "WINDOW_MESSAGES", "Pending", "Session", "Stream", "Waiting"]
+__all__ = [
+    "CREDIT",
+    "NOT_SENT",
+    "WINDOW_BYTES",
+    "WINDOW_MESSAGES",
+    "Pending",
+    "Session",
+    "Stream",
+    "Waiting",
+]
 
 # What a sender of items may have under way beyond what the receiver has taken: so much is buffered
 # for a reader that stops, and about half of it fits into a ring.
@@ -24,7 +33,7 @@ WINDOW_BYTES = 256 << 10
 # Where a request lies that has not been sent: one number, see the core's shmrpc_outcome_of.
 NOT_SENT = ((1 << 64) - 1,)
 
-_CREDIT = struct.Struct("<II")
+CREDIT = struct.Struct("<II")
 
 
 class Pending(Protocol):
@@ -125,7 +134,7 @@ class Stream:
             return b""
         self.returned_messages += messages
         self.returned_bytes += size
-        return _CREDIT.pack(messages, size)
+        return CREDIT.pack(messages, size)
 
     @property
     def over(self) -> bool:
@@ -152,9 +161,9 @@ class Stream:
 
     def credit(self, body: bytes) -> bool:
         """The receiver takes more. False if that can't be read."""
-        if len(body) != _CREDIT.size:
+        if len(body) != CREDIT.size:
             return False
-        messages, size = _CREDIT.unpack(body)
+        messages, size = CREDIT.unpack(body)
         self.granted_messages += messages
         self.granted_bytes += size
         self.waiters.wake()
