@@ -11,10 +11,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import TYPE_CHECKING
 
 import pytest
 
+from benchmarks.figures import Comparison
 from shmrpc import aio
+
+if TYPE_CHECKING:
+    from benchmarks.harness import Effort
 
 WRITE = bytes(64 << 10)
 CONTENDERS = ("shm", "raw-uds")
@@ -68,6 +73,16 @@ def bytes_per_second(contender: str, seconds: float = 0.3) -> float:
                 process.kill()
 
 
+def compare(effort: Effort) -> Comparison:
+    """Measure them by turns."""
+    comparison = Comparison("bytes", "64 KiB writes")
+    for _ in range(effort.runs):
+        for contender in CONTENDERS:
+            rate = bytes_per_second(contender, effort.seconds)
+            comparison.runs.setdefault(contender, []).append({"bytes_per_s": rate})
+    return comparison
+
+
 @pytest.mark.parametrize("contender", CONTENDERS)
 def test_bytes(contender: str, benchmark: object) -> None:
     benchmark.extra_info["bytes_per_s"] = benchmark.pedantic(  # type: ignore[attr-defined]
@@ -76,9 +91,4 @@ def test_bytes(contender: str, benchmark: object) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        asyncio.run(_serve(*sys.argv[1:]))
-    else:
-        for _ in range(3):
-            for contender in CONTENDERS:
-                print(f"{contender:8} {bytes_per_second(contender) / 1e6:8.0f} MB/s")
+    asyncio.run(_serve(*sys.argv[1:]))
