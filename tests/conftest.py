@@ -6,6 +6,7 @@ import gc
 import glob
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -190,7 +191,9 @@ def shm_names():
         pid = int(name.split("-")[2])
         return pid not in ours and psutil.pid_exists(pid)
 
-    return {name for name in glob.glob("/dev/shm/shmrpc-*") if not is_foreign(name)}
+    pattern = re.compile(r"/dev/shm/shmrpc-[^-_]+-\d+-[0-9a-f]+")  # as segments.py makes them
+    names = filter(pattern.fullmatch, glob.glob("/dev/shm/shmrpc-*"))
+    return {name for name in names if not is_foreign(name)}
 
 
 def descriptors():

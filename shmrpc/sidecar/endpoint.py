@@ -208,10 +208,6 @@ class RawCall(Call):
         """Packed metadata that has come before the first message."""
         return self._stream.initial
 
-    def _pack(self, _slot: Slot, item: Any) -> bytes:
-        body: bytes = item
-        return body
-
     def fail(self, error: BaseException) -> None:
         """What the caller sends can't be had: cancel the call, which ends with this error."""
         if not self._closed and not self._stream.over:
