@@ -825,3 +825,10 @@ def test_interrupt_ends_it(run, service, connect):
     assert connect("front").call("pid") == server.pid
     sidecar.process.send_signal(signal.SIGINT)
     assert sidecar.wait() == 0
+
+
+def test_byte_streams_are_for_tunnels(chain):
+    from shmrpc.bytestream import connect_bytes
+
+    with pytest.raises(shmrpc.ConnectError, match="no byte streams"):
+        connect_bytes("shm://front")

@@ -34,6 +34,7 @@ __all__ = ["Route", "Table"]
 
 T = TypeVar("T")
 
+_RESERVED = b"shmrpc."  # byte streams, and what servers tell of themselves
 _NAMES_MAX = 4096
 _PAUSE_FIRST, _PAUSE_MAX = 0.01, 1.0
 _DESCRIBE_SECONDS = 5.0
@@ -195,6 +196,9 @@ class Table:
         route = self.known.get(method)
         if route is not None:
             return route
+        if method.startswith(_RESERVED):
+            msg = f"{method.decode('utf-8', 'replace')!r} is between neighbours: a sidecar passes on"
+            raise MethodNotFound(f"{msg} calls only")
         for prefix, candidate in self._prefixes:
             if method.startswith(prefix):
                 if len(self.known) >= _NAMES_MAX:
