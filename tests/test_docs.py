@@ -5,6 +5,7 @@ Each page is one story, told from top to bottom in an empty directory with an em
     ```python     a program, run to its end. The comment after a print(...) is what it prints
     ```console    commands after "$ ", each with its output; a last & leaves it running
     ```sh         commands that succeed
+    ```toml       a file, marked as such
     ```text       a drawing
 
 A comment on the line before says what else a snippet is:
@@ -45,7 +46,7 @@ SNIPPET_PAGES = [path for path in PAGES if path.name == "README.md" or path.pare
 PORT = "7001"
 MINIMAL_CLIENT = ROOT / "tests" / "minimal_client.py"
 FENCED = re.MULTILINE | re.DOTALL
-LANGUAGES = {"python", "console", "sh", "text"}
+LANGUAGES = {"python", "console", "sh", "text", "toml"}
 
 by_name = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 
@@ -168,6 +169,11 @@ class Story:
             return
         assert not snippet.mark, where
         self._run(where, ["sh", "-e", "-c", snippet.text])
+
+    def _toml(self, where, snippet):
+        assert snippet.mark == "file", where
+        text = snippet.text.replace(PORT, self.port)
+        (self.directory / snippet.argument).write_text(text, encoding="utf-8")
 
     def _text(self, where, snippet):
         assert snippet.mark in {"", "hex"}, where

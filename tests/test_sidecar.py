@@ -4,6 +4,7 @@ import collections
 import contextlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -832,3 +833,29 @@ def test_byte_streams_are_for_tunnels(chain):
 
     with pytest.raises(shmrpc.ConnectError, match="no byte streams"):
         connect_bytes("shm://front")
+
+
+def test_cancelling_at_any_moment(chain, connect):
+    """Before it is read, while it is sent on, while its reply is on the way: each call ends."""
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    client = connect("front")
+
+    def work(number):
+        for _ in range(60):
+            kind = rng.randrange(3)
+            if kind == 0:
+                future = client.submit("hold_until_cancelled")
+            elif kind == 1:
+                future = client.submit("echo", number)
+            else:
+                future = client.submit("zeros", 200_000)
+            for _ in range(rng.choice((0, 1, 50, 2000))):
+                pass
+            if not future.cancel():
+                assert future.result(20) is not None
+
+    in_threads(4, work, timeout=50)
+    wait_until(lambda: client.call("running", timeout=20) == 0, timeout=20)
+    assert client.call("echo", 1) == 1

@@ -197,7 +197,9 @@ class Table:
         if route is not None:
             return route
         if method.startswith(_RESERVED):
-            msg = f"{method.decode('utf-8', 'replace')!r} is between neighbours: a sidecar passes on"
+            msg = (
+                f"{method.decode('utf-8', 'replace')!r} is between neighbours: a sidecar passes on"
+            )
             raise MethodNotFound(f"{msg} calls only")
         for prefix, candidate in self._prefixes:
             if method.startswith(prefix):
