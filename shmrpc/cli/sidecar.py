@@ -42,6 +42,9 @@ _log = logging.getLogger("shmrpc.sidecar")
     "--timeout", type=float, callback=check_seconds, metavar="SECONDS", help="Of each call."
 )
 @click.option("--retries", type=int, metavar="N", help="Repeat safe calls so often.")
+@click.option("--ca", metavar="FILE", help="PEM: who signs the certificates of the other side.")
+@click.option("--cert", metavar="FILE", help="PEM: our certificate, for grpcs.")
+@click.option("--key", metavar="FILE", help="PEM: its key.")
 @click.option("--check", is_flag=True, help="Read the configuration, say what is wrong, and end.")
 @click.option(
     "--grace",
@@ -87,15 +90,19 @@ def _settings(path: str | None, options: dict[str, object]) -> Config:
         raise click.UsageError("give a CONFIG.toml, or --listen and --upstream")
     uids = given.pop("allow_uid", ())
     assert isinstance(uids, tuple)  # noqa: S101 - click's
+    tls = {name: given.pop(name) for name in ("ca", "cert", "key") if name in given}
     listen, upstream = given.pop("listen"), given.pop("upstream")
     assert isinstance(listen, tuple)  # noqa: S101
     assert isinstance(upstream, tuple)  # noqa: S101
-    return of_options(listen, upstream, allow_uids=list(uids) or None, **given)
+    return of_options(listen, upstream, tls=tls or None, allow_uids=list(uids) or None, **given)
 
 
 def _run(settings: Config, path: str | None, grace: float) -> None:
     with _signals() as wait:
-        service = Sidecar(settings)
+        try:
+            service = Sidecar(settings)
+        except Error as error:
+            raise Failure(explain(error)) from error
         try:
             try:
                 service.start()

@@ -30,7 +30,12 @@ __all__ = [
 
 T = TypeVar("T")
 
-GRPC = ("grpc", "grpcs")
+_GRPC = ("grpc", "grpcs")
+
+
+def is_grpc(address: str) -> bool:
+    """Whether an address is spoken to by gRPC."""
+    return address.partition("://")[0] in _GRPC
 
 
 class ConfigError(Error):
@@ -216,7 +221,7 @@ def _uids(place: _Place) -> frozenset[int]:
 def _address(place: _Place) -> str:
     text = _text(place)
     scheme = text.partition("://")[0]
-    if scheme in GRPC:
+    if scheme in _GRPC:
         if re.fullmatch(r"grpcs?://(\[[0-9A-Fa-f:.%]+\]|[^\[\]:/]+):\d{1,5}", text) is None:
             raise place.wrong(f"address {text!r}: expected {scheme}://HOST:PORT")
         return text
@@ -376,8 +381,14 @@ def load(path: str) -> Config:
 def of_options(listen: Iterable[str], upstream: Iterable[str], **options: Any) -> Config:
     """One route for everything, as given on the command line; ``ConfigError``."""
     entries = {key: value for key, value in options.items() if value is not None}
-    tls = entries.pop("upstream_tls", None)
-    only: dict[str, Any] = {"endpoints": list(upstream), **({"tls": tls} if tls else {})}
+    only: dict[str, Any] = {"endpoints": list(upstream)}
+    if "tls" in entries:  # for whichever side speaks TLS
+        sides = {"upstream": upstream, "listen": listen}
+        secure = [side for side, all_ in sides.items() if any(a.startswith("grpcs:") for a in all_)]
+        if "upstream" in secure:
+            only["tls"] = entries["tls"]
+        if secure and "listen" not in secure:
+            del entries["tls"]
     route: dict[str, Any] = {"upstream": "upstream"}
     for key in ("timeout", "retries"):
         if key in entries:

@@ -12,15 +12,15 @@ from shmrpc.calls import Call, Receiver, Requests
 from shmrpc.channel import _GOES_ON as GOES_ON
 from shmrpc.client import Client
 from shmrpc.errors import Cancelled, ConnectionLost
+from shmrpc.futures import CallFuture
 from shmrpc.metadata import PackedMetadata
-from shmrpc.poller import FOREVER, nanoseconds_until
 
 from .raw import RawCodec, Reply, Request
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from shmrpc.poller import Connection, Slot, Waiters
+    from shmrpc.poller import Connection, Slot
     from shmrpc.session import Stream
 
 __all__ = ["NativeEndpoint", "RawCall", "RawRequests"]
@@ -86,37 +86,22 @@ class RelayClient(Client):
             slot.connection.slots.append(slot)
             raise failure
 
-    def unary(self, request: Request, timeout: float | None) -> Reply:
-        """Make a call from a thread that serves no request of ours; raises as ``call``."""
-        deadline = FOREVER if timeout is None else time.monotonic() + timeout
-        method, flags = request.method, lib.SHMRPC_FLAG_KEYWORDS if request.keywords else 0
-        beside, body = request.metadata, request.body
-        while True:
-            slot = self._slot(deadline)
-            name = self._names.get(method) or self._name(method)
-            left_ns = nanoseconds_until(deadline)
-            try:
-                status = lib.shmrpc_call_with(
-                    slot.c, name, flags, beside, len(beside), body, len(body), left_ns
-                )
-                while status in GOES_ON:
-                    slot.connection.poller.attend(status)
-                    status = lib.shmrpc_wait(slot.c)
-            except BaseException:
-                lib.shmrpc_abandon(slot.c)
-                raise
-            if status == _ENOTCONN:
-                self._drop(slot.connection)
-                continue
-            if status < 0 and status != lib.SHMRPC_MESSAGE:
-                raise self._failure(slot, method, status)
-            if status >= 0:
-                reply = Reply(0, b"", bytes(slot.view[:status]))
-            else:
-                self._check_stopping(slot, method)
-                reply = Reply(slot.message.status, slot.metadata(), bytes(slot.body()))
-            slot.connection.slots.append(slot)
-            return reply
+    def begin(self, request: Request, timeout: float | None) -> RawFuture:
+        """Start a call; the future has its reply, or what kept it from having one."""
+
+        def make(connection: Connection, deadline: float) -> RawFuture:
+            return RawFuture(self, connection, request.method, deadline)
+
+        return self._send(
+            lib.SHMRPC_REQUEST,
+            lib.SHMRPC_FLAG_KEYWORDS if request.keywords else 0,
+            request.method,
+            (request.body,),
+            {},
+            timeout,
+            PackedMetadata(request.metadata),  # type: ignore[arg-type]
+            make,
+        )
 
     def send_on(self, request: Request, timeout: float | None) -> None:
         """Pass a notification on; as ``notify``."""
@@ -151,6 +136,16 @@ class RelayClient(Client):
             PackedMetadata(request.metadata),  # type: ignore[arg-type]
             make,
         )
+
+
+class RawFuture(CallFuture):
+    """A call under way; its result is a ``Reply``."""
+
+    def _settle(self, status: int, body: bytes) -> None:
+        if status == _UNAVAILABLE and not body:
+            super()._settle(status, body)
+        else:
+            self.finish(Reply(status, self._metadata, body))
 
 
 class _NoPending:
@@ -198,10 +193,9 @@ class RawCall(Call):
 
     _failed: BaseException | None = None
 
-    @property
-    def waiters(self) -> Waiters:
-        """Who waits for something of it."""
-        return self._waiters
+    def woken(self, _caller: Stream) -> None:
+        """Something has happened to the caller's stream: ``take`` is to look at it."""
+        self._waiters.wake()
 
     @property
     def initial(self) -> bytes | None:
@@ -299,9 +293,9 @@ class NativeEndpoint:
         """See ``RelayClient.forward``."""
         return self.client().forward(worker, method, timeout_ns, slot, status)
 
-    def unary(self, request: Request, timeout: float | None) -> Reply:
-        """See ``RelayClient.unary``."""
-        return self.client(timeout).unary(request, timeout)
+    def begin(self, request: Request, timeout: float | None) -> RawFuture:
+        """See ``RelayClient.begin``."""
+        return self.client(timeout).begin(request, timeout)
 
     def notify(self, request: Request, timeout: float | None) -> None:
         """See ``RelayClient.send_on``."""

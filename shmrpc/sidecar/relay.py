@@ -39,6 +39,7 @@ _log = logging.getLogger("shmrpc.sidecar")
 
 _WORKERS = 256  # calls that are passed on at a time: each waits in a thread
 _MAX_CONCURRENCY = 4096
+_LOOK_SECONDS = 0.02
 _CANCELLED, _DEADLINE_EXCEEDED = 1, 4
 _EMSGSIZE_TEXT = "the reply is longer than the caller accepts (its max_message_bytes)"
 
@@ -188,14 +189,18 @@ class _RelayWorker(Worker):
         return self._reply_with(carried)
 
     def _call_other(self, leg: Any, timeout: float | None) -> Reply:
-        """By a leg that waits elsewhere; it is told when the caller gives up."""
+        """By a leg that waits elsewhere, where nothing tells that the caller gives up: look."""
         message = self._message
         connection = self._poller.connection(message.conn_id)
 
         def wanted() -> bool:
             return not (message.cancelled or connection is None or connection.closed)
 
-        reply: Reply = leg.unary(self._request(), timeout, wanted)
+        pending = leg.begin(self._request(), timeout)
+        while not pending.wait(_LOOK_SECONDS):
+            if not wanted():
+                pending.cancel()
+        reply: Reply = pending.result()
         return reply
 
     def _send(self, reply: Reply) -> None:
@@ -266,7 +271,7 @@ class _RelayWorker(Worker):
         self, call: RawCall, connection: Connection, stream: Stream, *, ended: bool
     ) -> int:
         """Both directions until both have ended."""
-        watch = _Watch(call)
+        watch = _Watch(call, stream)
         watch.extend(stream.waiters if isinstance(stream.waiters, Waiters) else ())
         stream.waiters = watch  # now this thread, which waits for the upstream, hears of the caller
         up = None
@@ -322,13 +327,14 @@ class _RelayWorker(Worker):
 class _Watch(Waiters):
     """Who waits for something of a caller's stream: also the thread that waits for its upstream."""
 
-    def __init__(self, call: RawCall) -> None:
+    def __init__(self, call: RawCall, stream: Stream) -> None:
         super().__init__()
         self._call = call
+        self._stream = stream
 
     def wake(self) -> None:
         super().wake()
-        self._call.waiters.wake()
+        self._call.woken(self._stream)
 
 
 def _send_up(requests: RawRequests, call: RawCall) -> None:
@@ -361,16 +367,4 @@ class RelayServer(Server):
 
     def _describe(self, name: str) -> dict[str, Any] | None:
         """Whoever has the method knows."""
-        import msgpack
-
-        route = self.sidecar.table.find(name.encode())
-        request = Request("shmrpc.describe", msgpack.packb([name]))
-
-        def attempt(leg: Any, timeout: float | None) -> Reply:
-            reply: Reply = leg.unary(request, timeout)
-            return reply
-
-        reply, over = route.carry(name, attempt)
-        over(None)
-        described = msgpack.unpackb(reply.body) if reply.status == 0 and reply.body else None
-        return described if isinstance(described, dict) else None
+        return self.sidecar.describe(name)

@@ -161,7 +161,7 @@ class Route:
         request = Request("shmrpc.describe", msgpack.packb([method]))
         for endpoint in upstream.endpoints:
             try:
-                reply = endpoint.leg.unary(request, _DESCRIBE_SECONDS)
+                reply = endpoint.leg.begin(request, _DESCRIBE_SECONDS).result()
                 described = msgpack.unpackb(reply.body) if reply.status == 0 else None
             except (Error, ValueError, TypeError):
                 continue

@@ -6,13 +6,18 @@ upstreams of the old one are closed when the last call that uses it has ended: n
 
 from __future__ import annotations
 
+import importlib
 import logging
 import threading
 import time
 from typing import TYPE_CHECKING, Any
 
+import msgpack
+
+from .config import ConfigError, is_grpc
 from .counts import Counts
 from .endpoint import NativeEndpoint
+from .raw import Reply, Request
 from .relay import RelayServer
 from .routes import Route, Table
 from .upstream import Upstream
@@ -28,6 +33,15 @@ __all__ = ["Sidecar"]
 _log = logging.getLogger("shmrpc.sidecar")
 
 _QUIET_PAUSE = 0.01
+
+
+def _grpc(module: str, address: str) -> Any:
+    """A module that needs grpcio."""
+    try:
+        return importlib.import_module(f".{module}", __package__)
+    except ImportError as error:
+        msg = f"{address}: {error}"
+        raise ConfigError(msg) from error
 
 
 class Sidecar:
@@ -75,7 +89,10 @@ class Sidecar:
 
     @staticmethod
     def _make_leg(address: str, config: UpstreamConfig, limit: int) -> Any:
-        return NativeEndpoint(address, config.connect_timeout, limit)
+        if not is_grpc(address):
+            return NativeEndpoint(address, config.connect_timeout, limit)
+        GrpcLeg = _grpc("grpc_leg", address).GrpcLeg  # noqa: N806 - a class
+        return GrpcLeg(address, config.connect_timeout, limit, config.tls, config.keepalive)
 
     # ---- running ----
 
@@ -109,6 +126,11 @@ class Sidecar:
         return server
 
     def _listen(self, address: str, config: Config) -> Any:
+        server: Any
+        if is_grpc(address):
+            server = _grpc("grpc_listener", address).GrpcListener(self, address, config)
+            server.start()
+            return server
         server = RelayServer(
             self,
             address,
@@ -195,7 +217,21 @@ class Sidecar:
             self._http.stop()
             self._http = None
 
-    # ---- what it looks like ----
+    # ---- what it knows ----
+
+    def describe(self, method: str) -> dict[str, Any] | None:
+        """What the server of a method tells of it, such as whether it may run twice."""
+        route = self.table.find(method.encode())
+        request = Request("shmrpc.describe", msgpack.packb([method]))
+
+        def attempt(leg: Any, timeout: float | None) -> Reply:
+            reply: Reply = leg.begin(request, timeout).result()
+            return reply
+
+        reply, over = route.carry(method, attempt)
+        over(None)
+        described = msgpack.unpackb(reply.body) if reply.status == 0 and reply.body else None
+        return described if isinstance(described, dict) else None
 
     def status(self) -> dict[str, Any]:
         """What /health says."""
