@@ -153,7 +153,8 @@ class Story:
         for part in re.split(r"^\$ ", snippet.text, flags=re.MULTILINE)[1:]:
             command, _, expected = part.partition("\n")
             if command.endswith("&"):
-                process = self._start(shlex.split(command[:-1]), stderr=subprocess.PIPE)
+                command = command[:-1].replace(PORT, self.port)
+                process = self._start(shlex.split(command), stderr=subprocess.PIPE)
                 output = process.stderr.readline().decode()
             else:
                 output = self._run(f"{where}: {command}", shlex.split(command))

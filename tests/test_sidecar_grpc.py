@@ -409,8 +409,8 @@ def test_mutual_tls(run, service, connect, keys, directory):
     far = run("--listen", "grpcs://localhost:0", *own, "--upstream", server.address)
     with open(f"{directory}/near.toml", "w") as file:
         file.write(
-            f'listen = "shm://right"\n[upstreams.far]\nendpoints = "{far.address}"\nkeepalive = 30.0\n'
-            "[upstreams.far.tls]\n"
+            f'listen = "shm://right"\n[upstreams.far]\nendpoints = "{far.address}"\n'
+            "keepalive = 30.0\n[upstreams.far.tls]\n"
             f'ca = "{keys["server"]["ca"]}"\ncert = "{keys["client"]["cert"]}"\n'
             f'key = "{keys["client"]["key"]}"\nserver_name = "server"\n'
             '[[routes]]\nupstream = "far"\n'

@@ -19,7 +19,7 @@ from .grpcs import ITEM, RESULT, SERVICE, as_is, from_grpc, options, place_of, t
 from .raw import Reply, Request, failure_reply
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from .config import Config
     from .counts import Cell
@@ -164,9 +164,7 @@ class GrpcListener:
                     (name,) = msgpack.unpackb(body)
                     reply = Reply(body=msgpack.packb(self.sidecar.describe(name)))
                 else:
-                    reply = _carry(
-                        passage, request, lambda leg, timeout: leg.begin(request, timeout)
-                    )
+                    reply = _carry(passage, request)
             except Exception as error:
                 reply = failure_reply(error)
             passage.end(reply, request.method)
@@ -235,12 +233,12 @@ class GrpcListener:
             passage.end(reply, request.method, initial_sent=told)
 
 
-def _carry(passage: _Passage, request: Request, begin: Callable[[Any, float | None], Any]) -> Reply:
+def _carry(passage: _Passage, request: Request) -> Reply:
     """A unary call within its route's policies; it is cancelled with the RPC."""
     assert passage.route is not None  # noqa: S101
 
     def attempt(leg: Any, timeout: float | None) -> Reply:
-        pending = begin(leg, timeout)
+        pending = leg.begin(request, timeout)
         if not passage.context.add_callback(pending.cancel):
             pending.cancel()
         try:
