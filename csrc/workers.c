@@ -290,9 +290,14 @@ void workers_resume(struct shmrpc_poller *poller)
 static uint32_t pass_on(struct shmrpc_poller *poller, struct conn *conn,
                         const struct frame_header *header)
 {
-    int result = events_receive(poller, conn, header);
+    bool is_brief = events_add_brief(poller, conn, header);
+    int result = is_brief ? 0 : events_receive(poller, conn, header);
 
     conn_finish(conn, header->length, &poller->bells);
+    if (is_brief) {
+        count_own(&poller->counters.calls_started, 1);
+        return STATUS_OK;
+    }
     if (result < 0)
         return STATUS_RESOURCE_EXHAUSTED;
     /* `last` is the first member of the event that was just added. */
