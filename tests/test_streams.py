@@ -117,7 +117,12 @@ def test_100_000_items(client, tag, direction):
 
 
 def test_all_types(client, tag):
-    values = [*SCALARS, [1, [2.5, {"b": None}]], {"bytes": b"\0\1", 7: {True: {}}}, list(range(999))]
+    values = [
+        *SCALARS,
+        [1, [2.5, {"b": None}]],
+        {"bytes": b"\0\1", 7: {True: {}}},
+        list(range(999)),
+    ]
     assert list(client.stream("values", values)) == values
     with client.open("collect") as call:
         send_all(call, values)
