@@ -62,6 +62,9 @@ install-test: $(VENV)/.stamp-test $(VENV)/.stamp-build
 install-dev: $(VENV)/.stamp-dev $(VENV)/.stamp-build
 install-bench: $(VENV)/.stamp-bench $(VENV)/.stamp-build
 
+# The tests wait most of the time: two processes run them on each CPU, a file in one of them.
+IN_PARALLEL := --numprocesses $(shell expr $$(nproc) \* 2) --dist loadfile
+
 CORE_TESTS := $(addprefix tests/test_,calls.py futures.py errors.py death.py fork.py)
 
 # --- Targets -------------------------------------------------------------------------------------
@@ -71,13 +74,13 @@ demo: install
 
 test: install-test
 	$(MAKE) -C csrc test
-	$(BIN)/python -m pytest tests -m 'not deep' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests -m 'not deep' $(IN_PARALLEL) $(PYTEST_ARGS)
 
 deep: install-test
 	$(BIN)/python -m pytest tests -m deep $(PYTEST_ARGS)
 
 test-py: install-test
-	$(BIN)/python -m pytest $(CORE_TESTS) -m 'not slow' -k 'not unix and not tcp' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(CORE_TESTS) $(IN_PARALLEL) -m 'not slow' -k 'not unix and not tcp' $(PYTEST_ARGS)
 
 check: check-python check-c
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks [TOPIC ...]`: every topic in brief, as tables, in less than two minutes."""
+"""`python -m benchmarks [TOPIC ...]`: every topic in brief, as tables, within three minutes."""
 
 from __future__ import annotations
 
@@ -39,6 +39,12 @@ def _pairs(effort: Effort) -> Iterator[Comparison]:
         yield topics.pairs(effort, count)
 
 
+def _streams(effort: Effort) -> Iterator[Comparison]:
+    for direction in topics.DIRECTIONS:
+        for place in _places():
+            yield topics.streams(effort, direction, place)
+
+
 def _idle(_: Effort) -> Iterator[Comparison]:
     yield topics.idle()
 
@@ -53,6 +59,7 @@ _TOPICS: dict[str, Callable[[Effort], Iterator[Comparison]]] = {
     "layer": _layer,
     "threads": _threads,
     "pairs": _pairs,
+    "streams": _streams,
     "idle": _idle,
 }
 

@@ -6,10 +6,12 @@ To add one: write a module with an object that is a `Contender`, and name it in 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from benchmarks.measure import Flow
 
 _HOMES = {
     "floor": "benchmarks.floor:FLOOR",
@@ -45,6 +47,14 @@ class Connection(Protocol):
 
     def close(self) -> None:
         """Hang up."""
+
+
+@runtime_checkable
+class FlowConnection(Connection, Protocol):
+    """One that can also move items in one direction; flows.py has the names."""
+
+    def flow(self, direction: str, name: str) -> Flow:
+        """Give what moves items that way."""
 
 
 class Contender(Protocol):

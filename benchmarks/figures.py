@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 Figures = dict[str, float]
-"""By metric: calls_per_s, p50_us, p99_us, p999_us, client_cpu_us, server_cpu_us; or cpu_ms."""
+"""By metric: calls_per_s, p50_us, p99_us, p999_us, client_cpu_us, server_cpu_us; or cpu_ms; or
+items_per_s, client_item_us, server_item_us."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,24 @@ class Window:
     p999_ns: int
     client_cpu_ns: int
     server_cpu_ns: int
+
+
+@dataclass(frozen=True)
+class Movement:
+    """What one client process saw of items that went one way."""
+
+    items: int
+    elapsed_ns: int
+    client_cpu_ns: int
+    server_cpu_ns: int
+
+    def figures(self) -> Figures:
+        """Give the rate, and the CPU time that an item takes on each side."""
+        return {
+            "items_per_s": self.items / self.elapsed_ns * 1e9,
+            "client_item_us": self.client_cpu_ns / self.items / 1e3,
+            "server_item_us": self.server_cpu_ns / self.items / 1e3,
+        }
 
 
 @dataclass

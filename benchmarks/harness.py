@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.contenders import why_absent
-from benchmarks.figures import Comparison, Window, combine
+from benchmarks.figures import Comparison, Movement, Window, combine
 from benchmarks.measure import cpu_ns, now_ns
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from benchmarks.figures import Figures
 
@@ -45,6 +45,16 @@ class Effort:
     runs: int = 5
     seconds: float = 0.5
     warm_up_seconds: float = 0.2
+
+    def window(self) -> tuple[int, int]:
+        """Begin now, and give the instants at which the warm-up and the run end."""
+        start_ns = now_ns() + int(self.warm_up_seconds * 1e9)
+        return start_ns, start_ns + int(self.seconds * 1e9)
+
+    @property
+    def patience_s(self) -> float:
+        """Say how long a run may take."""
+        return self.warm_up_seconds + self.seconds + _PATIENCE_S
 
 
 @dataclass(frozen=True)
@@ -144,6 +154,19 @@ class Team:
             driver.ask("close")
         return figures
 
+    def run_flows(self, effort: Effort, direction: str, flows: Sequence[str]) -> list[Figures]:
+        """Connect one client, move items by each of the flows, and hang up."""
+        (driver,), (server,) = self._drivers, self._servers
+        self.connect()
+        figures = []
+        for flow in flows:
+            start_ns, stop_ns = effort.window()
+            when = {"start_ns": start_ns, "stop_ns": stop_ns, "server_pid": server.pid}
+            driver.tell("move", direction=direction, flow=flow, **when)
+            figures.append(Movement(**driver.answer(effort.patience_s)).figures())
+        driver.ask("close")
+        return figures
+
     def connect(self) -> None:
         """Connect each client to its server."""
         for driver, address in zip(self._drivers, self._addresses, strict=True):
@@ -151,8 +174,7 @@ class Team:
 
     def measure(self, effort: Effort) -> Figures:
         """Measure the same window in all clients."""
-        start_ns = now_ns() + int(effort.warm_up_seconds * 1e9)
-        stop_ns = start_ns + int(effort.seconds * 1e9)
+        start_ns, stop_ns = effort.window()
         for driver, server in zip(self._drivers, self._servers, strict=True):
             driver.tell(
                 "measure",
@@ -161,8 +183,8 @@ class Team:
                 stop_ns=stop_ns,
                 server_pid=server.pid,
             )
-        patience_s = effort.warm_up_seconds + effort.seconds + _PATIENCE_S
-        return combine([Window(**driver.answer(patience_s)) for driver in self._drivers])
+        answers = [driver.answer(effort.patience_s) for driver in self._drivers]
+        return combine([Window(**answer) for answer in answers])
 
     def cpu_ns(self) -> int:
         """Read the CPU time that all processes of the team have used so far."""
@@ -181,10 +203,11 @@ class Team:
 
 
 class _Teams:
-    """The contenders of a comparison that are still in it."""
+    """The contenders of a comparison that are still in it, and the rows that each one fills."""
 
-    def __init__(self, comparison: Comparison) -> None:
+    def __init__(self, comparison: Comparison, rows: Mapping[str, Sequence[str]]) -> None:
         self._comparison = comparison
+        self._rows = rows
         self._stack = ExitStack()
         self._teams: dict[str, Team] = {}
 
@@ -194,16 +217,16 @@ class _Teams:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def start(self, contenders: Iterable[str], placement: Placement, crowd: Crowd) -> None:
-        for name in contenders:
+    def start(self, placement: Placement, crowd: Crowd) -> None:
+        for name, rows in self._rows.items():
             reason = why_absent(name)
             if reason is not None:
-                self._comparison.absent[name] = reason
+                self._comparison.absent.update(dict.fromkeys(rows, reason))
                 continue
             try:
                 self._teams[name] = Team(name, placement, crowd)
             except PeerError as error:
-                self._comparison.failed[name] = str(error)
+                self._comparison.failed.update(dict.fromkeys(rows, str(error)))
             else:
                 self._stack.callback(self._teams[name].close)
 
@@ -213,9 +236,10 @@ class _Teams:
             try:
                 action(name, team)
             except (PeerError, OSError) as error:
-                self._comparison.failed[name] = str(error)
                 del self._teams[name]
-                self._comparison.runs.pop(name, None)
+                for row in self._rows[name]:
+                    self._comparison.failed[row] = str(error)
+                    self._comparison.runs.pop(row, None)
                 team.close()
 
 
@@ -231,8 +255,30 @@ def compare(
     def run(name: str, team: Team) -> None:
         comparison.runs.setdefault(name, []).append(team.run(effort))
 
-    with _Teams(comparison) as teams:
-        teams.start(contenders, placement, crowd)
+    with _Teams(comparison, {name: (name,) for name in contenders}) as teams:
+        teams.start(placement, crowd)
+        for _ in range(effort.runs):
+            teams.each(run)
+    return comparison
+
+
+def compare_flows(
+    comparison: Comparison,
+    direction: str,
+    flows: Mapping[str, Sequence[str]],
+    effort: Effort,
+    placement: Placement,
+) -> Comparison:
+    """As `compare`, with several flows of each contender, in each run over one connection."""
+    rows = {name: [f"{name} {flow}" for flow in chosen] for name, chosen in flows.items()}
+
+    def run(name: str, team: Team) -> None:
+        measured = team.run_flows(effort, direction, flows[name])
+        for row, figures in zip(rows[name], measured, strict=True):
+            comparison.runs.setdefault(row, []).append(figures)
+
+    with _Teams(comparison, rows) as teams:
+        teams.start(placement, Crowd())
         for _ in range(effort.runs):
             teams.each(run)
     return comparison
@@ -255,8 +301,8 @@ def compare_quiet(
     def read_after(name: str, team: Team) -> None:
         comparison.runs[name].append({"cpu_ms": (team.cpu_ns() - before[name]) / 1e6})
 
-    with _Teams(comparison) as teams:
-        teams.start(contenders, Placement(), Crowd())
+    with _Teams(comparison, {name: (name,) for name in contenders}) as teams:
+        teams.start(Placement(), Crowd())
         teams.each(warm_up)
         teams.each(read_before)
         time.sleep(quiet_seconds)

@@ -14,12 +14,14 @@ from math import ceil
 from threading import Lock, Thread
 from typing import TYPE_CHECKING
 
-from benchmarks.figures import Window
+from benchmarks.figures import Movement, Window
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     Echo = Callable[[bytes], bytes]
+    Flow = Callable[[int], int]
+    """Moves items until an instant; returns how many, when all of them have arrived."""
 
 PAYLOAD = bytes(range(64))
 """The work item: a bytes value of 64 bytes."""
@@ -149,3 +151,15 @@ def measure(
         client_cpu_ns=after[0] - before[0],
         server_cpu_ns=after[1] - before[1],
     )
+
+
+def measure_flow(flow: Flow, *, start_ns: int, stop_ns: int, server_pid: int) -> Movement:
+    """Warm up by one flow, and sum up another one."""
+    pids = os.getpid(), server_pid
+    flow(start_ns)
+    before = [cpu_ns(pid) for pid in pids]
+    begin = now_ns()
+    items = flow(stop_ns)
+    elapsed_ns = now_ns() - begin
+    after = [cpu_ns(pid) for pid in pids]
+    return Movement(items, elapsed_ns, after[0] - before[0], after[1] - before[1])

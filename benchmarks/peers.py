@@ -18,8 +18,8 @@ from contextlib import closing
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from benchmarks.contenders import load
-from benchmarks.measure import measure
+from benchmarks.contenders import FlowConnection, load
+from benchmarks.measure import measure, measure_flow
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,6 +47,11 @@ class _Driver:
         echo = self._connection.echo
         return asdict(measure(echo, thread_safe=self._contender.thread_safe, **how))
 
+    def move(self, direction: str, flow: str, **when: int) -> dict[str, Any]:
+        if not isinstance(self._connection, FlowConnection):
+            raise TypeError("it moves no items")
+        return asdict(measure_flow(self._connection.flow(direction, flow), **when))
+
     def close(self) -> None:
         if self._connection is not None:
             self._connection.close()
@@ -62,6 +67,7 @@ def _drive(contender: Contender, say: Say) -> None:
         commands: dict[str, Callable[..., dict[str, Any] | None]] = {
             "connect": driver.connect,
             "measure": driver.measure,
+            "move": driver.move,
             "close": driver.close,
         }
         say({})

@@ -39,6 +39,7 @@ Record = Callable[["Comparison", str, str], None]
 _SECONDS: dict[str, Callable[[float], float]] = {
     "p50_us": lambda p50_us: p50_us / 1e6,
     "calls_per_s": lambda calls_per_s: 1 / calls_per_s,
+    "items_per_s": lambda items_per_s: 1 / items_per_s,
     "cpu_ms": lambda cpu_ms: cpu_ms / 1e3,
 }
 

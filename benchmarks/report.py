@@ -22,6 +22,9 @@ _COLUMNS = {
     "p999_us": ("p99.9 us", "{:,.1f}"),
     "client_cpu_us": ("client CPU us/call", "{:,.1f}"),
     "server_cpu_us": ("server CPU us/call", "{:,.1f}"),
+    "items_per_s": ("items/s", "{:,.0f}"),
+    "client_item_us": ("client CPU us/item", "{:,.2f}"),
+    "server_item_us": ("server CPU us/item", "{:,.2f}"),
     "cpu_ms": ("CPU ms together", "{:,.2f}"),
 }
 _TIMER_READS = 100_000

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from shmrpc import Server, connect
+from benchmarks.flows import FLOWS, add_methods
+from shmrpc import Client, Server, connect
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from benchmarks.measure import Flow
 
 
 @dataclass(frozen=True)
@@ -23,10 +26,14 @@ class _Service:
             signal.pause()
 
 
-@dataclass(frozen=True)
 class _Connection:
-    echo: Callable[[bytes], bytes]
-    close: Callable[[], None]
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self.echo: Callable[[bytes], bytes] = partial(client.call, "echo")
+        self.close = client.close
+
+    def flow(self, direction: str, name: str) -> Flow:
+        return partial(FLOWS[direction][name], self._client)
 
 
 @dataclass(frozen=True)
@@ -43,12 +50,12 @@ class _Rpc:
         def echo(x: bytes) -> bytes:
             return x
 
+        add_methods(server)
         server.start()
         return _Service(str(server.addresses[0]), partial(server.stop, grace=0))
 
     def connect(self, address: str) -> _Connection:
-        client = connect(address)
-        return _Connection(partial(client.call, "echo"), client.close)
+        return _Connection(connect(address))
 
 
 SHM = _Rpc("shm://{directory}/socket")

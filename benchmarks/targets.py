@@ -47,6 +47,9 @@ TARGETS = (
     Target("pairs", (pairs_case(4),), "shm", "calls_per_s", "shm", "raw-uds", ">=", 1.3),
     Target("idle", None, "shm", "cpu_ms", "shm", None, "<", 10),
     Target("layer", PLACES, "unix", "p50_us", "unix", "raw-uds", "<=", 1.5),
+    Target("streams", None, "shm stream", "items_per_s", "shm stream", "shm 64 calls", ">=", 2),
+    Target("streams", None, "shm stream", "items_per_s", "shm stream", "shm 512 calls", ">=", 2),
+    Target("streams", None, "shm stream", "items_per_s", "shm stream", "unix stream", ">=", 3),
 )
 """`cases` None: every case of the topic. `subject` is whose speed it is about."""
 

@@ -6,7 +6,8 @@ import os
 from typing import TYPE_CHECKING
 
 from benchmarks.figures import Comparison
-from benchmarks.harness import Crowd, Placement, compare, compare_quiet
+from benchmarks.flows import DOWN, UP
+from benchmarks.harness import Crowd, Placement, compare, compare_flows, compare_quiet
 
 if TYPE_CHECKING:
     from benchmarks.harness import Effort
@@ -16,12 +17,15 @@ THREADS = ("shm", "unix", "raw-uds")
 PAIRS = ("shm", "raw-uds")
 IDLE = ("shm", "unix", "raw-uds")
 LAYER = ("unix", "raw-uds")
+STREAMS = {"shm": ("stream", "64 calls", "512 calls"), "unix": ("stream",), "tcp": ("stream",)}
+STREAM_ROWS = tuple(f"{name} {flow}" for name, flows in STREAMS.items() for flow in flows)
 
 FREE = "free"
 TWO_CPUS = "two CPUs"
 ONE_CPU = "one CPU"
 PLACES = (FREE, TWO_CPUS, ONE_CPU)
 
+DIRECTIONS = (DOWN, UP)
 PAIR_COUNTS = (1, 2, 4, 8)
 THREAD_COUNT = 8
 QUIET_SECONDS = 10.0
@@ -75,3 +79,9 @@ def idle(quiet_seconds: float = QUIET_SECONDS) -> Comparison:
     """Connect, call for a moment and fall silent."""
     case = Comparison("idle", f"{quiet_seconds:.0f} s of silence")
     return compare_quiet(case, IDLE, quiet_seconds)
+
+
+def streams(effort: Effort, direction: str, place: str) -> Comparison:
+    """Move items of 64 bytes one way: as a stream, and as calls with many under way."""
+    case = Comparison("streams", f"{direction}, {place}")
+    return compare_flows(case, direction, STREAMS, effort, _place(place))

@@ -77,6 +77,8 @@ shmrpc_slot *shmrpc_slot_new(shmrpc_poller *poller, uint64_t conn_id)
 void shmrpc_slot_free(shmrpc_slot *slot)
 {
     shmrpc_abandon(slot); /* an interrupted call may still be registered */
+    if (slot->worker)
+        shmrpc_finish(slot);
     poller_lock(slot->poller);
     slot->poller->slots[slot->index] = NULL;
     if (slot->worker)
@@ -305,9 +307,10 @@ void callers_room(struct shmrpc_poller *poller, struct conn *conn)
 static bool enter(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
 {
     slot->inside = true;
+    slot->alone = poller->client && poller->workers == 0;
     poller->inside++;
     if (poller->workers != 0)
-        workers_block(poller, slot);
+        workers_enter(poller, slot);
     if (poller->leader == NULL || poller->away) {
         poller->leader = slot;
         poller->away = false;
@@ -339,13 +342,18 @@ void callers_promote(struct shmrpc_poller *poller, const struct shmrpc_slot *lea
     hand_on(poller, leader);
 }
 
+void callers_inherit(struct shmrpc_poller *poller, const struct shmrpc_slot *leader)
+{
+    poller->leader = NULL;
+    callers_promote(poller, leader);
+}
+
 /* With the lock held: go out, and hand the role on. */
 static void leave(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
 {
     slot->inside = false;
     poller->inside--;
-    if (slot->blocks != NULL)
-        workers_unblock(poller, slot);
+    workers_leave(poller, slot);
     if (poller->leader != slot)
         return;
     poller->leader = NULL;
@@ -358,7 +366,9 @@ void callers_stop(struct shmrpc_poller *poller)
 {
     for (uint32_t i = 0; i < poller->slot_capacity; i++) {
         struct shmrpc_slot *slot = poller->slots[i];
-        if (slot != NULL && slot->inside && load_acquire32(&slot->state) != SLOT_DONE)
+        /* Who leads sees it by itself, and writes its own result. */
+        if (slot != NULL && slot->inside && slot != poller->leader &&
+            load_acquire32(&slot->state) != SLOT_DONE)
             slot_finish(slot, SHMRPC_STOPPED);
     }
 }
@@ -447,7 +457,7 @@ static int64_t wait_goal(struct shmrpc_poller *poller, struct shmrpc_slot *slot,
 {
     int64_t result = wait_inside(poller, slot, leads);
     struct outgoing cancel = {.header = {.kind = SHMRPC_CANCEL}};
-    uint64_t position;
+    atomic_u64 position;
 
     poller_lock(poller);
     leave(poller, slot);
@@ -485,7 +495,7 @@ static void begin(struct shmrpc_slot *slot, enum slot_goal goal, uint64_t deadli
 /* ---- calls ---- */
 
 int poller_send(struct shmrpc_poller *poller, struct conn *conn, struct outgoing *message,
-                uint64_t *position)
+                atomic_u64 *position)
 {
     uint64_t bells = 0;
     int status = conn_send(conn, message, position, &bells);
@@ -538,9 +548,7 @@ int64_t shmrpc_call_with(shmrpc_slot *slot, const shmrpc_name *name, uint32_t fl
 
     if (slot->deadline_ns != 0)
         set_deadline(&message, slot->conn, slot->deadline_ns);
-    uint64_t position;
-    int status = poller_send(poller, slot->conn, &message, &position);
-    store_relaxed(&slot->position, position);
+    int status = poller_send(poller, slot->conn, &message, &slot->position);
     if (status >= 0)
         return wait_goal(poller, slot, leads);
 
@@ -574,7 +582,7 @@ void shmrpc_abandon(shmrpc_slot *slot)
 {
     struct shmrpc_poller *poller = slot->poller;
     struct outgoing message = {.header = {.kind = SHMRPC_CANCEL}};
-    uint64_t position;
+    atomic_u64 position;
 
     poller_lock(poller);
     if (slot->goal == GOAL_REPLY && !poller->closed)
@@ -607,7 +615,7 @@ int shmrpc_send(shmrpc_slot *slot, uint32_t kind, uint32_t flags, uint64_t call_
     if (!slot->worker && conn_hung_up(slot->conn))
         return -ENOTCONN;
     set_deadline(&message, slot->conn, deadline_ns);
-    return poller_send(slot->poller, slot->conn, &message, position);
+    return poller_send(slot->poller, slot->conn, &message, (atomic_u64 *)position);
 }
 
 int shmrpc_send_item(shmrpc_slot *slot, uint32_t flags, uint64_t call_id, const char *body,
@@ -617,7 +625,7 @@ int shmrpc_send_item(shmrpc_slot *slot, uint32_t flags, uint64_t call_id, const 
         .header = {.kind = SHMRPC_ITEM, .flags = (uint8_t)flags, .call_id = call_id},
         .parts = {{(void *)(uintptr_t)body, body_bytes}},
     };
-    uint64_t position;
+    atomic_u64 position;
 
     return poller_send(slot->poller, slot->conn, &message, &position);
 }

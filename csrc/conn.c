@@ -334,15 +334,15 @@ static int send_pieces(struct conn *conn, const struct outgoing *message)
     return push_waiting(conn);
 }
 
-/* Bytes of ring that the last frame of a message takes. */
-static uint64_t last_span(const struct conn *conn, uint32_t total)
+/* Where the last frame of a message will start that comes after all there is. */
+static uint64_t last_position(const struct conn *conn, uint32_t total)
 {
-    uint32_t rest = total % conn->frame_max;
+    uint64_t frames_before = total == 0 ? 0 : (total - 1) / conn->frame_max;
 
-    return frame_span(rest == 0 && total != 0 ? conn->frame_max : rest);
+    return conn->pushed + conn->outbox.span + frames_before * frame_span(conn->frame_max);
 }
 
-int conn_send(struct conn *conn, struct outgoing *message, uint64_t *position, uint64_t *bells)
+int conn_send(struct conn *conn, struct outgoing *message, atomic_u64 *position, uint64_t *bells)
 {
     size_t total = 0;
     int status;
@@ -356,6 +356,9 @@ int conn_send(struct conn *conn, struct outgoing *message, uint64_t *position, u
     pthread_mutex_lock(&conn->send_lock);
     uint64_t pushed = conn->pushed;
     status = -(int)load_relaxed(&conn->error);
+    /* Before the peer can see it: it may run and die before this thread runs on, and another one
+     * tells then what became of the call. */
+    store_relaxed(position, last_position(conn, (uint32_t)total));
     if (status == 0 && total <= conn->frame_max && conn->outbox.start == conn->outbox.end) {
         message->header.length = (uint32_t)total;
         status = link_push(conn, &message->header, message->parts, 3);
@@ -364,8 +367,6 @@ int conn_send(struct conn *conn, struct outgoing *message, uint64_t *position, u
     } else if (status == 0) {
         status = send_pieces(conn, message);
     }
-    /* The last frame's start, or that of the whole message when it is only one frame. */
-    *position = conn->pushed + conn->outbox.span - last_span(conn, (uint32_t)total);
     pushed = conn->pushed - pushed;
     bool waits = output_waits(conn);
     publish_outbox(conn);
@@ -379,6 +380,13 @@ int conn_send(struct conn *conn, struct outgoing *message, uint64_t *position, u
     return status < 0 ? status : waits;
 }
 
+bool conn_peer_left(struct conn *conn)
+{
+    struct pollfd control = {.fd = conn->control_fd, .events = POLLRDHUP};
+
+    return poll(&control, 1, 0) > 0 && (control.revents & (POLLRDHUP | POLLHUP | POLLERR)) != 0;
+}
+
 bool conn_hung_up(struct conn *conn)
 {
     /* A look costs a system call. While calls follow each other closely the leader's own looks
@@ -390,8 +398,7 @@ bool conn_hung_up(struct conn *conn)
     if (tick == load_relaxed(&conn->last_send_tick))
         return false;
     store_relaxed(&conn->last_send_tick, tick);
-    struct pollfd control = {.fd = conn->control_fd, .events = POLLRDHUP};
-    return poll(&control, 1, 0) > 0 && (control.revents & (POLLRDHUP | POLLHUP | POLLERR)) != 0;
+    return conn_peer_left(conn);
 }
 
 /* ---- receiving ---- */
@@ -548,6 +555,8 @@ void conn_finish(struct conn *conn, uint32_t length, uint64_t *bells)
 
 static bool still_queued(const struct segment_shm *peer, uint64_t call_id)
 {
+    if (call_id == 0)
+        return false; /* a notification; 0 is also what a free place says */
     for (unsigned i = 0; i < LAYOUT_QUEUED_MAX; i++)
         if (load_relaxed(&peer->queued[i]) == call_id)
             return true;
@@ -562,6 +571,8 @@ int conn_outcome(struct conn *conn, uint64_t call_id, uint64_t position)
 
     if (position >= pushed)
         return SHMRPC_NOT_SENT;
+    if (load_relaxed(&conn->said_goodbye) != 0)
+        return SHMRPC_NOT_STARTED; /* or its reply would have come before */
     if (!conn->is_shm || load_relaxed(&conn->ended_here) != 0)
         return SHMRPC_UNKNOWN; /* a peer that lives may still read what it has */
     uint64_t head = load_acquire(&conn->wake.peer->head); /* fence A, pairs with D */

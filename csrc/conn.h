@@ -35,6 +35,7 @@ struct conn {
     bool hung_up; /* leader: the peer is gone, its last frames are still to be read */
     atomic_u64 error; /* 0, or the errno that ended it */
     atomic_u64 ended_here; /* we ended it, the peer may live */
+    atomic_u64 said_goodbye; /* W: leader: the peer starts none of our requests any more */
     uint32_t references; /* poller lock: registry, slots, running and queued requests */
     bool destroyed;      /* poller lock: the poller was given up, only this struct is left */
     atomic_u64 queued;   /* W: under the poller's lock: requests taken and not started */
@@ -78,12 +79,15 @@ void conn_destroy(struct conn *conn);
 /* The same for a conn that came to nothing: what the caller gave stays the caller's. */
 void conn_abandon(struct conn *conn);
 
+/* Whether the peer has hung up: a system call. */
+bool conn_peer_left(struct conn *conn);
 /* Whether the peer is known or, after a pause of some milliseconds, found to have hung up. */
 bool conn_hung_up(struct conn *conn);
 /* Send a message: 0 if it left, 1 if some of it waits in the outbox, -EMSGSIZE, -ENOMEM, -EPIPE,
- * -EPROTO. *position (may be null) is where its last frame starts in the ring, see conn_outcome.
+ * -EPROTO. *position is where its last frame starts in the ring, see conn_outcome; it is stored before
+ * the peer can see the message.
  * Adds the bells it rang to *bells. */
-int conn_send(struct conn *conn, struct outgoing *message, uint64_t *position, uint64_t *bells);
+int conn_send(struct conn *conn, struct outgoing *message, atomic_u64 *position, uint64_t *bells);
 /* Send what waits in the outbox as far as there is room: 0, or -errno. */
 int conn_flush(struct conn *conn, uint64_t *bells);
 

@@ -91,7 +91,7 @@ static int flush(struct shmrpc_poller *poller, struct conn *conn)
     if (status == 0 && load_relaxed(&conn->outbox_bytes) == 0) {
         callers_room(poller, conn);
         if (load_relaxed(&conn->queued) != 0)
-            store_relaxed(&poller->startable, 1);
+            workers_resume(poller);
     }
     return status;
 }
@@ -114,18 +114,18 @@ static void fail_conn(struct shmrpc_poller *poller, struct conn *conn, int error
     epoll_ctl(poller->epoll_fd, EPOLL_CTL_DEL, conn->control_fd, NULL);
     if (conn->own_bell_fd >= 0 && conn->own_bell_fd != poller->kick_fd)
         epoll_ctl(poller->epoll_fd, EPOLL_CTL_DEL, conn->own_bell_fd, NULL);
-    shutdown(conn->control_fd, SHUT_RDWR);
 
     poller_lock(poller);
     if (error != EPIPE)
         store_relaxed(&conn->ended_here, 1);
     store_release(&conn->error, (uint64_t)error);
+    /* After the error: a peer that sees the end may rely on it that nothing queued starts. */
+    shutdown(conn->control_fd, SHUT_RDWR);
     callers_lost(poller, conn, error);
     const shmrpc_message closed = {.kind = SHMRPC_CLOSED, .status = (uint32_t)error};
     events_add(poller, conn, &closed, NULL);
     if (poller->client) { /* it keeps its conn, to tell what became of its calls */
-        poller->retired = true;
-        workers_wake_all(poller);
+        workers_retire(poller);
     } else {
         poller_unregister(poller, conn);
         conn_release(conn);
@@ -158,6 +158,10 @@ static int dispatch(struct shmrpc_poller *poller, struct shmrpc_slot *slot, stru
     case SHMRPC_CREDIT:
     case SHMRPC_INITIAL:
         return events_stream(poller, conn, header);
+    case SHMRPC_GOODBYE:
+        conn_finish(conn, header->length, &poller->bells);
+        store_relaxed(&conn->said_goodbye, 1);
+        return -EPIPE;
     default: /* of a later version: not ours to understand, nobody else's problem */
         conn_finish(conn, header->length, &poller->bells);
         count_own(&poller->counters.frames_dropped, 1);
@@ -165,7 +169,8 @@ static int dispatch(struct shmrpc_poller *poller, struct shmrpc_slot *slot, stru
     }
 }
 
-/* What the slot waits for is there: 1 and *result. */
+/* What the slot waits for is there, or something to do for its thread: 1 and *result. Changes
+ * nothing: it is also asked before a sleep, and once more after it was given up. */
 static int finished(struct shmrpc_poller *poller, struct shmrpc_slot *slot, int64_t *result)
 {
     if (load_relaxed(&poller->stopping) != 0) {
@@ -175,6 +180,18 @@ static int finished(struct shmrpc_poller *poller, struct shmrpc_slot *slot, int6
     if (load_acquire32(&slot->state) == SLOT_DONE) {
         *result = slot->result;
         return 1;
+    }
+    if (slot->goal != GOAL_REQUEST) {
+        /* A stream that never runs dry must not keep requests waiting, nor they the stream. */
+        bool queued = poller->client && load_relaxed(&poller->startable) != 0;
+        if (queued && (!poller->served_last || load_relaxed(&poller->event_count) == 0)) {
+            *result = SHMRPC_QUEUED;
+            return 1;
+        }
+        if (load_relaxed(&poller->spawn_wanted) != 0) {
+            *result = SHMRPC_SPAWN;
+            return 1;
+        }
     }
     if (load_relaxed(&poller->event_count) != 0) {
         *result = SHMRPC_EVENTS;
@@ -186,20 +203,16 @@ static int finished(struct shmrpc_poller *poller, struct shmrpc_slot *slot, int6
                                                           : 0;
         return *result != 0;
     }
-    if (load_relaxed(&poller->startable) != 0 && poller->client) {
-        *result = SHMRPC_QUEUED;
-        return 1;
-    }
-    if (load_relaxed(&poller->spawn_wanted) != 0) {
-        store_relaxed(&poller->spawn_wanted, 0);
-        *result = SHMRPC_SPAWN;
-        return 1;
-    }
     if (slot->goal == GOAL_ROOM && load_relaxed(&slot->conn->outbox_bytes) == 0) {
         *result = 0;
         return 1;
     }
     return 0;
+}
+
+static bool events_full(const struct shmrpc_poller *poller)
+{
+    return load_relaxed(&poller->event_count) >= EVENTS_MAX;
 }
 
 /* Take what a conn has, at most a batch. Returns how many messages, and stops at a request for
@@ -210,7 +223,7 @@ static int poll_conn(struct shmrpc_poller *poller, struct shmrpc_slot *slot, str
     int count = 0;
     int status = 0;
 
-    while (count < POLL_BATCH && !workers_full(poller, conn)) {
+    while (count < POLL_BATCH && !workers_full(poller, conn) && !events_full(poller)) {
         status = conn_receive(conn, &header, &poller->bells);
         if (status <= 0)
             break;
@@ -223,7 +236,7 @@ static int poll_conn(struct shmrpc_poller *poller, struct shmrpc_slot *slot, str
     }
     if (status >= 0)
         status = flush(poller, conn);
-    if (status == 0 && conn->hung_up && count == 0)
+    if (status == 0 && conn->hung_up && count == 0 && !events_full(poller))
         status = -EPIPE;
     if (status < 0) {
         fail_conn(poller, conn, -status);
@@ -250,7 +263,8 @@ static bool poll_hot(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
             continue;
         progress = true;
         conn->last_active_ns = poller->looked_ns;
-        if (slot->goal == GOAL_REQUEST && load_acquire32(&slot->state) == SLOT_DONE) {
+        bool done = slot->goal == GOAL_REQUEST && load_acquire32(&slot->state) == SLOT_DONE;
+        if (done || events_full(poller)) {
             poller->cursor = position + 1;
             break;
         }
@@ -389,12 +403,13 @@ bool poller_must_check_signals(struct shmrpc_slot *slot)
 }
 
 /* A caller on its only socket needs no epoll: blocking in recv itself is answered some ten
- * microseconds sooner (measured: 37 against 65 us a round trip). Not with a deadline, and not with
- * output waiting; output that comes to wait later is its sender's to push, see callers.c. */
+ * microseconds sooner (measured: 37 against 65 us a round trip). Not where other conns or kicks
+ * have to be heard, because requests are served; not with a deadline, and not with output waiting;
+ * output that comes to wait later is its sender's to push, see callers.c. */
 static bool may_receive(struct shmrpc_poller *poller, const struct shmrpc_slot *slot)
 {
-    if (slot->goal != GOAL_REPLY || slot->conn->is_shm || slot->deadline_ns != 0 ||
-        has_input(poller, slot->conn))
+    if (slot->goal != GOAL_REPLY || !slot->alone || slot->conn->is_shm ||
+        slot->deadline_ns != 0 || has_input(poller, slot->conn))
         return false;
     store_relaxed(&poller->receiving, 1);
     full_fence(); /* receiving before outbox_bytes, see poller_send */
@@ -544,8 +559,9 @@ int64_t poller_lead(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
     struct lead lead = {0};
     int64_t result = 0;
 
-    if (slot->goal == GOAL_REQUEST)
-        keep_looking(poller); /* the next request may be there already, each time */
+    poller->caller_leads = slot->goal != GOAL_REQUEST;
+    if (!slot->alone)
+        keep_looking(poller); /* what it waits for may be there already, each time */
     do {
         bool progress = poll_hot(poller, slot);
         if (finished(poller, slot, &result))
@@ -566,6 +582,9 @@ int64_t poller_lead(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
         if (now != 0)
             result = check_time(poller, slot, &lead, now);
     } while (result == 0);
+    if (result == SHMRPC_SPAWN)
+        store_relaxed(&poller->spawn_wanted, 0);
+    poller->served_last = result == SHMRPC_QUEUED;
     if (lead.spinning && lead.spin_step != 0 && result >= 0) {
         spin_policy_hit(&poller->policy, lead.spin_step > lead.patience,
                         clock_now_ns() - lead.spin_start_ns);
@@ -608,7 +627,7 @@ int64_t poller_poll(struct shmrpc_poller *poller, struct shmrpc_slot *slot, uint
 {
     int64_t result = -EAGAIN;
 
-    if (poller->hot_count == 0) { /* woken through epoll */
+    if (poller->hot_rings == 0) { /* woken through epoll, or sockets, which nobody else looks at */
         look(poller, 0);
         poller->looked_ns = clock_now_ns();
         if (poller->armed_ns != 0)

@@ -189,6 +189,7 @@ void shmrpc_poller_stop(shmrpc_poller *poller)
 {
     poller_lock(poller);
     store_release(&poller->stopping, 1);
+    workers_cancel_all(poller);
     workers_wake_all(poller);
     callers_stop(poller);
     poller_unlock(poller);
@@ -361,11 +362,33 @@ int shmrpc_conn_shutdown(shmrpc_poller *poller, uint64_t conn_id)
     poller_lock(poller);
     struct conn *conn = poller_find(poller, conn_id);
     if (conn != NULL) {
-        store_relaxed(&conn->ended_here, 1);
+        /* Who is gone before that has left a segment that nobody changes any more. */
+        if (load_relaxed(&conn->error) == 0 && !conn_peer_left(conn))
+            store_relaxed(&conn->ended_here, 1);
         shutdown(conn->control_fd, SHUT_RDWR); /* epoll tells the leader, as if the peer did it */
     }
     poller_unlock(poller);
     return conn != NULL ? 0 : -EPIPE;
+}
+
+int shmrpc_conn_goodbye(shmrpc_poller *poller, uint64_t conn_id)
+{
+    struct outgoing message = {.header = {.kind = SHMRPC_GOODBYE}};
+    atomic_u64 position;
+
+    poller_lock(poller);
+    struct conn *conn = poller_find(poller, conn_id);
+    int status = conn == NULL ? -EPIPE : workers_run(poller, conn) ? -EBUSY : 0;
+    if (status == 0)
+        conn->references++;
+    poller_unlock(poller);
+    if (status < 0)
+        return status;
+    status = poller_send(poller, conn, &message, &position);
+    poller_lock(poller);
+    conn_release(conn);
+    poller_unlock(poller);
+    return status < 0 ? status : 0;
 }
 
 int shmrpc_conn_status(shmrpc_poller *poller, uint64_t conn_id)

@@ -20,6 +20,7 @@
 /* gRPC status numbers that the core itself sends. */
 enum {
     STATUS_OK = 0,
+    STATUS_CANCELLED = 1,
     STATUS_DEADLINE_EXCEEDED = 4,
     STATUS_RESOURCE_EXHAUSTED = 8,
     STATUS_UNIMPLEMENTED = 12,
@@ -58,10 +59,12 @@ struct shmrpc_slot {
     enum slot_goal goal;
     bool worker;    /* else a caller */
     bool inside;    /* a thread waits in C with this slot */
+    bool alone;     /* its own conn is all that there is to read, and replies all that comes */
     bool may_sleep; /* main thread: Python has just checked for signals */
     bool checked_signals; /* the same, between two shmrpc_wait_events */
     bool poked;           /* lock: shmrpc_poke came while it was out in Python */
-    bool running;   /* worker: has a request that counts as running */
+    bool has_thread; /* worker: of its own, which is in shmrpc_next or runs a request */
+    bool running;   /* worker: has a request */
     bool replied;   /* worker: its request needs no reply any more */
     uint64_t call_id;
     atomic_u64 position; /* of its request in the ring, see conn_outcome */
@@ -148,6 +151,8 @@ struct shmrpc_poller {
     uint32_t rounds;           /* leader: see keep_looking */
     uint64_t coarse_ns;        /* leader: the coarse clock in keep_looking */
     uint64_t bells;            /* leader: rung since they were counted last */
+    bool served_last;          /* leader: the last caller that led was asked to serve */
+    bool caller_leads;         /* leader: it waits for more than requests */
     struct counters counters;
 };
 
@@ -189,6 +194,9 @@ uint64_t deadline_after(int64_t timeout_ns);
 
 /* ---- events.c ---- */
 
+/* So many may wait to be taken; then nothing is read, and senders wait in turn. */
+enum { EVENTS_MAX = 16384 };
+
 /* With the lock held: the message, whose payload is taken over, for Python. */
 int events_add(struct shmrpc_poller *poller, const struct conn *conn,
                const shmrpc_message *message, uint8_t *payload);
@@ -223,13 +231,15 @@ int callers_reply(struct shmrpc_poller *poller, struct shmrpc_slot *leader, stru
 void callers_room(struct shmrpc_poller *poller, struct conn *conn);
 /* Send; rings, counts and wakes whom it concerns. As conn_send. */
 int poller_send(struct shmrpc_poller *poller, struct conn *conn, struct outgoing *message,
-                uint64_t *position);
+                atomic_u64 *position);
 /* With the lock held: the conn has ended with this errno. */
 void callers_lost(struct shmrpc_poller *poller, struct conn *conn, int error);
 /* Sleep until *state is not SLOT_SLEEPING: 0, -ETIMEDOUT, -EINTR. */
 int slot_sleep(struct shmrpc_slot *slot, uint64_t deadline_ns);
 /* With the lock held: the slot's worker leads, and a caller wants the role: hand it over. */
 void callers_promote(struct shmrpc_poller *poller, const struct shmrpc_slot *leader);
+/* With the lock held: the leading worker ends; who waits inside has to read by itself. */
+void callers_inherit(struct shmrpc_poller *poller, const struct shmrpc_slot *leader);
 /* With the lock held: end every wait, because the poller stops. */
 void callers_stop(struct shmrpc_poller *poller);
 struct shmrpc_slot *slot_new(struct shmrpc_poller *poller, uint64_t conn_id, bool worker);
@@ -247,10 +257,18 @@ bool workers_full(const struct shmrpc_poller *poller, const struct conn *conn);
 void workers_go_away(struct shmrpc_poller *poller);
 /* With the lock held: this caller's thread waits from now on, so that the request it serves here
  * does not count as running; and goes on. */
-void workers_block(struct shmrpc_poller *poller, struct shmrpc_slot *slot);
-void workers_unblock(struct shmrpc_poller *poller, struct shmrpc_slot *slot);
+void workers_enter(struct shmrpc_poller *poller, struct shmrpc_slot *slot);
+void workers_leave(struct shmrpc_poller *poller, struct shmrpc_slot *slot);
+/* Leader: a conn takes replies again, for which its queued requests have waited. */
+void workers_resume(struct shmrpc_poller *poller);
 /* With the lock held: a worker's slot goes, whatever it was doing. */
 void workers_forget(struct shmrpc_poller *poller, struct shmrpc_slot *slot);
+/* With the lock held: whether a request of this conn runs. */
+bool workers_run(const struct shmrpc_poller *poller, const struct conn *conn);
+/* With the lock held: tell all requests that run that nobody waits for them any more. */
+void workers_cancel_all(struct shmrpc_poller *poller);
+/* With the lock held: a client's conn has ended. Its workers end, what is queued is dropped. */
+void workers_retire(struct shmrpc_poller *poller);
 /* With the lock held: wake every worker, to see that the poller stops. */
 void workers_wake_all(struct shmrpc_poller *poller);
 /* Reply without a body from the core itself. */

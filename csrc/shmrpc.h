@@ -42,6 +42,7 @@ enum shmrpc_kind {
     SHMRPC_END = 8,      /* the caller sends no more items */
     SHMRPC_CREDIT = 9,   /* the receiver of items has room for more */
     SHMRPC_INITIAL = 10, /* metadata before the first item or the reply */
+    SHMRPC_GOODBYE = 11, /* last of a server that stops: no request without a reply was started */
     SHMRPC_CLOSED = 100, /* never on the wire: this conn has ended */
     SHMRPC_ROOM = 101    /* nor this: what waited to be sent on this conn has left */
 };
@@ -68,7 +69,7 @@ enum shmrpc_result {
 enum shmrpc_outcome {
     SHMRPC_UNKNOWN = 0,    /* it may have run */
     SHMRPC_NOT_SENT = 1,   /* it never left this process */
-    SHMRPC_NOT_STARTED = 2 /* the peer's own segment shows that it never started it */
+    SHMRPC_NOT_STARTED = 2 /* the peer's own segment shows, or it said, that it never started it */
 };
 
 enum { SHMRPC_METHOD_MAX = 255, SHMRPC_PYTHON_INDEX = 65535 };
@@ -131,8 +132,8 @@ typedef struct shmrpc_name {
 } shmrpc_name;
 
 /* Poller. `workers` = 0 for a client, which has one conn; else the number of requests that may run
- * at a time, and `max_concurrency` how many may run or queue before the next is refused. A request
- * whose thread waits for a call, an item or credit on this poller does not count as running.
+ * at a time, and `max_concurrency` how many there may be before the next is refused. A request whose
+ * thread waits for a call, an item or credit on this poller counts for the latter only.
  * `mode`: 0 auto, 1 spin, 2 block. Null and errno if it can't be made. */
 shmrpc_poller *shmrpc_poller_new(uint32_t workers, uint32_t max_concurrency, uint32_t mode,
                                  uint32_t spin_budget_ns);
@@ -149,7 +150,7 @@ void shmrpc_poller_serve_events(shmrpc_poller *poller);
 int shmrpc_poller_fd(shmrpc_poller *poller);
 /* Refuse new requests with UNAVAILABLE from now on; those running and queued go on. */
 void shmrpc_poller_drain(shmrpc_poller *poller);
-/* End every wait with SHMRPC_STOPPED, now and later. */
+/* End every wait with SHMRPC_STOPPED, now and later, and cancel the requests that run. */
 void shmrpc_poller_stop(shmrpc_poller *poller);
 void shmrpc_poller_stats(shmrpc_poller *poller, shmrpc_stats *stats);
 /* Requests for `name` get message.method = index and, if fast, a count instead of SHMRPC_MESSAGE. */
@@ -160,6 +161,10 @@ int shmrpc_method_add(shmrpc_poller *poller, const char *name, size_t name_bytes
 int64_t shmrpc_conn_add(shmrpc_poller *poller, const shmrpc_conn_options *options);
 /* End it as if the peer had hung up. Waiters get -EPIPE, the leader sees SHMRPC_CLOSED. */
 int shmrpc_conn_shutdown(shmrpc_poller *poller, uint64_t conn_id);
+/* After shmrpc_poller_drain and shmrpc_poller_stop, and before shmrpc_conn_shutdown: tell the peer
+ * that its requests without a reply were not started and will not be. Not if one of them runs: its
+ * outcome stays unknown, -EBUSY. */
+int shmrpc_conn_goodbye(shmrpc_poller *poller, uint64_t conn_id);
 /* The descriptors a poller holds (at most `count` are written): for a forked child to close. */
 int shmrpc_poller_fds(shmrpc_poller *poller, int *fds, int count);
 /* 0 while it lives, else the -errno that ended it. */
@@ -191,8 +196,9 @@ int64_t shmrpc_wait(shmrpc_slot *slot);
 void shmrpc_abandon(shmrpc_slot *slot);
 
 /* Send without waiting for a reply. `call_id` with SHMRPC_PYTHON_INDEX in its low 16 bits brings
- * the reply as an event. *position says where the frame lies, for shmrpc_outcome_of. Returns 0, or
- * 1 if part of it waits in this process for room. */
+ * the reply as an event. *position says where the frame lies, for shmrpc_outcome_of; it is
+ * stored before the peer can see the frame, by another thread too. Returns 0, or 1 if part of it
+ * waits in this process for room. */
 int shmrpc_send(shmrpc_slot *slot, uint32_t kind, uint32_t flags, uint64_t call_id,
                 const shmrpc_name *name, uint32_t status, const char *metadata,
                 size_t metadata_bytes, const char *body, size_t body_bytes, uint64_t deadline_ns,
@@ -223,12 +229,17 @@ int shmrpc_outcome_of(shmrpc_slot *slot, uint64_t call_id, uint64_t position);
 /* Worker: wait for the next request. Returns its body's length with message.method set if the
  * method is fast; SHMRPC_MESSAGE for other requests, notifications and CLOSED. */
 int64_t shmrpc_next(shmrpc_slot *slot);
-/* Start the next queued request in a worker's slot whose thread waits for a reply in another:
- * SHMRPC_MESSAGE, or 0 if there is none. Ends the request that the slot had before. */
+/* After SHMRPC_QUEUED: start the next queued request in a worker's slot, in the thread that waits
+ * with another: SHMRPC_MESSAGE, or 0 if somebody else took it. Then, in the same thread,
+ * shmrpc_finish; then go on waiting. */
 int64_t shmrpc_next_queued(shmrpc_slot *slot);
+/* The slot's request is over: shmrpc_next does the same. One that has no reply gets one without a
+ * body: status 1 (CANCELLED), or 4 after its deadline; not if its caller has cancelled it. */
+void shmrpc_finish(shmrpc_slot *slot);
 /* Absolute deadline of the request that this thread serves; 0 = none. */
 uint64_t shmrpc_inherited_deadline(void);
-/* Metadata that goes with the reply to the slot's request, whatever it will be. Copied. */
+/* Metadata that goes with the reply to the slot's request, whatever it will be; an error for which
+ * it leaves no room goes without. Copied. Nothing happens if there is no request, or a reply. */
 int shmrpc_reply_metadata(shmrpc_slot *slot, const char *metadata, size_t metadata_bytes);
 /* Reply OK to the slot's request, then shmrpc_next. -EMSGSIZE: not sent, reply otherwise. */
 int64_t shmrpc_reply_next(shmrpc_slot *slot, const char *body, size_t body_bytes);

@@ -123,8 +123,8 @@ int stream_peek(struct stream *stream, struct frame_header *header)
         return 1;
     if (header->length > STREAM_FRAME_MAX)
         return -EPROTO;
-    if (!stream->readable)
-        return 0;
+    if (!stream->readable) /* its end stays its end, whoever looked first */
+        return stream->ended ? -EPIPE : 0;
     int status = fill(stream, MSG_DONTWAIT);
     if (status < 0 && status != -EINTR)
         return status;

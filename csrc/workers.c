@@ -28,6 +28,7 @@ enum {
     TICK_NS = 1000000,
     OUTBOX_MAX = 1 << 20,    /* a peer that does not fetch its replies is not read any more */
     QUEUED_BYTES_MAX = 64 << 20,
+    SPARE_THREADS = 8,
 };
 
 /* The request that this thread serves, the innermost if one is served while another waits. */
@@ -43,16 +44,32 @@ void workers_answer(struct shmrpc_poller *poller, struct conn *conn, uint64_t ca
                                    .method_bytes = (uint16_t)status,
                                    .call_id = call_id,
                                }};
-    uint64_t position;
+    atomic_u64 position;
 
     poller_send(poller, conn, &message, &position);
+}
+
+static bool over_limits(const struct conn *conn, uint64_t queued_max)
+{
+    return load_relaxed(&conn->queued) >= queued_max ||
+           load_relaxed(&conn->outbox_bytes) > OUTBOX_MAX;
 }
 
 bool workers_full(const struct shmrpc_poller *poller, const struct conn *conn)
 {
     if (poller->client)
         return false; /* a caller reads always, or two sides that only send would wait for ever */
-    return load_relaxed(&conn->queued) >= LAYOUT_QUEUED_MAX || load_relaxed(&conn->outbox_bytes) > OUTBOX_MAX;
+    /* So does a handler that waits for a reply: it may lie behind the requests that are too many.
+     * Those are queued, without a place in the segment's table, or refused. */
+    return over_limits(conn, poller->caller_leads ? UINT64_MAX : LAYOUT_QUEUED_MAX);
+}
+
+/* With the lock held: have the leader look at it again. */
+static void read_again(struct shmrpc_poller *poller, struct conn *conn)
+{
+    conn->resumed = true;
+    poller->resumes = true;
+    poller_kick(poller);
 }
 
 /* With the lock held: whether it may run or queue; STATUS_OK or why not. */
@@ -70,7 +87,8 @@ static uint32_t admit(struct shmrpc_poller *poller, const struct frame_header *h
     if (poller->workers == 0)
         return STATUS_UNIMPLEMENTED;
     bool waits = poller->running >= poller->workers && poller->queued != 0;
-    if (poller->running + poller->queued >= poller->max_concurrency ||
+    /* Those that wait count as well: each has a thread. */
+    if (poller->running + poller->blocked + poller->queued >= poller->max_concurrency ||
         (waits && poller->queued_bytes + header->total_bytes > QUEUED_BYTES_MAX)) {
         count_own(&poller->counters.calls_refused, 1);
         return STATUS_RESOURCE_EXHAUSTED;
@@ -94,6 +112,12 @@ static int find_method(struct shmrpc_poller *poller, struct shmrpc_slot *slot, b
     return 0;
 }
 
+/* Whether this thread serves another request of this poller around the slot's: that one waits. */
+static bool serves_around(const struct shmrpc_poller *poller, const struct shmrpc_slot *slot)
+{
+    return slot->serves != NULL && slot->serves->poller == poller && slot->serves->running;
+}
+
 /* With the lock held. */
 static void start(struct shmrpc_poller *poller, struct shmrpc_slot *slot, struct conn *conn,
                   bool fast)
@@ -102,6 +126,10 @@ static void start(struct shmrpc_poller *poller, struct shmrpc_slot *slot, struct
     slot->conn = conn;
     slot->serves = serving;
     serving = slot;
+    if (serves_around(poller, slot)) {
+        poller->running--;
+        poller->blocked++;
+    }
     slot->running = true;
     slot->replied = slot->message.kind != SHMRPC_REQUEST;
     slot->call_id = slot->message.call_id;
@@ -111,14 +139,14 @@ static void start(struct shmrpc_poller *poller, struct shmrpc_slot *slot, struct
 }
 
 /* With the lock held: say in our segment that this call is taken but not started, before the
- * peer can see that it is taken. */
+ * peer can see that it is taken. Returns its place in the table; a notification has none. */
 static uint32_t mark_queued(struct conn *conn, uint64_t call_id)
 {
     uint32_t i = 0;
 
     store_relaxed(&conn->queued, load_relaxed(&conn->queued) + 1);
-    if (!conn->is_shm)
-        return 0;
+    if (!conn->is_shm || call_id == 0)
+        return LAYOUT_QUEUED_MAX;
     while (i < LAYOUT_QUEUED_MAX && load_relaxed(&conn->wake.own->queued[i]) != 0)
         i++;
     if (i < LAYOUT_QUEUED_MAX)
@@ -129,7 +157,7 @@ static uint32_t mark_queued(struct conn *conn, uint64_t call_id)
 static void unmark_queued(struct conn *conn, uint32_t index)
 {
     store_relaxed(&conn->queued, load_relaxed(&conn->queued) - 1);
-    if (conn->is_shm && index < LAYOUT_QUEUED_MAX)
+    if (index < LAYOUT_QUEUED_MAX)
         store_release(&conn->wake.own->queued[index], 0);
 }
 
@@ -177,6 +205,13 @@ static bool may_spawn(const struct shmrpc_poller *poller)
     return poller->worker_threads <= poller->workers + poller->blocked;
 }
 
+/* With the lock held: whether one of them may end, because more handlers waited once. Some are kept:
+ * the next handler that waits is likely to need them again. */
+static bool has_surplus(const struct shmrpc_poller *poller)
+{
+    return poller->worker_threads > poller->workers + poller->blocked + 1 + SPARE_THREADS;
+}
+
 /* With the lock held: whether a client's worker leaves requests to the threads that wait for
  * replies: one of them leads, or is about to. */
 static bool left_to_callers(const struct shmrpc_poller *poller)
@@ -184,21 +219,51 @@ static bool left_to_callers(const struct shmrpc_poller *poller)
     return poller->client && poller->inside != 0;
 }
 
-/* With the lock held: a request waits in the queue; make sure that somebody runs it. */
-static void find_runner(struct shmrpc_poller *poller)
+/* With the lock held: where the first queued request hangs whose caller fetches its replies. The
+ * others wait, or the replies of a caller that does not would fill our memory. */
+static struct stored **first_ready(struct shmrpc_poller *poller)
 {
+    struct stored **link = &poller->queue.first;
+
+    while (*link != NULL && load_relaxed(&(*link)->conn->outbox_bytes) > OUTBOX_MAX &&
+           load_relaxed(&(*link)->conn->error) == 0)
+        link = &(*link)->next;
+    return link;
+}
+
+/* With the lock held: if a request waits in the queue, make sure that somebody runs it. True: the
+ * leader, at its next look. */
+static bool find_runner(struct shmrpc_poller *poller)
+{
+    if (*first_ready(poller) == NULL)
+        return false;
     if (poller->running >= poller->workers && !left_to_callers(poller))
-        return; /* who ends next, takes it */
+        return false; /* who ends next, takes it */
     store_relaxed(&poller->startable, 1);
     if (poller->client || (poller->leader != NULL && poller->leader->goal == GOAL_REQUEST &&
                            !poller->away))
-        return; /* the leader sees it at its next look */
+        return true;
     if (poller->standby != NULL)
         slot_wake(poller->standby, SLOT_WAITING);
     else if (poller->idle != NULL)
         wake_idle(poller);
     else if (may_spawn(poller))
         store_relaxed(&poller->spawn_wanted, 1); /* which the leading caller sees */
+    return load_relaxed(&poller->spawn_wanted) != 0;
+}
+
+/* The same for who does not lead: the leader may be asleep. */
+static void find_runner_and_kick(struct shmrpc_poller *poller)
+{
+    if (find_runner(poller))
+        poller_kick(poller);
+}
+
+void workers_resume(struct shmrpc_poller *poller)
+{
+    poller_lock(poller);
+    find_runner(poller);
+    poller_unlock(poller);
 }
 
 /* With the lock held: the message for Python, as take_request. */
@@ -254,8 +319,8 @@ void workers_request(struct shmrpc_poller *poller, struct shmrpc_slot *slot, str
 {
     uint64_t deadline_ns = header->deadline_ns;
 
-    if (deadline_ns != 0 && conn->relative_deadlines)
-        deadline_ns = 0; /* it began to count when it arrived here */
+    if (deadline_ns > 1 && conn->relative_deadlines)
+        deadline_ns = 0; /* it began to count when it arrived here; 1 had passed when it was sent */
     poller_lock(poller);
     uint32_t status = admit(poller, header, deadline_ns);
     if (status == STATUS_OK && poller->event_requests)
@@ -296,24 +361,52 @@ void workers_cancel(struct shmrpc_poller *poller, struct conn *conn, uint64_t ca
     poller_unlock(poller);
 }
 
+bool workers_run(const struct shmrpc_poller *poller, const struct conn *conn)
+{
+    for (uint32_t i = 0; i < poller->slot_capacity; i++)
+        if (poller->slots[i] != NULL && poller->slots[i]->running && poller->slots[i]->conn == conn)
+            return true;
+    return false;
+}
+
+void workers_cancel_all(struct shmrpc_poller *poller)
+{
+    for (uint32_t i = 0; i < poller->slot_capacity; i++)
+        if (poller->slots[i] != NULL && poller->slots[i]->running)
+            store_release32((atomic_u32 *)&poller->slots[i]->message.cancelled, 1);
+}
+
 /* ---- the queue ---- */
 
-/* With the lock held: the first queued request whose caller fetches its replies. The others wait,
- * or the replies of a caller that does not would fill our memory. */
+/* With the lock held: take that one out. */
 static struct stored *pop_queued(struct shmrpc_poller *poller)
 {
-    struct stored **link = &poller->queue.first;
-
-    while (*link != NULL && load_relaxed(&(*link)->conn->outbox_bytes) > OUTBOX_MAX &&
-           load_relaxed(&(*link)->conn->error) == 0)
-        link = &(*link)->next;
+    struct stored **link = first_ready(poller);
     struct stored *stored = *link;
+
     if (stored == NULL)
         return NULL;
     *link = stored->next;
     if (stored->next == NULL)
         poller->queue.last = link;
     return stored;
+}
+
+void workers_retire(struct shmrpc_poller *poller)
+{
+    struct stored *stored;
+
+    poller->retired = true;
+    while ((stored = stored_pop(&poller->queue)) != NULL) {
+        bool call = stored->message.kind == SHMRPC_REQUEST;
+        count_add(call ? &poller->counters.calls_expired : &poller->counters.frames_dropped, 1);
+        unmark_queued(stored->conn, stored->queued_index);
+        stored_free(stored);
+    }
+    poller->queued = 0;
+    poller->queued_bytes = 0;
+    store_relaxed(&poller->startable, 0);
+    workers_wake_all(poller);
 }
 
 /* With the lock held (and given up for moments): start the next queued request that is still
@@ -334,11 +427,8 @@ static bool start_queued(struct shmrpc_poller *poller, struct shmrpc_slot *slot,
         poller->queued--;
         poller->queued_bytes -=
             message->body_bytes + message->method_bytes + message->metadata_bytes;
-        if (workers_full(poller, conn)) {
-            conn->resumed = true;
-            poller->resumes = true;
-            poller_kick(poller);
-        }
+        if (over_limits(conn, LAYOUT_QUEUED_MAX))
+            read_again(poller, conn);
         unmark_queued(conn, stored->queued_index);
         slot_take(slot, stored);
         uint32_t status = STATUS_OK;
@@ -350,6 +440,7 @@ static bool start_queued(struct shmrpc_poller *poller, struct shmrpc_slot *slot,
         }
         if (status == STATUS_OK) {
             start(poller, slot, conn, false);
+            find_runner_and_kick(poller); /* those behind it need not wait until it ends */
         } else if (call) {
             poller_unlock(poller); /* the reference in `stored` keeps the conn */
             workers_answer(poller, conn, slot->message.call_id, status);
@@ -437,20 +528,30 @@ void workers_wake_all(struct shmrpc_poller *poller)
         slot_wake(poller->standby, SLOT_WAITING);
 }
 
+static void drop_reply_metadata(struct shmrpc_slot *slot)
+{
+    free(slot->reply_metadata);
+    slot->reply_metadata = NULL;
+    slot->reply_metadata_bytes = 0;
+}
+
 /* With the lock held: the slot's request is over. */
 static void finish_request(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
 {
     if (!slot->running)
         return;
     slot->running = false;
+    slot->message.call_id = 0; /* who still knows that call learns that it is over */
     poller->running--;
+    if (serves_around(poller, slot)) {
+        poller->running++;
+        poller->blocked--;
+    }
     conn_release(slot->conn);
     slot->conn = NULL;
     if (serving == slot)
         serving = slot->serves;
-    free(slot->reply_metadata);
-    slot->reply_metadata = NULL;
-    slot->reply_metadata_bytes = 0;
+    drop_reply_metadata(slot);
 }
 
 void workers_forget(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
@@ -461,28 +562,31 @@ void workers_forget(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
         conn_release(slot->conn);
     if (serving == slot)
         serving = slot->serves;
-    poller->worker_threads--;
+    poller->worker_threads -= slot->has_thread;
     if (poller->leader == slot) {
-        poller->leader = NULL;
-        workers_go_away(poller);
+        callers_inherit(poller, slot);
+        if (poller->leader == NULL)
+            workers_go_away(poller);
     }
 }
 
-void workers_block(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
+void workers_enter(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
 {
-    if (serving == NULL || serving->poller != poller || !serving->running)
+    if (serving != NULL && serving->poller == poller && serving->running) {
+        slot->blocks = serving;
+        poller->running--;
+        poller->blocked++;
+    }
+    if (slot->blocks != NULL || poller->client)
+        find_runner_and_kick(poller); /* there is one more to run it, or that may */
+    if (!poller->client && slot->conn != NULL && over_limits(slot->conn, LAYOUT_QUEUED_MAX))
+        read_again(poller, slot->conn);
+}
+
+void workers_leave(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
+{
+    if (slot->blocks == NULL)
         return;
-    slot->blocks = serving;
-    poller->running--;
-    poller->blocked++;
-    if (poller->queue.first != NULL) {
-        find_runner(poller);
-        poller_kick(poller); /* a leader that sleeps has to see it */
-    }
-}
-
-void workers_unblock(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
-{
     slot->blocks = NULL;
     poller->blocked--;
     poller->running++; /* perhaps beyond `workers` for a while */
@@ -511,10 +615,13 @@ static int64_t find_work(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
     for (;;) {
         if (must_end(poller)) {
             if (poller->leader == slot)
-                poller->leader = NULL;
+                callers_inherit(poller, slot);
             return SHMRPC_STOPPED;
         }
-        if (!left_to_callers(poller) && start_queued(poller, slot, poller->workers)) {
+        if (has_surplus(poller))
+            wake_idle(poller); /* who sees the same, and ends */
+        if ((!left_to_callers(poller) || poller->leader == slot) &&
+            start_queued(poller, slot, poller->workers)) {
             if (poller->leader == slot)
                 workers_go_away(poller);
             return slot->result;
@@ -537,8 +644,10 @@ static int64_t find_work(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
                 return SHMRPC_SPAWN;
             }
             wake_idle(poller);
-        } else if (poller->worker_threads > poller->workers + poller->blocked + 1) {
-            return SHMRPC_STOPPED; /* there were more to do when it was started */
+        } else if (has_surplus(poller)) {
+            poller->worker_threads--;
+            slot->has_thread = false;
+            return SHMRPC_STOPPED;
         } else {
             idle(poller, slot);
         }
@@ -547,11 +656,40 @@ static int64_t find_work(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
 
 /* ---- the public calls ---- */
 
+/* A caller that is not told would wait for ever. */
+static void answer_if_nobody_has(struct shmrpc_slot *slot)
+{
+    const shmrpc_message *message = &slot->message;
+
+    if (!slot->running || slot->replied || slot->poller->closed ||
+        load_acquire32((const atomic_u32 *)&message->cancelled) != 0)
+        return;
+    bool late = message->deadline_ns != 0 && clock_now_ns() >= message->deadline_ns;
+    shmrpc_reply(slot, late ? STATUS_DEADLINE_EXCEEDED : STATUS_CANCELLED, NULL, 0);
+}
+
+void shmrpc_finish(shmrpc_slot *slot)
+{
+    struct shmrpc_poller *poller = slot->poller;
+
+    answer_if_nobody_has(slot);
+    poller_lock(poller);
+    if (!poller->closed) {
+        finish_request(poller, slot);
+        find_runner_and_kick(poller);
+    }
+    poller_unlock(poller);
+}
+
 int64_t shmrpc_next(shmrpc_slot *slot)
 {
     struct shmrpc_poller *poller = slot->poller;
 
+    answer_if_nobody_has(slot);
     poller_lock(poller);
+    if (!slot->has_thread)
+        poller->worker_threads++;
+    slot->has_thread = true;
     finish_request(poller, slot);
     slot->goal = GOAL_REQUEST;
     store_release32(&slot->state, SLOT_WAITING);
@@ -562,14 +700,7 @@ int64_t shmrpc_next(shmrpc_slot *slot)
 
 shmrpc_slot *shmrpc_worker_new(shmrpc_poller *poller)
 {
-    struct shmrpc_slot *slot = slot_new(poller, 0, true);
-
-    if (slot != NULL) {
-        poller_lock(poller);
-        poller->worker_threads++;
-        poller_unlock(poller);
-    }
-    return slot;
+    return slot_new(poller, 0, true);
 }
 
 int64_t shmrpc_next_queued(shmrpc_slot *slot)
@@ -577,7 +708,6 @@ int64_t shmrpc_next_queued(shmrpc_slot *slot)
     struct shmrpc_poller *poller = slot->poller;
 
     poller_lock(poller);
-    finish_request(poller, slot);
     /* The thread is there anyway, and what it waits for may depend on this request. */
     bool starts = !must_end(poller) && start_queued(poller, slot, UINT32_MAX);
     int64_t result = starts ? slot->result : 0;
@@ -592,8 +722,9 @@ uint64_t shmrpc_inherited_deadline(void)
 
 int shmrpc_reply_metadata(shmrpc_slot *slot, const char *metadata, size_t metadata_bytes)
 {
+    if (!slot->running || slot->replied)
+        return 0; /* or it would go with the next one */
     uint8_t *copy = malloc(metadata_bytes + 1);
-
     if (copy == NULL)
         return -ENOMEM;
     memcpy(copy, metadata, metadata_bytes);
@@ -613,11 +744,15 @@ int shmrpc_reply(shmrpc_slot *slot, uint32_t status, const char *body, size_t bo
         .parts = {{slot->reply_metadata, slot->reply_metadata_bytes},
                   {(void *)(uintptr_t)body, body_bytes}},
     };
-    uint64_t position;
+    atomic_u64 position;
 
     if (!slot->running || slot->replied)
         return 0;
     int result = poller_send(slot->poller, slot->conn, &message, &position);
+    if (result == -EMSGSIZE && status != STATUS_OK && slot->reply_metadata_bytes != 0) {
+        drop_reply_metadata(slot);
+        return shmrpc_reply(slot, status, body, body_bytes);
+    }
     slot->replied = result != -EMSGSIZE && result != -ENOMEM;
     return result < 0 ? result : 0;
 }

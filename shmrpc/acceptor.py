@@ -10,7 +10,7 @@ import threading
 import time
 from typing import Protocol
 
-from . import handshake
+from . import handover, handshake
 from .errors import ConnectError
 from .rendezvous import Listener
 
@@ -40,7 +40,9 @@ class Acceptor:
         self._selector = selectors.DefaultSelector()
         self._wake_receive, self._wake_send = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="shmrpc-acceptor", daemon=True)
-        self._closing = False
+        self._closing = self._retiring = False
+        self.succeeded = False  # the addresses are a successor's
+        self._retired = threading.Event()
         self._selector.register(self._wake_receive, selectors.EVENT_READ)
         try:
             for term in terms:
@@ -48,6 +50,7 @@ class Acceptor:
                 self._listeners.append(listener)
                 self._terms[listener.socket.fileno()] = term
                 self._selector.register(listener.socket, selectors.EVENT_READ)
+            handover.check_claimed(self.addresses)
         except BaseException:
             self.close()
             raise
@@ -61,24 +64,58 @@ class Acceptor:
         """Accept from now on."""
         self._thread.start()
 
+    def descriptors(self) -> list[tuple[str, int]]:
+        """What a successor has to inherit."""
+        return [pair for listener in self._listeners for pair in listener.descriptors()]
+
+    def announce(self) -> None:
+        """Make known that it is this process that serves: a successor has failed."""
+        for listener in self._listeners:
+            with contextlib.suppress(OSError):
+                listener.announce()
+
+    def retire(self, patience: float, *, succeeded: bool = False) -> None:
+        """Listen no more, and give handshakes under way ``patience`` seconds to end.
+
+        Also who was accepted in the last moment is served so. Those that take longer go on until
+        ``close``. The addresses are removed, or left to a successor.
+        """
+        self.succeeded = self.succeeded or succeeded
+        self._retiring = True
+        self._wake()
+        self._retired.wait(patience)
+
     def close(self) -> None:
         """Stop accepting, and give up handshakes under way."""
         self._closing = True
-        with contextlib.suppress(OSError):
-            self._wake_send.send(b"x")
+        self._wake()
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join()
         for steps, _, _ in self._pending.values():
             steps.close()
         self._pending.clear()
-        for listener in self._listeners:
-            listener.close()
+        self._close_listeners()
         self._close_own()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):
+            self._wake_send.send(b"x")
+
+    def _close_listeners(self) -> None:
+        while self._listeners:
+            listener = self._listeners.pop()
+            fd = listener.socket.fileno()
+            if self._terms.pop(fd, None) is not None:
+                self._selector.unregister(fd)  # closing is not enough: a successor has it too
+            if self.succeeded:
+                listener.let_go()
+            else:
+                listener.close()
 
     def close_inherited(self) -> None:
         """In a forked child: close without taking the addresses from the parent."""
         for listener in self._listeners:
-            listener.close_inherited()
+            listener.let_go()
         for _, sock, _ in self._pending.values():
             sock.close()
         self._close_own()
@@ -90,6 +127,10 @@ class Acceptor:
 
     def _run(self) -> None:
         while not self._closing:
+            if self._retiring:
+                self._close_listeners()
+                if not self._pending:
+                    self._retired.set()
             deadline = min((entry[2] for entry in self._pending.values()), default=None)
             timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
             for key, _ in self._selector.select(timeout):
@@ -98,6 +139,8 @@ class Acceptor:
                     self._accept(key.fileobj, self._terms[fd])  # type: ignore[arg-type]
                 elif fd in self._pending:
                     self._advance(fd)
+                elif key.fileobj is self._wake_receive:
+                    self._wake_receive.recv(64)
             self._give_up_late()
 
     def _accept(self, listener: socket.socket, terms: handshake.Terms) -> None:

@@ -209,12 +209,12 @@ class Call:
         return self._call_id
 
     @property
-    def position(self) -> int:
+    def position(self) -> Sequence[int]:
         """Where its request lies, for what became of it."""
         return self._stream.position
 
     @position.setter
-    def position(self, position: int) -> None:
+    def position(self, position: Sequence[int]) -> None:
         self._stream.position = position
 
     def register(self) -> None:

@@ -22,9 +22,10 @@ from .outcomes import remote_error, send_error
 from .poller import FOREVER, Connection, Slot, check_timeout, nanoseconds_until
 from .proxy import Proxy, make_proxy
 from .registry import make_name
+from .session import NOT_SENT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 __all__ = ["Channel"]
 
@@ -46,7 +47,7 @@ _GOES_ON = frozenset((_EAGAIN, _EINTR, lib.SHMRPC_EVENTS, lib.SHMRPC_SPAWN, lib.
 class Registered(Protocol):
     """A future or an open call, as far as sending its request is concerned."""
 
-    position: int
+    position: Sequence[int]  # one number: see the core's shmrpc_outcome_of
 
     @property
     def call_id(self) -> int: ...
@@ -69,6 +70,11 @@ class Channel:
         self._slots: list[Slot] = []
         self._closed = False
 
+    @property
+    def closed(self) -> bool:
+        """Whether its owner has hung up."""
+        return self._closed
+
     # ---- what differs ----
 
     def _connection(self, deadline: float, /) -> Connection:
@@ -89,6 +95,9 @@ class Channel:
         try:
             return self._slots.pop()
         except IndexError:
+            inherited_ns = lib.shmrpc_inherited_deadline()
+            if inherited_ns:  # connecting is part of the call that the handler makes
+                deadline = min(deadline, inherited_ns / 1e9)
             return Slot(self._connection(deadline))
 
     def _name(self, method: Any) -> Any:
@@ -393,7 +402,7 @@ class Channel:
                     connection.send_now(lib.SHMRPC_CANCEL, pending.call_id)  # a part may be out
                 if status in (_EPIPE, _EPROTO):
                     slot.message.outcome = lib.shmrpc_outcome_of(
-                        slot.c, pending.call_id, pending.position
+                        slot.c, pending.call_id, pending.position[0]
                     )
                 raise self._failure(slot, method, status)
             self._drop(connection)
@@ -409,7 +418,10 @@ class Channel:
         body: bytes,
         deadline: float,
     ) -> int:
-        position = ffi.new("uint64_t *")
+        # The core fills it in before the peer can see the request: another thread may need it
+        # before this one runs on.
+        position = ffi.new("uint64_t *", NOT_SENT[0])
+        pending.position = position
         deadline_ns = 0
         if kind == lib.SHMRPC_REQUEST and deadline != FOREVER:
             deadline_ns = int(min(deadline, 9e9) * 1e9)
@@ -427,9 +439,11 @@ class Channel:
             deadline_ns,
             position,
         )
-        pending.position = position[0]
-        # If the ring is full wait for room here, and read meanwhile.
-        return slot.connection.flush(slot, deadline) if status > 0 else status
+        if status > 0:  # the ring is full: wait for room here, and read meanwhile
+            status = slot.connection.flush(slot, deadline)
+            if status in (_EPIPE, _EPROTO) and kind != lib.SHMRPC_NOTIFY:
+                return 0  # what became of it is told later: it may have run, its reply be here
+        return status
 
     # ---- views ----
 
@@ -450,7 +464,7 @@ class _NoPending:
     """A notification: nothing comes back for it."""
 
     call_id = 0
-    position = 0
+    position: Sequence[int] = NOT_SENT
 
     def __init__(self, connection: Connection, deadline: float) -> None:
         """Needs neither."""

@@ -114,7 +114,7 @@ class Client(Channel):
     ) -> None:
         """Connect; see ``connect`` for the parameters."""
         check_options(max_message_bytes, backing, wait, spin_budget)
-        check_timeout(timeout)
+        timeout = check_timeout(timeout)
         uids = frozenset(allow_uids)
         self._terms = [
             Terms(addresses.parse(text), max_message_bytes, backing=backing, allow_uids=uids)
@@ -128,6 +128,7 @@ class Client(Channel):
         self._forked = False
         self._reconnects = -1
         self._link: Connection | None = None
+        self._retired: weakref.WeakSet[Connection] = weakref.WeakSet()
         self.registry = Registry()
         around = [*interceptors, *_retries(retries)]
         if around:
@@ -201,9 +202,15 @@ class Client(Channel):
         """Make the next call on a new connection; those under way on this one go on."""
         with self._lock:
             if self._link is connection:
-                self._link = None
-                self._slots = []
+                self._unlink()
+            self._retired.add(connection)
         connection.retire()
+
+    def _unlink(self) -> None:
+        """Have no connection (our lock is held)."""
+        self._link = None
+        self._slots = []
+        self.registry.bind(None)
 
     def _check_fork(self) -> None:
         if self._forked:
@@ -315,16 +322,15 @@ class Client(Channel):
             if self._closed:
                 return
             self._closed = True
-            link, self._link = self._link, None
-            self._slots = []
-        if link is None:
-            return
-        for call_id, pending in list(link.session.calls.items()):
-            if isinstance(pending, CallFuture):
-                pending.abandon()
-            elif link.session.calls.pop(call_id, None) is not None:
-                pending.lost(errno.EPIPE)
-        link.shutdown()
+            links = [*self._retired] if self._link is None else [self._link, *self._retired]
+            self._unlink()
+        for link in links:
+            for call_id, pending in list(link.session.calls.items()):
+                if isinstance(pending, CallFuture):
+                    pending.abandon()
+                elif link.session.calls.pop(call_id, None) is not None:
+                    pending.lost(errno.EPIPE)
+            link.shutdown()
 
     def __enter__(self) -> Client:
         return self

@@ -114,7 +114,7 @@ class CallContext:
         self.trailing_metadata.update(metadata)
         try:
             self._source.set_metadata(self)
-        except ValueError:
+        except BaseException:
             self.trailing_metadata = before
             raise
 
@@ -130,7 +130,7 @@ class CallContext:
         self.initial_metadata = {**self.initial_default, **metadata}
         try:
             self._source.send_initial(self)
-        except ValueError:
+        except BaseException:
             self.initial_metadata = None
             raise
 

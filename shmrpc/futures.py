@@ -19,9 +19,10 @@ from ._native import lib
 from .errors import Cancelled, DeadlineExceeded, Error, ForkedError, ProtocolError
 from .metadata import unpack_reply_metadata
 from .poller import FOREVER, Connection, Waiters
+from .session import NOT_SENT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 __all__ = ["CallFuture"]
 
@@ -57,12 +58,11 @@ class CallFuture(Future[Any]):
         self.method = method
         self.deadline = deadline  # time.monotonic() seconds
         self.call_id = connection.session.new_id(lib.SHMRPC_PYTHON_INDEX)
-        self.position = 0
+        self.position: Sequence[int] = NOT_SENT
         self.threads = Waiters()
         self._channel = channel
         self._connection = connection
         self._metadata = b""
-        self._observers: list[Callable[[BaseException | None], None]] = []
 
     # ---- for the channel ----
 
@@ -76,16 +76,15 @@ class CallFuture(Future[Any]):
 
     def observe(self, fn: Callable[[BaseException | None], None]) -> None:
         """Call this when it is finished, with its error, without reading in the background."""
-        self._observers.append(fn)
+        # The base class's callback: ours would start a reader. It is called at once if another
+        # thread has taken the reply already.
+        super().add_done_callback(
+            lambda _: fn(CancelledError() if self.cancelled() else self.exception(0))
+        )
 
     def reply_metadata(self) -> tuple[dict[str, str | bytes], dict[str, str | bytes]]:
         """Trailing and initial metadata, as far as they have come."""
         return unpack_reply_metadata(self._metadata)
-
-    def _ended(self, error: BaseException | None) -> None:
-        for observer in self._observers:
-            observer(error)
-        self.threads.wake()
 
     # ---- as any Future ----
 
@@ -111,7 +110,7 @@ class CallFuture(Future[Any]):
             return False
         self.set_running_or_notify_cancel()
         self._forget()
-        self._ended(CancelledError())
+        self.threads.wake()
         return True
 
     def add_done_callback(self, fn: Callable[[Future[Any]], object]) -> None:
@@ -136,11 +135,17 @@ class CallFuture(Future[Any]):
     def replied(self, status: int, metadata: bytes, body: bytes) -> Callable[[], None]:
         """Take the reply; finishing the future runs its callbacks, which may do anything."""
         self._metadata = metadata
-        return lambda: self._settle(status, body)
+
+        def settle() -> None:
+            self._settle(status, body)
+            self.unregister()
+            self._connection.forget_if_done()
+
+        return settle
 
     def lost(self, error: int) -> Callable[[], None]:
         """The connection has ended."""
-        outcome = self._connection.outcome(self.call_id, self.position)
+        outcome = self._connection.outcome(self.call_id, self.position[0])
         return lambda: self.finish(None, self._connection.lost(error, outcome, self.method))
 
     def _settle(self, status: int, body: bytes) -> None:
@@ -164,7 +169,7 @@ class CallFuture(Future[Any]):
                 self.set_exception(error)
             else:
                 self.set_result(result)
-            self._ended(error)
+            self.threads.wake()
 
     def expire(self) -> None:
         """Its deadline has passed, or nobody can read any more."""
@@ -246,14 +251,18 @@ class _Reader:
             if not self._running:
                 self._running = True
                 threading.Thread(target=self._run, name="shmrpc-futures", daemon=True).start()
-        self._waiters.wake()  # its deadline may be nearer than the one that is waited for
+        self.wake()  # its deadline may be nearer than the one that is waited for
+
+    def wake(self) -> None:
+        """Have the thread look again whether it still has to read."""
+        self._waiters.wake()
 
     def _run(self) -> None:
         while True:
-            # Not under the lock: who waits for many futures holds theirs while it calls watch.
-            finished = {future for future in list(self._watched) if Future.done(future)}
+            # Not with our lock held: who watches a future may hold the future's.
+            finished = {id(future) for future in list(self._watched) if Future.done(future)}
             with self._lock:
-                self._watched = [f for f in self._watched if f not in finished]
+                self._watched = [f for f in self._watched if id(f) not in finished]
                 watched = list(self._watched)
                 if not watched:
                     self._running = False

@@ -11,6 +11,7 @@ from .context import CallContext, current_call
 from .futures import CallFuture
 from .interceptors import CallInfo, Interceptor, compose
 from .metadata import check_metadata, unpack_reply_metadata
+from .poller import check_timeout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -65,6 +66,8 @@ class Intercepted:
     ) -> CallInfo:
         if metadata is not None:
             check_metadata(metadata)
+        if timeout is not None:
+            timeout = check_timeout(timeout)
         return CallInfo(
             method,
             kind,

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["check_options", "connect_link", "shake_hands"]
 
+_POLL_MAX = (1 << 31) - 1  # milliseconds
+
 
 def check_options(
     max_message_bytes: int, backing: str, wait: str, spin_budget: float | None
@@ -45,7 +47,7 @@ def _run(steps: handshake.Steps, sock: socket.socket, deadline: float) -> handsh
         while True:
             next(steps)
             left = deadline - time.monotonic()
-            if left <= 0 or not poll.poll(left * 1000):
+            if left <= 0 or not poll.poll(min(left * 1000, _POLL_MAX)):
                 msg = "the server took the connection and did not answer in time"
                 raise ConnectError(msg)
     except StopIteration as stop:

@@ -24,11 +24,11 @@ METADATA_BYTES_MAX = 8192  # of one call, packed; what gRPC allows by default
 def pack_metadata(metadata: Any) -> bytes:
     """Check and pack; TypeError or ValueError says what is wrong with it."""
     check_metadata(metadata)
-    return _limited(dict(metadata))
+    return _limited(dict(metadata), metadata)
 
 
 def check_metadata(metadata: Any) -> None:
-    """TypeError if that is no metadata."""
+    """TypeError if that is no metadata, ValueError for text that has no encoding."""
     if not isinstance(metadata, Mapping):
         msg = f"metadata must be a mapping of str to str or bytes, not {type(metadata).__name__}"
         raise TypeError(msg)
@@ -36,17 +36,28 @@ def check_metadata(metadata: Any) -> None:
         if not isinstance(key, str) or not isinstance(value, (str, bytes)):
             msg = f"metadata must map str to str or bytes, not {key!r} to {type(value).__name__}"
             raise TypeError(msg)
+        try:
+            key.encode()
+            if isinstance(value, str):
+                value.encode()
+        except UnicodeEncodeError as error:
+            msg = f"metadata {key!r} can't be sent: {error}"
+            raise ValueError(msg) from None
 
 
 def pack_reply_metadata(trailing: Metadata, initial: Metadata) -> bytes:
     """What goes with a reply: ``initial`` is not empty where no frame of its own carried it."""
-    return _limited([trailing, initial])
+    return _limited([trailing, initial], {**initial, **trailing})
 
 
-def _limited(value: Any) -> bytes:
+def _limited(value: Any, entries: Metadata) -> bytes:
     packed: bytes = msgpack.packb(value)
     if len(packed) > METADATA_BYTES_MAX:
-        msg = f"metadata of {len(packed)} bytes is more than the {METADATA_BYTES_MAX} allowed"
+        longest = max(entries, key=lambda key: len(key) + len(entries[key]))
+        msg = (
+            f"metadata of {len(packed)} bytes is more than the {METADATA_BYTES_MAX} allowed; "
+            f"{longest[:64]!r} is the longest"
+        )
         raise ValueError(msg)
     return packed
 

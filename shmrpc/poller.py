@@ -57,7 +57,7 @@ def check_timeout(timeout: Any) -> float:
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout >= 0:
         msg = f"timeout must be seconds from 0 on, not {timeout!r}"
         raise ValueError(msg)
-    return timeout
+    return min(timeout, _SECONDS_MAX)  # an int may be beyond any float
 
 
 def nanoseconds_until(deadline: float) -> int:
@@ -175,6 +175,13 @@ class Connection:
         self.retired = True
         self.slots = _NoSlots()
 
+    def forget_if_done(self) -> None:
+        """A retired connection goes with its last call."""
+        if self.retired and not self.session.calls and not self.poller.serving:
+            self._probe = None
+            self.poller.connections.pop(self.conn_id, None)
+            self.wake_reader()
+
     def shutdown(self) -> None:
         """Hang up. Threads that wait get ``ConnectionLost``.
 
@@ -183,21 +190,25 @@ class Connection:
         """
         self.retire()
         lib.shmrpc_conn_shutdown(self.poller.c, self.conn_id)
-        if not self.session.calls and not self.poller.serving:
-            self._probe = None
-            self.poller.connections.pop(self.conn_id, None)
+        self.forget_if_done()
 
     def end(self, error: int) -> list[Callable[[], None]]:
         """It has ended with this errno (the poller's lock is held)."""
         self.closed = True
         self.retire()
         self.caller = None
-        for call_id, call in list(self.session.calls.items()):  # other threads give calls up
+        for call_id, call in list(self.session.calls.items()):  # others register theirs meanwhile
             if isinstance(call, Stream):
-                call.outcome = self.outcome(call_id, call.position)
+                call.outcome = self.outcome(call_id, call.position[0])
         later = self.session.lost(error)
+        later.append(self.wake_reader)
         self._probe = None
         return later
+
+    def wake_reader(self) -> None:
+        """Nothing comes any more that would. To be called when every future is finished."""
+        if self.reader is not None:
+            self.reader.wake()
 
     def lost(self, error: int, outcome: int, method: str) -> ConnectionLost | ProtocolError:
         """The error for a call that ended with this errno."""
@@ -342,8 +353,7 @@ class Poller:
             run = session.replied(call_id, message.status, metadata_of(message), body_of(message))
             if run is not None:
                 later.append(run)
-            if connection.retired and not session.calls:
-                self.connections.pop(connection.conn_id, None)
+            connection.forget_if_done()
         elif kind == lib.SHMRPC_CREDIT:
             stream = session.stream_of(call_id, from_caller=self._from_caller())
             if stream is not None and not stream.credit(body_of(message)):
@@ -494,11 +504,16 @@ class Poller:
         stats = self.stats()
         return bool(stats["running"] or stats["queued"] or stats["outbox_bytes"])
 
-    def hang_up(self) -> None:
-        """Cancel what still runs, and end every connection."""
+    def cancel_streams(self) -> None:
+        """Tell the handlers of streams that nobody waits for them any more."""
         for connection in list(self.connections.values()):
             for stream in list(connection.session.requests.values()):
                 stream.cancel()
+
+    def hang_up(self) -> None:
+        """End every connection, after ``stop``; say that nothing unanswered was started."""
+        for connection in list(self.connections.values()):
+            lib.shmrpc_conn_goodbye(self.c, connection.conn_id)
             connection.shutdown()
 
     def join(self) -> None:

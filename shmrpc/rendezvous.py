@@ -1,7 +1,8 @@
 """Listening sockets and finding them: the directory, stale sockets, one server to a name.
 
 A socket file outlives its server. What says that a server lives is an exclusive lock on the file
-``<socket>.lock``, which the kernel gives up with the process, however it ends.
+``<socket>.lock``, which the kernel gives up with the process, however it ends. Both may come from
+elsewhere: see handover.py.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import struct
 import time
 from dataclasses import dataclass, replace
 
+from . import handover
 from .address import Address, rendezvous_directory
 from .errors import ConnectError
 
@@ -83,26 +85,36 @@ def _lock(path: str, address: Address) -> int:
         with contextlib.suppress(FileNotFoundError):
             # A server that stopped may have removed the file between our open and lock.
             if os.path.samestat(os.fstat(fd), os.stat(path)):
-                os.ftruncate(fd, 0)
-                os.pwrite(fd, b"%d\n" % os.getpid(), 0)
+                _write_pid(fd)
                 return fd
         os.close(fd)
 
 
+def _write_pid(lock_fd: int) -> None:
+    os.ftruncate(lock_fd, 0)
+    os.pwrite(lock_fd, b"%d\n" % os.getpid(), 0)
+
+
 class Listener:
-    """One listening socket. Not for use after a fork but to ``close_inherited``."""
+    """One listening socket. Not for use after a fork but to ``let_go``."""
 
     def __init__(self, address: Address, *, for_others: bool = False) -> None:
         """Listen at ``address``; ``ConnectError`` if it is taken or can't be had.
 
-        ``for_others`` lets other users reach a Unix socket, as far as its directory lets them; who
-        is served is then a matter of SO_PEERCRED.
+        That is, at the inherited socket with this address if there is one. ``for_others`` lets
+        other users reach a Unix socket, as far as its directory lets them; who is served is then a
+        matter of SO_PEERCRED. A supervisor's socket has the mode that the supervisor gave it.
         """
         self.address = address
         self._mode = 0o666 if for_others else 0o600
         self._lock_fd = -1
+        self._inherited: handover.Inherited | None = None
         try:
-            if address.transport == "tcp":
+            self._inherited = handover.claim(address)
+            if self._inherited is not None:
+                self.socket = socket.socket(fileno=self._inherited.fd)
+                self._take_over(self._inherited)
+            elif address.transport == "tcp":
                 self.socket = self._listen_tcp(address)
             else:
                 self.socket = self._listen_unix(address)
@@ -146,23 +158,82 @@ class Listener:
         self.address = replace(address, port=sock.getsockname()[1])
         return sock
 
+    def _take_over(self, inherited: handover.Inherited) -> None:
+        self._lock_fd, inherited.lock_fd = inherited.lock_fd, -1
+        try:
+            if self.address.transport == "tcp":
+                self.address = replace(self.address, port=self.socket.getsockname()[1])
+            else:
+                self._take_over_lock(f"{self.address.path}.lock", lent=inherited.lent)
+                self.announce()
+        except BaseException:
+            self._close_socket()
+            raise
+
+    def _take_over_lock(self, path: str, *, lent: bool) -> None:
+        """See that we have the lock: the predecessor's, which is ours too, or a new one."""
+        if self._lock_fd >= 0:
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self._lock_fd), os.stat(path)):
+                    return
+            self._unlock()  # somebody has removed the file
+        try:
+            self._lock_fd = _lock(path, self.address)
+        except OSError:
+            # In a directory that only the supervisor may write to, as /run, nobody else of our
+            # user could take the address either.
+            if not lent:
+                raise
+
+    def announce(self) -> None:
+        """Make known that this process serves here, also after a successor that failed has done so.
+
+        In the lock; by the socket's mode; and by SO_PEERCRED, which shows clients who called listen
+        last, of those who came later.
+        """
+        if self.address.transport == "tcp":
+            return
+        if self._inherited is None or not self._inherited.lent:
+            os.chmod(self.address.path, self._mode)
+        if self._lock_fd >= 0:
+            _write_pid(self._lock_fd)
+        self.socket.listen(_BACKLOG)
+
+    def descriptors(self) -> list[tuple[str, int]]:
+        """What a successor needs, each with its name: see handover.py."""
+        lent = self._inherited is not None and self._inherited.lent
+        found = [(handover.LENT if lent else handover.OWN, self.socket.fileno())]
+        if self._lock_fd >= 0:
+            found.append((handover.LOCK, self._lock_fd))
+        return found
+
     def _unlock(self) -> None:
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
             self._lock_fd = -1
 
+    def _close_socket(self) -> None:
+        if self._inherited is not None and self._inherited.lent:
+            self._inherited.fd = self.socket.detach()
+            handover.give_back(self._inherited)
+        else:
+            self.socket.close()
+
     def close(self) -> None:
-        """Stop listening and remove the socket and its lock."""
+        """Stop listening and remove what is ours: the socket, unless it was lent, and its lock."""
         _listeners.discard(self)
-        if self._lock_fd >= 0:
-            for path in (self.address.path, f"{self.address.path}.lock"):
+        inherited = self._inherited
+        waits = inherited is not None and inherited.handed_over and handover.predecessor_waits()
+        if self._lock_fd >= 0 and not waits:
+            lent = inherited is not None and inherited.lent
+            for path in ([] if lent else [self.address.path]) + [f"{self.address.path}.lock"]:
                 with contextlib.suppress(OSError):
                     os.unlink(path)
-        self.socket.close()
+        self._close_socket()
         self._unlock()
 
-    def close_inherited(self) -> None:
-        """In a forked child: let go, without taking anything from the parent."""
+    def let_go(self) -> None:
+        """Stop listening, and leave all to who has it too: a successor, or the parent of a fork."""
         _listeners.discard(self)
         self.socket.close()
         self._unlock()

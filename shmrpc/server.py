@@ -18,20 +18,21 @@ import weakref
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from . import address as addresses
-from . import handshake, segments
+from . import handover, handshake, segments
 from .acceptor import Acceptor
 from .caller import Caller
 from .codec import Codec, MsgpackCodec
 from .errors import Error, ForkedError
 from .intercepted import intercept_handlers
 from .link import check_options
-from .poller import Connection, Poller, Wait
+from .poller import Connection, Poller, Wait, check_timeout
 from .proxy import public_methods
 from .registry import Registry
 from .worker import Worker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    import subprocess
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from types import FrameType, TracebackType
 
     from .interceptors import Interceptor
@@ -42,6 +43,8 @@ __all__ = ["Server"]
 F = TypeVar("F", bound="Callable[..., Any]")
 
 _log = logging.getLogger("shmrpc.server")
+
+_HANDSHAKES_SECONDS = 1.0  # that connections just being made get to end
 
 
 class Server:
@@ -92,6 +95,9 @@ class Server:
         self._spin_budget = spin_budget
         self.codec: Codec = codec if codec is not None else MsgpackCodec()
         self._lock = threading.Lock()
+        # Held while starting, stopping and handing over; a stop ends a handing over that waits.
+        self._changing = threading.RLock()
+        self._stopping = False
         self.registry = Registry(intercept_handlers(interceptors))
         self.registry.add(self._describe, "shmrpc.describe", idempotent=True)
         self._forked = False
@@ -147,8 +153,22 @@ class Server:
         return self._acceptor.addresses if self._acceptor is not None else []
 
     def start(self) -> None:
-        """Listen and serve in threads of its own; ``ConnectError`` if an address is taken."""
+        """Listen and serve in threads of its own; ``ConnectError`` if an address is taken.
+
+        An address at which systemd or a predecessor listens for this process is taken over from
+        them. ``READY=1`` goes to ``$NOTIFY_SOCKET``, if that is set.
+        """
         self._check_usable()
+        with self._changing:
+            poller, acceptor = self._listen()
+            poller.serve(
+                self._run_worker, workers=self._workers, max_concurrency=self._max_concurrency
+            )
+            # Before it accepts: a successor that does not get so far leaves all to who does.
+            handover.tell_ready()
+            acceptor.start()
+
+    def _listen(self) -> tuple[Poller, Acceptor]:
         with self._lock:
             if self._poller is not None:
                 msg = "the server is running already"
@@ -165,8 +185,8 @@ class Server:
                 raise
             self._poller = poller
             self._acceptor = acceptor
-        poller.serve(self._run_worker, workers=self._workers, max_concurrency=self._max_concurrency)
-        acceptor.start()
+            self._stopping = False
+            return poller, acceptor
 
     def _run_worker(self, poller: Poller) -> None:
         worker = Worker(self, poller)
@@ -176,24 +196,84 @@ class Server:
     def stop(self, grace: float = 5.0) -> None:
         """Stop: refuse new calls, let those under way end within ``grace`` seconds, hang up.
 
-        Safe to call twice and from any thread but a handler's.
+        Who is refused gets ``ConnectionLost`` with outcome ``not_started``. Handlers that run on
+        after the grace are cancelled. A second stop waits for the first. Safe to call from any
+        thread but a handler's. ``STOPPING=1`` goes to ``$NOTIFY_SOCKET``, unless there is a
+        successor.
         """
         self._check_usable()
+        self._stopping = True
+        with self._changing:
+            self._stop(grace)
+
+    def _stop(self, grace: float) -> None:
         with self._lock:
             poller, acceptor = self._poller, self._acceptor
             if poller is None or acceptor is None:
                 return
-            self._poller = self._acceptor = None
+            self._acceptor = None
+        if not acceptor.succeeded:
+            handover.notify("STOPPING=1")
+        acceptor.retire(min(grace, _HANDSHAKES_SECONDS))
         acceptor.close()
+        with self._lock:
+            self._poller = None
         poller.drain()
         deadline = time.monotonic() + grace
         while poller.busy and time.monotonic() < deadline:
             time.sleep(0.002)
-        poller.hang_up()
+        poller.cancel_streams()
         stuck = poller.stop(patience=1.0)
         if stuck:
             _log.warning("handlers still run after the grace of %g s: %s", grace, stuck)
+        poller.hang_up()
         self.registry.bind(None)
+
+    def hand_over(
+        self,
+        command: Sequence[str],
+        *,
+        timeout: float = 10.0,
+        env: Mapping[str, str] | None = None,
+    ) -> subprocess.Popen[bytes]:
+        """Start a successor that listens where we do, and leave new connections to it.
+
+        ``command`` is run with the listening sockets, by systemd's protocol, and gets ``timeout``
+        seconds to send ``READY=1`` to ``$NOTIFY_SOCKET``: a ``Server`` with (at least) these
+        addresses does both by itself. ``env`` is its environment instead of ours.
+
+        Returns the new process, which is the caller's to wait for. From then on this server
+        accepts no connections, and serves those that it has until ``stop``.
+        Raises ``ConnectError`` if the successor ends or is not ready in time, ``Error`` if this
+        server does not listen or is stopped meanwhile. Then the successor has been killed, and
+        this server goes on. Safe to call from any thread, also a handler's.
+        """
+        self._check_usable()
+        check_timeout(timeout)
+        if isinstance(command, str) or not command:
+            msg = f"command must be a program and its arguments, not {command!r}"
+            raise ValueError(msg)
+        # Without waiting: a stop waits for its handlers, and one of them may have called this.
+        if not self._changing.acquire(blocking=False):
+            msg = "this server is being started, stopped or handed over by another thread"
+            raise Error(msg)
+        try:
+            acceptor = self._acceptor
+            if acceptor is None or not acceptor.addresses:
+                msg = "this server does not listen: it was not started, or has handed over already"
+                raise Error(msg)
+            try:
+                process = handover.start_successor(
+                    command, acceptor.descriptors(), env, timeout, lambda: not self._stopping
+                )
+            except BaseException:
+                acceptor.announce()
+                raise
+            handover.notify(f"MAINPID={process.pid}")
+            acceptor.retire(_HANDSHAKES_SECONDS, succeeded=True)
+            return process
+        finally:
+            self._changing.release()
 
     def serve_forever(self) -> None:
         """Start, and serve until SIGTERM or SIGINT; then stop with the usual grace.

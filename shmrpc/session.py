@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["WINDOW_BYTES", "WINDOW_MESSAGES", "Pending", "Session", "Stream", "Waiting"]
+__all__ = ["NOT_SENT", "WINDOW_BYTES", "WINDOW_MESSAGES", "Pending", "Session", "Stream", "Waiting"]
 
 # What a sender of items may have under way beyond what the receiver has taken: so much is buffered
 # for a reader that stops, and about half of it fits into a ring.
 WINDOW_MESSAGES = 512
 WINDOW_BYTES = 256 << 10
+
+# Where a request lies that has not been sent: one number, see the core's shmrpc_outcome_of.
+NOT_SENT = ((1 << 64) - 1,)
 
 _CREDIT = struct.Struct("<II")
 _CREDIT_MAX = 0xFFFF_FFFF
@@ -29,7 +32,10 @@ class Pending(Protocol):
     """A call of ours that waits for its reply."""
 
     def replied(self, status: int, metadata: bytes, body: bytes) -> Callable[[], None] | None:
-        """Take the reply. What has to run other people's code is returned, to be run later."""
+        """Take the reply. What has to run other people's code is returned, to be run later.
+
+        In that case the call stays registered, and is its own to unregister.
+        """
 
     def lost(self, error: int) -> Callable[[], None] | None:
         """Learn that the connection ended, with this errno; as ``replied``."""
@@ -84,7 +90,7 @@ class Stream:
         self.initial: bytes | None = None  # caller: metadata that came before everything else
         self.reply: tuple[int, bytes, bytes] | None = None  # caller: status, metadata, body
         self.lost_error = 0  # errno that ended the connection
-        self.position = 0  # caller: of the request, see the core's shmrpc_outcome_of
+        self.position: Sequence[int] = NOT_SENT  # caller: of the request
         self.outcome = 0  # caller: what became of the call when the connection ended
         self.granted_messages, self.granted_bytes = WINDOW_MESSAGES, WINDOW_BYTES
         self.sent_messages = self.sent_bytes = 0
@@ -249,15 +255,18 @@ class Session:
         self, call_id: int, status: int, metadata: bytes, body: bytes
     ) -> Callable[[], None] | None:
         """A call of ours is over."""
-        pending = self.calls.pop(call_id, None)
+        pending = self.calls.get(call_id)
         if pending is None:
             self.dropped += 1
             return None
-        return pending.replied(status, metadata, body)
+        later = pending.replied(status, metadata, body)
+        if later is None:
+            self.calls.pop(call_id, None)
+        return later
 
     def lost(self, error: int) -> list[Callable[[], None]]:
         """The connection has ended: everybody learns it."""
         pending = list(self.calls.values()) + list(self.requests.values())
-        self.calls.clear()
         later = [call.lost(error) for call in pending]
+        self.calls.clear()  # not before: what became of them is known as long as there are some
         return [run for run in later if run is not None]

@@ -62,6 +62,9 @@ class Worker:
         self._host = host
         self._poller = poller
         self._context: CallContext | None = None
+        self._thread = 0  # that runs the handler
+        self._interruptible = False  # it is the main thread, and has other things to do
+        self._interruption: BaseException | None = None
         slot = lib.shmrpc_worker_new(poller.c)
         if slot == ffi.NULL:
             raise MemoryError
@@ -75,13 +78,18 @@ class Worker:
     def run(self) -> None:
         """Serve until the poller stops."""
         enter_worker(self)
+        self._thread = threading.get_ident()
         try:
             self._serve()
         finally:
-            ffi.release(self._slot)
-            self._forget_context()
-            # Errors that somebody keeps know our frames, and must not keep the connections.
-            self.__dict__.clear()
+            self.end()
+
+    def end(self) -> None:
+        """Give the slot up, with the request that it may have."""
+        ffi.release(self._slot)
+        self._forget_context()
+        # Errors that somebody keeps know our frames, and must not keep the connections.
+        self.__dict__.clear()
 
     def _serve(self) -> None:
         slot, message, view, pack = self._slot, self._message, self._view, self._pack
@@ -112,12 +120,22 @@ class Worker:
             status = _next(slot)
 
     def serve_queued(self) -> None:
-        """Run the requests that are queued, in a thread that waits for something else."""
+        """Run a request that is queued, in a thread that waits for something else.
+
+        What interrupts the main thread in a handler, such as Ctrl-C, is not for the handler alone:
+        it is raised here, too.
+        """
         before = enter_worker(self)
+        self._thread = threading.get_ident()
+        self._interruptible = threading.current_thread() is threading.main_thread()
         try:
-            while lib.shmrpc_next_queued(self._slot) == lib.SHMRPC_MESSAGE:
+            if lib.shmrpc_next_queued(self._slot) == lib.SHMRPC_MESSAGE:
                 self._run_message()
+                if self._interruption is not None:
+                    raise self._interruption
         finally:
+            lib.shmrpc_finish(self._slot)
+            self._interruption = None
             leave_worker(before)
 
     def _special(self, status: int) -> None:
@@ -283,6 +301,8 @@ class Worker:
         """Reply with what the handler raised, or what kept it from running or replying."""
         message = self._message
         self._pack = self._host.codec.encoder()  # the old one may hold half a message
+        if self._interruptible and not isinstance(error, Exception):
+            self._interruption = error
         if message.kind == lib.SHMRPC_NOTIFY:
             _log.error("notification %r failed", self._method_name(), exc_info=error)
             return
@@ -351,8 +371,21 @@ class Worker:
         return bytes(ffi.buffer(message.head + message.method_bytes, size)) if size else b""
 
     def _is_current(self, context: CallContext) -> bool:
-        message = self._message
+        message = self.__dict__.get("_message")  # none after the end
+        if message is None:
+            return False
         return (message.conn_id, message.call_id) == (context.conn_id, context.call_id)
+
+    def _check_current(self, context: CallContext) -> None:
+        if not self._is_current(context):
+            msg = f"the call of {context.method!r} is over"
+            raise RuntimeError(msg)
+
+    def _check_handler(self, context: CallContext) -> None:
+        self._check_current(context)
+        if threading.get_ident() != self._thread:
+            msg = f"the metadata of {context.method!r} is sent by the thread that runs its handler"
+            raise RuntimeError(msg)
 
     def cancelled(self, context: CallContext) -> bool:
         """Whether the caller of this call has given up, or is gone."""
@@ -363,6 +396,7 @@ class Worker:
 
     def caller(self, context: CallContext) -> Any:
         """What calls the caller of this call."""
+        self._check_current(context)
         if context.connection is None:
             msg = f"the caller of {context.method!r} is gone"
             raise ConnectionLost(msg, "not_sent")
@@ -370,9 +404,7 @@ class Worker:
 
     def set_metadata(self, context: CallContext) -> None:
         """Send the reply with the context's metadata."""
-        if not self._is_current(context):
-            msg = f"the call of {context.method!r} is over"
-            raise RuntimeError(msg)
+        self._check_handler(context)
         streams = self._message.flags & lib.SHMRPC_FLAG_STREAM
         initial = {} if streams else context.initial_metadata or {}
         packed = pack_reply_metadata(context.trailing_metadata, initial)
@@ -381,7 +413,8 @@ class Worker:
 
     def send_initial(self, context: CallContext) -> None:
         """Send the context's initial metadata: at once to a caller that has a stream."""
-        if not self._is_current(context) or not self._message.flags & lib.SHMRPC_FLAG_STREAM:
+        self._check_handler(context)
+        if not self._message.flags & lib.SHMRPC_FLAG_STREAM:
             self.set_metadata(context)
             return
         packed = pack_metadata(context.initial_metadata)
@@ -419,6 +452,8 @@ class InlineWorkers:
             worker = Worker(self._host, self._poller)
         try:
             worker.serve_queued()
-        finally:
-            with self._lock:
-                self._free.append(worker)
+        except BaseException:
+            worker.end()
+            raise
+        with self._lock:
+            self._free.append(worker)

@@ -20,6 +20,7 @@ import pytest
 
 import shmrpc
 
+ASYNC_SERVICES = Path(__file__).parent / "async_services.py"
 SERVICES = Path(__file__).resolve().parent / "services.py"
 TRANSPORTS = ("shm", "unix", "tcp")
 # How much longer than named something may take where other work runs on the same CPUs.
@@ -65,13 +66,24 @@ def in_threads(count, work, timeout=20):
     return [results[number] for number in range(count)]
 
 
+def pause(pid):
+    """SIGSTOP, and wait until none of its threads runs."""
+
+    def states():
+        stats = Path(f"/proc/{pid}/task").glob("*/stat")
+        return {stat.read_text().rpartition(")")[2].split()[0] for stat in stats}
+
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: states() == {"T"})
+
+
 class Service:
     """A server in a process of its own."""
 
-    def __init__(self, *addresses, env=None, prefix=(), wait=True, **options):
+    def __init__(self, *addresses, env=None, prefix=(), wait=True, program=SERVICES, **options):
         setup = json.dumps({"addresses": addresses, "options": options})
         self.process = subprocess.Popen(
-            [*prefix, sys.executable, str(SERVICES), setup],
+            [*prefix, sys.executable, str(program), setup],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=None if env is None else {**os.environ, **env},
@@ -104,16 +116,10 @@ class Service:
         self.process.send_signal(number)
 
     def pause(self):
-        """SIGSTOP, and wait until none of its threads runs."""
-        self.signal(signal.SIGSTOP)
-        wait_until(lambda: self._states() == {"T"})
+        pause(self.pid)
 
     def resume(self):
         self.signal(signal.SIGCONT)
-
-    def _states(self):
-        stats = Path(f"/proc/{self.pid}/task").glob("*/stat")
-        return {stat.read_text().rpartition(")")[2].split()[0] for stat in stats}
 
     def kill(self):
         self.process.kill()
@@ -156,7 +162,14 @@ def short_directory():
 
 
 def shm_names():
-    return set(glob.glob("/dev/shm/shmrpc-*"))
+    """Names in /dev/shm that are ours or nobody's: other tests may run beside us."""
+    ours = {os.getpid(), *children()}
+
+    def is_foreign(name):
+        pid = int(name.split("-")[2])
+        return pid not in ours and psutil.pid_exists(pid)
+
+    return {name for name in glob.glob("/dev/shm/shmrpc-*") if not is_foreign(name)}
 
 
 def descriptors():
@@ -241,6 +254,21 @@ def service(directory):
     yield start
     for started in services:
         started.close()
+
+
+@pytest.fixture
+def generations(directory):
+    """Start a server that can have successors; see restarting.py and generations.py."""
+    from restarting import Generations  # which needs this module
+
+    with contextlib.ExitStack() as stack:
+
+        def start(*addresses, **setup):
+            started = Generations(*addresses, **setup)
+            stack.callback(started.end)
+            return started
+
+        yield start
 
 
 @pytest.fixture

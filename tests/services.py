@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 
+from duplex import add_duplex
 from streaming import add_streams
 
 import shmrpc
@@ -357,6 +358,7 @@ def main():
     server = shmrpc.Server(*setup["addresses"], **options)
     add_values(server)
     add_state(server)
+    add_duplex(server)
     add_streams(server)
     try:
         server.start()

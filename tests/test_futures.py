@@ -84,6 +84,23 @@ def test_done_callback(client):
     assert found[1:] == [("x", True)]
 
 
+def test_observing_one_that_is_finished(client):
+    """Another thread may have taken the reply before whoever submitted looks on."""
+    ends = []
+    finished = client.submit("add", 1, 2)
+    assert finished.result(5) == 3
+    finished.observe(ends.append)
+    assert ends == [None]
+    failed = client.submit("raise_error", "ValueError", "no")
+    error = failed.exception(5)
+    failed.observe(ends.append)
+    assert ends == [None, error]
+    cancelled = client.submit("hold_until_cancelled")
+    cancelled.cancel()
+    cancelled.observe(ends.append)
+    assert isinstance(ends[2], concurrent.futures.CancelledError)
+
+
 def test_done_callback_may_call(client):
     """A callback runs in whatever thread reads; it may use the client itself."""
     results = []

@@ -6,8 +6,8 @@ import logging
 import threading
 
 import pytest
+from chains import call_info, drive, finished, intercepted, intercepted_async
 from conftest import in_threads
-from intercepted import call_info, drive, finished, intercepted, intercepted_async
 
 import shmrpc
 from shmrpc.interceptors import compose, compose_async, status_of, when_done

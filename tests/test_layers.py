@@ -19,7 +19,7 @@ LAYERS = [
     ["_native"],
     ["errors"],
     ["address", "codec", "metadata", "scheduler", "session"],
-    ["segments", "rendezvous", "interceptors"],
+    ["segments", "handover", "rendezvous", "interceptors"],
     ["otel", "prometheus", "retries"],
     ["handshake"],
     ["poller"],

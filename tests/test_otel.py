@@ -4,10 +4,10 @@ import itertools
 from concurrent.futures import Future
 
 import pytest
+from chains import Script, call_info, finished, intercepted
 from conftest import in_threads
 from hypothesis import given
 from hypothesis import strategies as st
-from intercepted import Script, call_info, finished, intercepted
 from opentelemetry import baggage, context, trace
 from opentelemetry.baggage.propagation import W3CBaggagePropagator
 from opentelemetry.propagators.composite import CompositePropagator

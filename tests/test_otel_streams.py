@@ -4,7 +4,7 @@ import asyncio
 import threading
 
 import pytest
-from intercepted import call_info, intercepted, intercepted_async, until_end
+from chains import call_info, intercepted, intercepted_async, until_end
 from opentelemetry import trace
 from opentelemetry.trace import StatusCode
 from tracing import Traces, current, is_child

@@ -6,8 +6,8 @@ from concurrent.futures import Future
 
 import prometheus_client
 import pytest
+from chains import Script, call_info, intercepted, intercepted_async
 from conftest import in_threads
-from intercepted import Script, call_info, intercepted, intercepted_async
 from prometheus_client import CollectorRegistry
 
 import shmrpc

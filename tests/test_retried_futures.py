@@ -7,8 +7,8 @@ import threading
 from concurrent.futures import Future
 
 import pytest
+from chains import ERRORS, Script, call_info, fail, finished, intercepted
 from conftest import in_threads, wait_until
-from intercepted import ERRORS, Script, call_info, fail, finished, intercepted
 
 from shmrpc.retries import _THREADS_MAX, Retries
 

@@ -7,9 +7,7 @@ import time
 import weakref
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from intercepted import (
+from chains import (
     ERRORS,
     HAS_NOT_RUN,
     REPEATED,
@@ -20,6 +18,8 @@ from intercepted import (
     intercepted,
     intercepted_async,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import shmrpc
 from shmrpc.interceptors import compose
@@ -298,7 +298,7 @@ def test_each_attempt_gets_the_request_as_it_was():
     seen = []
 
     def final(call):
-        seen.append((call.args, dict(call.kwargs), dict(call.metadata)))
+        seen.append((call.args, dict(call.kwargs), dict(call.metadata), call.deadline))
         call.deadline = 5.0
         call.trailing_metadata["left"] = "over"
         if len(seen) < 3:
@@ -307,7 +307,7 @@ def test_each_attempt_gets_the_request_as_it_was():
 
     call = call_info("add", "unary", "client", 1, metadata={"a": "b"})
     result = intercepted([Retries(backoff=0.0), Changing()], call, final)
-    assert seen == [((2, "added"), {"key": 1}, {"a": "b", "count": "x"})] * 3
+    assert seen == [((2, "added"), {"key": 1}, {"a": "b", "count": "x"}, None)] * 3
     assert result == {"left": "over"}
 
 

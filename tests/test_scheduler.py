@@ -2,6 +2,8 @@
 
 import threading
 
+from conftest import wait_until
+
 from shmrpc.scheduler import Scheduler
 
 
@@ -30,6 +32,16 @@ def test_what_blocks_holds_up_nobody():
     go, done = threading.Event(), threading.Event()
     scheduler.after(0, lambda: go.wait(10))
     scheduler.after(0, done.set)
+    assert done.wait(10)
+    go.set()
+
+
+def test_one_thread_that_waits_for_two_and_blocks_in_the_first():
+    scheduler = Scheduler("shmrpc-test", 2)
+    go, done = threading.Event(), threading.Event()
+    scheduler.after(0.3, lambda: go.wait(10))
+    wait_until(lambda: scheduler._waiting == 1)
+    scheduler.after(0.3, done.set)
     assert done.wait(10)
     go.set()
 

@@ -393,7 +393,7 @@ def test_sending_what_is_too_large(transport, service, connect):
     with other.open("lengths") as call:
         for _ in range(3):
             call.send(bytes(90_000))
-            with pytest.raises(shmrpc.MessageTooLarge, match="'lengths' is longer than .*100000"):
+            with pytest.raises(shmrpc.MessageTooLarge, match=r"'lengths' is longer than .*100000"):
                 call.send(bytes(100_000))
         assert call.result() == [90_000] * 3
 

@@ -127,9 +127,8 @@ void service_await(struct service *service, const uint32_t *field, uint32_t valu
     pthread_mutex_unlock(&service->lock);
 }
 
-void service_close(struct service *service)
+void service_join(struct service *service)
 {
-    service_gate(service, true);
     shmrpc_poller_stop(service->poller);
     for (uint32_t i = 0;; i++) {
         pthread_mutex_lock(&service->lock);
@@ -140,6 +139,13 @@ void service_close(struct service *service)
             break;
         pthread_join(thread, NULL);
     }
+    service->thread_count = 0;
+}
+
+void service_close(struct service *service)
+{
+    service_gate(service, true);
+    service_join(service);
     CHECK_EQUAL(service->odd, 0);
     shmrpc_poller_free(service->poller);
     service->poller = NULL;

@@ -28,7 +28,9 @@ void service_open(struct service *service, uint32_t workers, uint32_t max_concur
 void service_gate(struct service *service, bool open);
 /* Wait until *count (one of the fields above) is at least `value`. */
 void service_await(struct service *service, const uint32_t *count, uint32_t value);
-/* Stop, join, free. */
+/* Stop and join its threads. */
+void service_join(struct service *service);
+/* The same, and free. */
 void service_close(struct service *service);
 
 /* A call to its end, whatever the main thread is asked to do in between. */

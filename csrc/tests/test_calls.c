@@ -426,6 +426,42 @@ TEST(stop_ends_every_wait)
     setup_close(&setup);
 }
 
+/* A server that stops says that what it has not answered was not started; not while it runs. */
+TEST(goodbye_tells_what_became_of_calls)
+{
+    for (int transport = 0; transport < TRANSPORTS; transport++) {
+        struct setup setup;
+        struct caller blocked;
+        shmrpc_name name = name_of("echo");
+        const uint64_t call_id = 1 << 16 | SHMRPC_PYTHON_INDEX;
+        uint64_t position;
+
+        harness_progress(HANG_SECONDS);
+        setup_open(&setup, (enum transport)transport, 1, 0);
+        shmrpc_poller *server = setup.service.poller;
+        shmrpc_slot *slot = slot_of(&setup);
+        start_blocked(&setup, &blocked, 1);
+        service_await(&setup.service, &setup.service.blocked, 1);
+        CHECK_EQUAL(shmrpc_conn_goodbye(server, setup.server_conn), -EBUSY);
+        service_gate(&setup.service, true);
+        pthread_join(blocked.thread, NULL);
+        shmrpc_poller_drain(server);
+        service_join(&setup.service);
+        CHECK(shmrpc_send(slot, SHMRPC_REQUEST, 0, call_id, &name, 0, NULL, 0, "x", 1, 0,
+                          &position) >= 0);
+        CHECK_EQUAL(shmrpc_conn_goodbye(server, setup.server_conn), 0);
+        CHECK_EQUAL(shmrpc_conn_shutdown(server, setup.server_conn), 0);
+        CHECK_EQUAL(events(slot, -1), SHMRPC_EVENTS);
+        CHECK_EQUAL(shmrpc_take(slot), 1);
+        CHECK_EQUAL(shmrpc_slot_message(slot)->kind, SHMRPC_CLOSED);
+        CHECK_EQUAL(shmrpc_outcome_of(setup.client, setup.client_conn, call_id, position),
+                    SHMRPC_NOT_STARTED);
+        CHECK_EQUAL(call(slot, "echo", NULL, 0, -1), -ENOTCONN);
+        shmrpc_slot_free(slot);
+        setup_close(&setup);
+    }
+}
+
 static void flush_after_the_end(enum transport transport)
 {
     struct pair pair;

@@ -52,7 +52,7 @@ static int send_message(struct ends *ends, int side, uint8_t kind, size_t bytes,
     uint8_t *payload = malloc(bytes + 1);
     size_t name = kind == SHMRPC_REQUEST ? 4 : 0;
     size_t metadata = bytes > 100 ? 50 : 0;
-    uint64_t ignored;
+    atomic_u64 at = 0;
 
     fill(payload, bytes, id);
     struct outgoing message = {
@@ -61,8 +61,9 @@ static int send_message(struct ends *ends, int side, uint8_t kind, size_t bytes,
         .parts = {{payload, name}, {payload + name, metadata},
                   {payload + name + metadata, bytes - name - metadata}},
     };
-    int status = conn_send(&ends->conns[side], &message, position ? position : &ignored,
-                           &ends->bells);
+    int status = conn_send(&ends->conns[side], &message, &at, &ends->bells);
+    if (position != NULL)
+        *position = load_relaxed(&at);
     free(payload);
     return status;
 }

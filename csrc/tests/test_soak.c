@@ -8,13 +8,15 @@
 #include <stdlib.h>
 
 #include "conn.h"
+#include "party.h"
 #include "poller.h"
 #include "service.h"
 
 enum { PROGRESS_SECONDS = 5 };
 
 static struct service service;
-static shmrpc_poller *client;
+static struct party server_party, client_party;
+static shmrpc_poller *client, *server;
 
 static void dump_words(const char *name, const struct segment_shm *segment)
 {
@@ -27,15 +29,20 @@ static void dump_words(const char *name, const struct segment_shm *segment)
 
 static void dump(void)
 {
-    const shmrpc_poller *pollers[] = {client, service.poller};
+    const shmrpc_poller *pollers[] = {client, server};
 
     for (int i = 0; i < 2; i++) {
         const struct conn *conn = pollers[i]->conns[0];
+        const shmrpc_slot *leader = pollers[i]->leader;
         fprintf(stderr, " %s: hot %d outbox %llu running %u queued %u sleeps %llu rung %llu\n",
                 i == 0 ? "client" : "server", conn->hot,
                 (unsigned long long)load_relaxed(&conn->outbox_bytes), pollers[i]->running,
                 pollers[i]->queued, (unsigned long long)load_relaxed(&pollers[i]->counters.sleeps),
                 (unsigned long long)load_relaxed(&conn->wake.rung));
+        fprintf(stderr, "  leader's goal %d away %d inside %u blocked %u threads %u startable %llu\n",
+                leader != NULL ? (int)leader->goal : -1, pollers[i]->away, pollers[i]->inside,
+                pollers[i]->blocked, pollers[i]->worker_threads,
+                (unsigned long long)load_relaxed(&pollers[i]->startable));
         if (conn->is_shm)
             dump_words(i == 0 ? "client" : "server", conn->wake.own);
     }
@@ -101,6 +108,7 @@ static void soak(enum transport transport, uint32_t mode, int cpus, int threads,
     sched_getaffinity(0, sizeof before, &before);
     allow_cpus(cpus);
     service_open(&service, 2, 64, mode);
+    server = service.poller;
     client = shmrpc_poller_new(0, 0, mode, 0);
     pair_open(&pair, transport, 4096, 4096);
     uint64_t id = pair_give(&pair, 0, client);
@@ -169,6 +177,113 @@ TEST(bells_on_the_socket)
 TEST(stream)
 {
     soak(STREAM, 2, 2, 2, 500000, soak_calls_count(4000));
+}
+
+/* ---- both sides call and send ---- */
+
+struct talker {
+    struct party *party;
+    pthread_t thread;
+    uint64_t conn_id, calls, seed;
+    uint32_t depth;
+    bool failed;
+};
+
+static void *nest_calls(void *argument)
+{
+    struct talker *talker = argument;
+    struct random random = {talker->seed};
+    shmrpc_slot *slot = shmrpc_slot_new(talker->party->poller, talker->conn_id);
+
+    for (uint64_t i = 0; i < talker->calls && !talker->failed; i++) {
+        if (i % 100 == 0)
+            harness_progress(PROGRESS_SECONDS);
+        uint32_t depth = (uint32_t)random_below(&random, talker->depth + 1);
+        talker->failed = !party_nest(talker->party, slot, depth, -1);
+        delay(&random);
+    }
+    shmrpc_slot_free(slot);
+    return NULL;
+}
+
+static void *send_items(void *argument)
+{
+    struct talker *talker = argument;
+    struct random random = {talker->seed};
+    static const char body[3000];
+    shmrpc_slot *slot = shmrpc_slot_new(talker->party->poller, talker->conn_id);
+
+    for (uint64_t i = 0; i < talker->calls && !talker->failed; i++) {
+        size_t bytes = random_below(&random, random_below(&random, 32) == 0 ? sizeof body : 32);
+        int status = shmrpc_send_item(slot, 0, random_below(&random, 8) == 0 ? 6 : 5, body, bytes);
+        if (status > 0)
+            status = (int)party_go_on(talker->party, slot, shmrpc_flush(slot, -1));
+        talker->failed = status != 0;
+        delay(&random);
+    }
+    shmrpc_slot_free(slot);
+    return NULL;
+}
+
+/* Threads on both sides call, are called back and send items, all on one connection. */
+static void soak_both(enum transport transport, uint32_t mode, int cpus, uint32_t workers,
+                      uint32_t depth, uint64_t calls)
+{
+    enum { PAIRS = 2 };
+    struct pair pair;
+    struct talker talkers[2 * 2 * PAIRS];
+    struct party *parties[2] = {&client_party, &server_party};
+    cpu_set_t before;
+    int count = 0;
+
+    sched_getaffinity(0, sizeof before, &before);
+    allow_cpus(cpus);
+    party_open_server(&server_party, workers, 1024, mode);
+    party_open(&client_party, true, mode);
+    client = client_party.poller;
+    server = server_party.poller;
+    pair_open(&pair, transport, 4096, 4096);
+    uint64_t ids[2] = {pair_give(&pair, 0, client), pair_give(&pair, 1, server)};
+    party_serve(&client_party, workers, 1024);
+    harness_on_hang(dump);
+    for (int side = 0; side < 2; side++) {
+        for (int i = 0; i < 2 * PAIRS; i++, count++) {
+            bool sends = i % 2 != 0;
+            talkers[count] = (struct talker){
+                .party = parties[side], .conn_id = ids[side], .depth = depth,
+                .calls = sends ? 20 * calls : calls, .seed = harness_seed() + (uint64_t)count};
+            REQUIRE(pthread_create(&talkers[count].thread, NULL, sends ? send_items : nest_calls,
+                                   &talkers[count]) == 0);
+        }
+    }
+    for (int i = 0; i < count; i++) {
+        pthread_join(talkers[i].thread, NULL);
+        CHECK(!talkers[i].failed);
+    }
+    for (int side = 0; side < 2; side++)
+        party_await(parties[side], &parties[side]->items, (uint32_t)(PAIRS * 20 * calls));
+    harness_on_hang(NULL);
+    harness_progress(HANG_SECONDS);
+    party_close(&server_party);
+    party_close(&client_party);
+    pair_close(&pair);
+    sched_setaffinity(0, sizeof before, &before);
+}
+
+TEST(both_ways_on_one_cpu)
+{
+    soak_both(SHM, 2, 1, 2, 4, soak_calls_count(60000) / 100);
+}
+
+TEST(both_ways_on_two_cpus)
+{
+    soak_both(SHM, 0, 2, 1, 4, soak_calls_count(60000) / 100);
+    soak_both(SHM, 2, 2, 4, 2, soak_calls_count(60000) / 100);
+}
+
+TEST(both_ways_over_a_stream)
+{
+    soak_both(STREAM, 0, 2, 2, 3, soak_calls_count(40000) / 100);
 }
 
 int main(int argc, char **argv)

@@ -16,7 +16,7 @@ from shmrpc.session import Stream
 from .loop import LoopPoller, LoopWaiters
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
     from types import TracebackType
 
     from shmrpc.poller import Connection
@@ -149,6 +149,7 @@ class Call:
         self._sends = not streams
         self._error: Exception | None = None
         self._closed = False
+        self._attached = False  # to a connection
         self._observers: list[Callable[[BaseException | None], None]] = []
         self._connection: Connection
         self._receiver: AsyncReceiver
@@ -158,6 +159,7 @@ class Call:
 
     def attach(self, connection: Connection, deadline: float) -> Call:
         """Belong to this connection from now on."""
+        self._attached = True
         self.deadline = deadline
         self._connection = connection
         self._waiters = LoopWaiters(poller_of(connection).loop)
@@ -185,12 +187,12 @@ class Call:
             self._instead = result
 
     @property
-    def position(self) -> int:
+    def position(self) -> Sequence[int]:
         """Where its request lies, for what became of it."""
         return self._stream.position
 
     @position.setter
-    def position(self, position: int) -> None:
+    def position(self, position: Sequence[int]) -> None:
         self._stream.position = position
 
     def register(self) -> None:
@@ -288,7 +290,7 @@ class Call:
         if self._instead is not None:
             instead: AsyncIterator[Any] = self._instead.__aiter__()
             return instead
-        if self._begin is None and self._receiver.exhausted:
+        if self._attached and self._receiver.exhausted:
             msg = f"the replies of {self.method!r} were iterated to their end already"
             raise Error(msg)
         return self
@@ -378,7 +380,7 @@ class Call:
         """Cancel the call; False if it is over. The handler is told, waits here raise."""
         if self._closed or self._stream.over:
             return False
-        if self._begin is not None:
+        if not self._attached:
             self._closed = True
             return True
         self._give_up(Cancelled(f"the call of {self.method!r} was cancelled"))
@@ -387,9 +389,12 @@ class Call:
     async def aclose(self) -> None:
         """Cancel the call unless it is over; iterating ends then."""
         self._close()
+        close = getattr(self._instead, "aclose", None)
+        if close is not None:
+            await close()
 
     def _close(self) -> None:
-        if not self._closed and not self._stream.over and self._begin is None:
+        if not self._closed and not self._stream.over and self._attached:
             self._give_up(None)
         self._closed = True
 
@@ -459,7 +464,7 @@ class Call:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._close()
+        await self.aclose()
 
     def __del__(self) -> None:
         if not sys.is_finalizing() and not self.__dict__.get("_closed", True):

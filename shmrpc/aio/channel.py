@@ -16,20 +16,21 @@ from shmrpc.outcomes import remote_error, send_error
 from shmrpc.poller import FOREVER, Connection, Slot, check_timeout
 from shmrpc.proxy import Proxy, make_proxy
 from shmrpc.registry import make_name
+from shmrpc.session import NOT_SENT
 
 from .calls import Call
 from .loop import LoopPoller, check_loop
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-__all__ = ["Channel", "Pending"]
+__all__ = ["STREAM", "STREAM_ENDED", "Channel", "Pending"]
 
 T = TypeVar("T")
 
 _NAMES_MAX = 4096
-_STREAM = lib.SHMRPC_FLAG_STREAM
-_STREAM_ENDED = lib.SHMRPC_FLAG_STREAM | lib.SHMRPC_FLAG_ENDED
+STREAM = lib.SHMRPC_FLAG_STREAM
+STREAM_ENDED = lib.SHMRPC_FLAG_STREAM | lib.SHMRPC_FLAG_ENDED
 _INDEX = lib.SHMRPC_PYTHON_INDEX
 _REQUEST = lib.SHMRPC_REQUEST
 _send = lib.shmrpc_send
@@ -40,7 +41,7 @@ _EPIPE, _EPROTO, _ENOTCONN = -errno.EPIPE, -errno.EPROTO, -errno.ENOTCONN
 class Registered(Protocol):
     """A pending or open call, as far as sending its request is concerned."""
 
-    position: int
+    position: Sequence[int]  # one number: see the core's shmrpc_outcome_of
 
     @property
     def call_id(self) -> int: ...
@@ -65,7 +66,7 @@ class Pending:
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
         self.call_id = connection.session.new_id(_INDEX)
-        self.position = 0
+        self.position: Sequence[int] = NOT_SENT
         self.status = -1  # gRPC status number, once it is there
         self.error = 0  # errno that ended the connection
         self.body = b""
@@ -88,7 +89,7 @@ class Pending:
     def lost(self, error: int) -> None:
         """The connection has ended."""
         self.error = error
-        self.status = self.connection.outcome(self.call_id, self.position)
+        self.status = self.connection.outcome(self.call_id, self.position[0])
         self._wake()
 
     def _wake(self) -> None:
@@ -148,7 +149,8 @@ class Channel:
     ) -> int:
         """Send it: 0, 1 if it waits for room, or -errno (and it is not registered any more)."""
         slot = connection.slot()
-        position = ffi.new("uint64_t *")
+        position = ffi.new("uint64_t *", NOT_SENT[0])
+        pending.position = position
         deadline_ns = 0
         if kind == _REQUEST and deadline != FOREVER:
             deadline_ns = int(min(deadline, 9e9) * 1e9)
@@ -167,7 +169,6 @@ class Channel:
             deadline_ns,
             position,
         )
-        pending.position = position[0]
         connection.slots.append(slot)
         if status < 0:
             pending.unregister()
@@ -381,7 +382,7 @@ class Channel:
 
         The call begins when it is awaited first. Else as ``shmrpc.Client.stream``.
         """
-        return self._open(_STREAM_ENDED, method, args, kwargs, timeout, metadata)
+        return self._open(STREAM_ENDED, method, args, kwargs, timeout, metadata)
 
     def open(
         self,
@@ -396,7 +397,7 @@ class Channel:
 
         The call begins when it is awaited first. Else as ``shmrpc.Client.open``.
         """
-        return self._open(_STREAM, method, args, kwargs, timeout, metadata)
+        return self._open(STREAM, method, args, kwargs, timeout, metadata)
 
     def _open(
         self,
@@ -410,14 +411,15 @@ class Channel:
         deadline = self._deadline(timeout)
 
         async def begin(call: Call) -> Call:
-            return await self._begin_call(call, flags, args, kwargs, deadline, metadata)
+            return await self._begin_call(call, flags, method, args, kwargs, deadline, metadata)
 
-        return Call(self, method, begin, streams=flags == _STREAM_ENDED)
+        return Call(self, method, begin, streams=flags == STREAM_ENDED)
 
     async def _begin_call(
         self,
         call: Call,
         flags: int,
+        method: str,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         deadline: float,
@@ -426,7 +428,7 @@ class Channel:
         def attach(connection: Connection) -> Call:
             return call.attach(connection, deadline)
 
-        await self._send(_REQUEST, flags, call.method, args, kwargs, deadline, metadata, attach)
+        await self._send(_REQUEST, flags, method, args, kwargs, deadline, metadata, attach)
         return call
 
     # ---- views ----
@@ -444,7 +446,7 @@ class _NoPending:
     """A notification: nothing comes back for it."""
 
     call_id = 0
-    position = 0
+    position: Sequence[int] = NOT_SENT
 
     def __init__(self, connection: Connection) -> None:
         """Needs no connection."""

@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from shmrpc._native import ffi, lib
 from shmrpc.context import CallContext, enter_task, leave_task
-from shmrpc.errors import STATUS_NUMBERS, Cancelled, Error, MessageTooLarge, ProtocolError
+from shmrpc.errors import (
+    STATUS_NUMBERS,
+    Cancelled,
+    Error,
+    MessageTooLarge,
+    ProtocolError,
+    RemoteError,
+)
 from shmrpc.failures import Failure
 from shmrpc.metadata import pack_metadata, pack_reply_metadata, unpack_metadata
 from shmrpc.poller import FOREVER, Connection, body_of
@@ -67,6 +74,7 @@ class Incoming:
         "packed_metadata",
         "replied",
         "reply_metadata",
+        "started",
         "stream",
         "task",
     )
@@ -91,6 +99,7 @@ class Incoming:
         self.call_context: CallContext | None = None
         self.reply_metadata = b""
         self.replied = False
+        self.started = False
         self.cancelled_by_caller = False
 
     # ---- for current_call() ----
@@ -221,6 +230,8 @@ class Handlers:
             call.stream.cancel()
         if call.task is not None:
             call.task.cancel()
+            if not call.started:
+                self._forget(call)  # a task that is cancelled before its first step never runs
 
     # ---- running ----
 
@@ -257,6 +268,7 @@ class Handlers:
             leave_task(token)
 
     async def _run(self, call: Incoming, method: Method) -> None:
+        call.started = True
         enter_task(call)
         stage: Stage = "arguments"
         try:
@@ -303,7 +315,8 @@ class Handlers:
         try:
             inspect.signature(method.function).bind(*args, **kwargs)
         except TypeError as error:
-            raise error.with_traceback(None) from None
+            text, code = str(error), "INVALID_ARGUMENT"
+            raise RemoteError(text, type="TypeError", code=code) from None
         except ValueError:
             pass  # a builtin without a signature
         return await self._in_thread(method.function, *args, **kwargs)

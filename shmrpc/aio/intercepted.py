@@ -11,6 +11,7 @@ from shmrpc.metadata import check_metadata, unpack_reply_metadata
 from shmrpc.retries import Retries
 
 from .calls import Call
+from .channel import STREAM, STREAM_ENDED
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
@@ -47,7 +48,6 @@ class Intercepted:
         self._is_idempotent = is_idempotent
         # Taken now: they are about to be replaced by ours.
         self._call_with, self._notify = channel._call_with, channel.notify
-        self._stream, self._open = channel.stream, channel.open
         self._interceptors = interceptors
         self._call_chain = compose_async(interceptors, self._proceed_call)
         self._notify_chain = compose_async(interceptors, self._proceed_notify)
@@ -150,7 +150,7 @@ class Intercepted:
     ) -> Call:
         """As ``Channel.stream``."""
         info = self._info(method, "stream", args, kwargs, timeout, metadata)
-        return self._opening(self._stream, info, streams=True)
+        return self._opening(STREAM_ENDED, info)
 
     def open(
         self,
@@ -163,38 +163,33 @@ class Intercepted:
     ) -> Call:
         """As ``Channel.open``."""
         info = self._info(method, "stream", args, kwargs, timeout, metadata)
-        return self._opening(self._open, info, streams=False)
+        return self._opening(STREAM, info)
 
-    def _opening(self, open_call: Callable[..., Call], info: CallInfo, *, streams: bool) -> Call:
-        async def proceed(info: CallInfo) -> Call:
-            _set_deadline(info)
-            metadata = info.metadata or None
-            call = open_call(
-                info.method, *info.args, timeout=info.timeout, metadata=metadata, **info.kwargs
-            )
+    def _opening(self, flags: int, info: CallInfo) -> Call:
+        async def begin(call: Call) -> Any:
+            async def proceed(info: CallInfo) -> Call:
+                _set_deadline(info)
+                deadline = self._channel._deadline(info.timeout)
+                metadata = info.metadata or None
+                return await self._channel._begin_call(
+                    call, flags, info.method, info.args, info.kwargs, deadline, metadata
+                )
 
-            def note(_error: BaseException | None) -> None:
+            def ended(error: BaseException | None) -> None:
                 info.trailing_metadata, info.initial_metadata = call.reply_metadata()
+                info.finish(error)
 
-            await call.start()
-            call.observe(note)
-            return call
-
-        chain = compose_async(self._interceptors, proceed)
-
-        async def begin(_outer: Call) -> Any:
+            call.observe(ended)
             try:
-                call = await chain(info)
+                result = await compose_async(self._interceptors, proceed)(info)
             except BaseException as error:
                 info.finish(error)
                 raise
-            if isinstance(call, Call):
-                call.observe(info.finish)
-            else:
+            if result is not call:
                 info.finish()  # an interceptor's own: there is no telling when it ends
-            return call
+            return result
 
-        return Call(self._channel, info.method, begin, streams=streams)
+        return Call(self._channel, info.method, begin, streams=flags == STREAM_ENDED)
 
 
 def _set_deadline(info: CallInfo) -> None:

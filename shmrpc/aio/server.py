@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from shmrpc import address as addresses
-from shmrpc import handshake, segments
+from shmrpc import handover, handshake, segments
 from shmrpc.acceptor import Acceptor
 from shmrpc.codec import Codec, MsgpackCodec
 from shmrpc.errors import Error, ForkedError
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 __all__ = ["Server"]
 
 F = TypeVar("F", bound="Callable[..., Any]")
+
+_HANDSHAKES_SECONDS = 1.0  # that connections just being made get to end
 
 
 class Server:
@@ -164,6 +166,8 @@ class Server:
             acceptor.close()
             raise
         self._poller, self._acceptor, self._handlers = poller, acceptor, handlers
+        # Before it accepts: a successor that does not get so far leaves all to who does.
+        handover.tell_ready()
         acceptor.start()
 
     async def stop(self, grace: float = 5.0) -> None:
@@ -175,9 +179,17 @@ class Server:
         if poller is None or acceptor is None or handlers is None:
             return
         check_loop(poller.loop, "this server")
-        self._poller = self._acceptor = self._handlers = None
+        self._acceptor = None
+        handover.notify("STOPPING=1")
+
+        def stop_accepting() -> None:
+            acceptor.retire(min(grace, _HANDSHAKES_SECONDS))
+            acceptor.close()
+
         # The acceptor's thread may have a connection on its way into the loop.
-        await poller.loop.run_in_executor(None, acceptor.close)
+        await poller.loop.run_in_executor(None, stop_accepting)
+        await asyncio.sleep(0)
+        self._poller = self._handlers = None
         poller.drain()
         until = time.monotonic() + grace
         await handlers.stop(grace)

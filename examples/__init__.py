@@ -1,0 +1,1 @@
+"""Examples: programs to run, with python -m from the directory above."""
