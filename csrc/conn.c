@@ -571,8 +571,8 @@ int conn_outcome(struct conn *conn, uint64_t call_id, uint64_t position)
 
     if (position >= pushed)
         return SHMRPC_NOT_SENT;
-    if (load_relaxed(&conn->said_goodbye) != 0)
-        return SHMRPC_NOT_STARTED; /* or its reply would have come before */
+    if (load_relaxed(&conn->said_goodbye) != 0 && call_id != 0)
+        return SHMRPC_NOT_STARTED; /* or its reply would have come before; notifications have none */
     if (!conn->is_shm || load_relaxed(&conn->ended_here) != 0)
         return SHMRPC_UNKNOWN; /* a peer that lives may still read what it has */
     uint64_t head = load_acquire(&conn->wake.peer->head); /* fence A, pairs with D */

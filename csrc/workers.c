@@ -626,6 +626,8 @@ static int64_t find_work(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
                 workers_go_away(poller);
             return slot->result;
         }
+        if (must_end(poller))
+            continue; /* it gave up the lock for moments */
         if (poller->leader == slot || poller->leader == NULL) {
             int64_t result = lead(poller, slot);
             if (result != RESULT_QUEUED)

@@ -173,7 +173,8 @@ def run(
                 processes.start(name)
             story = story_of(processes)
             story.scenes()
-            print(f"-- {KILLS} times anybody is killed at any moment, seed {seed}.", flush=True)
+            processes.tell(f"-- {KILLS} times anybody is killed at any moment, seed {seed}.")
+            processes.until(f"seed {seed}")
             processes.quiet = True
             _storm(processes, list(commands), story.once, seed)
             story.close()

@@ -391,8 +391,14 @@ class Channel:
                     raise self._unpackable(slot, method, args, kwargs, error) from error
                 if kwargs:
                     flags |= lib.SHMRPC_FLAG_KEYWORDS
-            pending.register()
-            status = self._send_once(slot, kind, flags, pending, name, beside, body, deadline)
+            try:
+                pending.register()
+                status = self._send_once(slot, kind, flags, pending, name, beside, body, deadline)
+            except BaseException:  # Ctrl-C while it waits for room
+                pending.unregister()
+                if kind == lib.SHMRPC_REQUEST:
+                    connection.send_now(lib.SHMRPC_CANCEL, pending.call_id)
+                raise
             if status == 0:
                 connection.slots.append(slot)
                 return pending

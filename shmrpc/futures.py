@@ -13,6 +13,7 @@ import errno
 import threading
 import time
 from concurrent.futures import CancelledError, Future, InvalidStateError
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ._native import lib
@@ -35,6 +36,17 @@ class Channel(Protocol):
     ) -> Error: ...
 
 
+class _Condition(threading.Condition):
+    """A Condition that Ctrl-C does not leave locked.
+
+    ``with`` gets the lock's own methods: there is no Python code between the lock and the block
+    in which a signal handler could raise.
+    """
+
+    __enter__ = property(attrgetter("_lock.__enter__"))
+    __exit__ = property(attrgetter("_lock.__exit__"))
+
+
 class _Watchers(list[Any]):
     """The futures module's list of who waits for one future, which tells when it gets one."""
 
@@ -54,6 +66,7 @@ class CallFuture(Future[Any]):
         self, channel: Channel, connection: Connection, method: str, deadline: float
     ) -> None:
         super().__init__()
+        self._condition = _Condition()
         self._waiters = _Watchers(self)
         self.method = method
         self.deadline = deadline  # time.monotonic() seconds
@@ -163,13 +176,13 @@ class CallFuture(Future[Any]):
             self.finish(result)
 
     def finish(self, result: Any, error: BaseException | None = None) -> None:
-        """Set the outcome, unless it has been cancelled meanwhile."""
+        """Set the outcome, unless it has been cancelled meanwhile. Can be repeated."""
         with contextlib.suppress(InvalidStateError):
             if error is not None:
                 self.set_exception(error)
             else:
                 self.set_result(result)
-            self.threads.wake()
+        self.threads.wake()
 
     def expire(self) -> None:
         """Its deadline has passed, or nobody can read any more."""

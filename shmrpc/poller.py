@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from ._native import ffi, lib
 from .errors import ConnectError, ConnectionLost, Error, ForkedError, ProtocolError
 from .rendezvous import Credentials
-from .session import Pending, Session, Stream
+from .session import Pending, Run, Session, Stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -306,6 +306,7 @@ class Poller:
         if self._taker == ffi.NULL:
             raise MemoryError
         self._message = lib.shmrpc_slot_message(self._taker)
+        self._unfinished: Any = None  # what has been made of the message that was taken last
         self._run_worker: Callable[[Poller], None] | None = None
         self._serve_queued: Callable[[], None] | None = None
         _pollers.add(self)
@@ -334,11 +335,40 @@ class Poller:
     def dispatch(self) -> None:
         """Take what the core has for us, and tell those concerned."""
         later: list[Callable[[], None]] = []
+        try:
+            self._dispatch(later)
+        except BaseException:
+            self._interrupted(later)
+            raise
+
+    def _dispatch(self, later: list[Callable[[], None]]) -> None:
+        message = self._message
         with self._lock:
-            while lib.shmrpc_take(self._taker):
+            while True:
+                if not message.kind:  # else it was taken, and not seen to the end
+                    self._unfinished = None
+                    if not lib.shmrpc_take(self._taker):
+                        break
                 self._take(later)
+                message.kind = 0
         for run in later:
             run()
+
+    def _interrupted(self, later: list[Callable[[], None]]) -> None:
+        """A signal handler has raised, anywhere: what came is for other threads as well.
+
+        Another thread repeats what may not be complete; there no signal handlers run.
+        """
+        threading.Thread(
+            target=self._repeat, args=(later,), name="shmrpc-interrupted", daemon=True
+        ).start()
+
+    def _repeat(self, later: list[Callable[[], None]]) -> None:
+        try:
+            self._dispatch(later)
+        except Exception:  # it was no signal handler
+            self._message.kind = 0
+            raise
 
     def _take(self, later: list[Callable[[], None]]) -> None:
         message = self._message
@@ -356,8 +386,8 @@ class Poller:
             connection.forget_if_done()
         elif kind == lib.SHMRPC_CREDIT:
             stream = session.stream_of(call_id, from_caller=self._from_caller())
-            if stream is not None and not stream.credit(body_of(message)):
-                session.dropped += 1
+            if stream is not None:
+                self._take_credit(session, stream)
         elif kind in (lib.SHMRPC_REQUEST, lib.SHMRPC_NOTIFY):
             self._take_request(connection, message, later)
         elif kind == lib.SHMRPC_CANCEL:
@@ -373,10 +403,10 @@ class Poller:
         elif kind == lib.SHMRPC_ROOM:
             self._take_room(connection)
         elif kind == lib.SHMRPC_CLOSED:
-            self.connections.pop(connection.conn_id, None)
-            self._dropped += session.dropped
             later += connection.end(message.status)
             self._take_end(connection, later)
+            self._dropped += session.dropped
+            self.connections.pop(connection.conn_id, None)
 
     def _take_request(
         self, connection: Connection, message: Any, _later: list[Callable[[], None]]
@@ -405,10 +435,24 @@ class Poller:
         stream = session.stream_of(call_id, from_caller=self._from_caller(), frames=count)
         if stream is None:
             return
-        data = body_of(self._message)
-        ends: Sequence[int] = ffi.unpack(self._message.ends, count) if count > 1 else (len(data),)
-        if not stream.items(data, ends):
+        run = self._unfinished
+        if run is None:
+            data = body_of(self._message)
+            ends: Sequence[int] = (
+                ffi.unpack(self._message.ends, count) if count > 1 else (len(data),)
+            )
+            run = self._unfinished = Run(data, ends)
+        if not stream.items(run):
             session.dropped += count
+
+    def _take_credit(self, session: Session, stream: Stream) -> None:
+        credit = self._unfinished
+        if credit is None:
+            credit = self._unfinished = stream.credited(body_of(self._message))
+        if credit is None:
+            session.dropped += 1
+        else:
+            stream.grant(credit)
 
     # ---- waiting ----
 
@@ -526,10 +570,11 @@ class Poller:
         self._run_worker = None
         lib.shmrpc_poller_stop(self.c)
         until = time.monotonic() + patience
-        for thread in self.threads:
+        threads = self.threads  # a worker that starts another one meanwhile replaces the list
+        for thread in threads:
             if thread is not threading.current_thread():
                 thread.join(max(0.0, until - time.monotonic()))
-        return [thread.name for thread in self.threads if thread.is_alive()]
+        return [thread.name for thread in threads if thread.is_alive()]
 
     # ---- statistics, forks ----
 

@@ -8,13 +8,21 @@ from __future__ import annotations
 
 import itertools
 import struct
-from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["NOT_SENT", "WINDOW_BYTES", "WINDOW_MESSAGES", "Pending", "Session", "Stream", "Waiting"]
+__all__ = [
+    "NOT_SENT",
+    "WINDOW_BYTES",
+    "WINDOW_MESSAGES",
+    "Pending",
+    "Run",
+    "Session",
+    "Stream",
+    "Waiting",
+]
 
 # What a sender of items may have under way beyond what the receiver has taken: so much is buffered
 # for a reader that stops, and about half of it fits into a ring.
@@ -48,12 +56,59 @@ class Waiting(Protocol):
         """Make them look again. Must not wait, nor take the poller's lock."""
 
 
+class Run:
+    """Items of a stream that came together."""
+
+    __slots__ = ("data", "ends", "next", "received_bytes", "received_messages")
+
+    def __init__(self, data: bytes, ends: Sequence[int]) -> None:
+        self.data = data
+        self.ends = ends  # where each item ends
+        self.next: Run | None = None
+        self.received_messages = self.received_bytes = 0  # of the stream, up to the end of these
+
+
+class Runs:
+    """What came and was not taken: a queue in which one thread appends and one takes.
+
+    Appending the last run again changes nothing, so that it can be repeated after an interruption.
+    """
+
+    __slots__ = ("_taken", "last")
+
+    def __init__(self) -> None:
+        self._taken = self.last = Run(b"", ())
+
+    def __bool__(self) -> bool:
+        return self._taken.next is not None
+
+    def append(self, run: Run) -> None:
+        """Only for who reads the connection."""
+        if run is not self.last:
+            self.last.next = run
+            self.last = run
+
+    def popleft(self) -> tuple[bytes, Sequence[int]]:
+        """The next run's data and ends; IndexError if there is none now."""
+        run = self._taken.next
+        if run is None:
+            raise IndexError
+        self._taken = run
+        data, run.data = run.data, b""
+        return data, run.ends
+
+    def clear(self) -> None:
+        """Take all there is."""
+        while self:
+            self.popleft()
+
+
 class Stream:
     """One stream as either side sees it: what came and was not taken, and what may be sent.
 
     Counters have one writer each, so that a reading and a consuming thread need no lock: the
-    reader of the connection writes ``granted_*`` and ``received_*``, the sender ``sent_*``, the
-    consumer ``taken_*`` and ``returned_*``.
+    reader of the connection writes ``granted_*``, the sender ``sent_*``, the consumer ``taken_*``
+    and ``returned_*``. What the reader does may be repeated with the same result.
     """
 
     __slots__ = (
@@ -66,8 +121,6 @@ class Stream:
         "outcome",
         "overrun",
         "position",
-        "received_bytes",
-        "received_messages",
         "reply",
         "returned_bytes",
         "returned_messages",
@@ -82,7 +135,7 @@ class Stream:
 
     def __init__(self, waiters: Waiting, *, ended: bool = False) -> None:
         self.waiters = waiters
-        self.runs: deque[tuple[bytes, Sequence[int]]] = deque()  # items, and where each ends
+        self.runs = Runs()
         self.started = False  # callee: a handler has it
         self.ended = ended  # no more items come
         self.cancelled = False  # callee: the caller has given up, or is gone
@@ -94,7 +147,6 @@ class Stream:
         self.outcome = 0  # caller: what became of the call when the connection ended
         self.granted_messages, self.granted_bytes = WINDOW_MESSAGES, WINDOW_BYTES
         self.sent_messages = self.sent_bytes = 0
-        self.received_messages = self.received_bytes = 0
         self.taken_messages = self.taken_bytes = 0
         self.returned_messages = self.returned_bytes = 0
 
@@ -141,31 +193,40 @@ class Stream:
         """Caller: whether nothing comes any more."""
         return self.reply is not None or self.lost_error != 0 or self.overrun
 
+    @property
+    def received_messages(self) -> int:
+        """How many have come."""
+        return self.runs.last.received_messages
+
     # ---- for who reads the connection ----
 
-    def items(self, data: bytes, ends: Sequence[int]) -> bool:
+    def items(self, run: Run) -> bool:
         """Items have come. False if they are beyond the credit, and dropped."""
-        granted_messages = WINDOW_MESSAGES + self.returned_messages
-        granted_bytes = WINDOW_BYTES + self.returned_bytes
-        last = len(data) - (ends[-2] if len(ends) > 1 else 0)
-        self.received_messages += len(ends)
-        self.received_bytes += len(data)
-        if self.received_messages > granted_messages or self.received_bytes - last >= granted_bytes:
-            self.overrun = True
+        before, ends = self.runs.last, run.ends
+        if run is not before:
+            last = len(run.data) - (ends[-2] if len(ends) > 1 else 0)
+            run.received_messages = before.received_messages + len(ends)
+            run.received_bytes = before.received_bytes + len(run.data)
+            if (
+                run.received_messages > WINDOW_MESSAGES + self.returned_messages
+                or run.received_bytes - last >= WINDOW_BYTES + self.returned_bytes
+            ):
+                self.overrun = True
         if self.ended or self.overrun:
             self.waiters.wake()
             return False
-        self.runs.append((data, ends))
+        self.runs.append(run)
         self.waiters.wake()
         return True
 
-    def credit(self, body: bytes) -> bool:
-        """The receiver takes more. False if that can't be: it never got what it gives back.
+    def credited(self, body: bytes) -> tuple[int, int] | None:
+        """What may be sent in all once the receiver has said this.
 
-        Nobody could send beyond a window otherwise but into memory of its own.
+        None if that can't be: it never got what it gives back. Nobody could send beyond a window
+        otherwise but into memory of its own.
         """
         if len(body) != _CREDIT.size:
-            return False
+            return None
         messages, size = _CREDIT.unpack(body)
         granted_messages = self.granted_messages + messages
         granted_bytes = self.granted_bytes + size
@@ -173,26 +234,27 @@ class Stream:
             granted_messages > self.sent_messages + WINDOW_MESSAGES
             or granted_bytes > self.sent_bytes + WINDOW_BYTES
         ):
-            return False
-        self.granted_messages, self.granted_bytes = granted_messages, granted_bytes
+            return None
+        return granted_messages, granted_bytes
+
+    def grant(self, credit: tuple[int, int]) -> None:
+        """So much may be sent in all."""
+        self.granted_messages, self.granted_bytes = credit
         self.waiters.wake()
-        return True
 
     def end(self) -> bool:
         """Callee: no more items come. False if that was so before."""
-        if self.ended:
-            return False
-        self.ended = True
+        before, self.ended = self.ended, True
         self.waiters.wake()
-        return True
+        return not before
 
     def begin(self, metadata: bytes) -> bool:
         """Caller: initial metadata has come. False if it had before."""
-        if self.initial is not None:
-            return False
-        self.initial = metadata
+        before = self.initial
+        if before is None:
+            self.initial = metadata
         self.waiters.wake()
-        return True
+        return before is None
 
     def replied(self, status: int, metadata: bytes, body: bytes) -> None:
         """As ``Pending.replied``."""

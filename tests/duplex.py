@@ -160,7 +160,14 @@ def add_streams(server):
 
     server.method(name="mark_running")(running.add)
     server.method(name="is_running")(running.__contains__)
-    server.method(name="ends_of")(lambda label: [end[1:] for end in ends if end[0] == label])
+
+    @server.method
+    def ends_of(label):
+        """How the handlers with this label ended since the last time that somebody asked."""
+        found = [end for end in ends if end[0] == label]
+        for end in found:
+            ends.remove(end)
+        return [end[1:] for end in found]
 
     @server.method
     def count(limit, pause=0):

@@ -159,6 +159,28 @@ def test_a_worker_of_the_client_that_is_busy_holds_up_nobody(client):
         wait_until(lambda n=number: client.call("kept.outcomes_of", f"c{n}") == [["ok", 0]])
 
 
+def test_a_handler_that_waits_for_its_caller_holds_up_no_other_client(service, transport, connect):
+    """The thread that waits reads for the whole server meanwhile."""
+    running = service(transport)
+    clients = [connect(running.address) for _ in range(4)]
+    gate = threading.Event()
+    entered = [threading.Event() for _ in clients]
+    for number, client in enumerate(clients):
+        client.method(name="block")(lambda n=number: entered[n].set() or gate.wait(30))
+    futures = [client.submit("call_back", "call", "block") for client in clients[1:]]
+    threads = [threading.Thread(target=future.result) for future in futures]
+    for thread in threads:
+        thread.start()
+    assert all(event.wait(10) for event in entered[1:])
+    for _ in range(20):
+        assert clients[0].call("add", 1, 2) == 3
+        assert connect(running.address).call("add", 1, 2) == 3
+    gate.set()
+    for thread in threads:
+        thread.join(10)
+    assert [future.result(10) for future in futures] == [True] * 3
+
+
 # ---- kinds of calls and their errors ----
 
 

@@ -454,8 +454,7 @@ TEST(goodbye_tells_what_became_of_calls)
         CHECK_EQUAL(events(slot, -1), SHMRPC_EVENTS);
         CHECK_EQUAL(shmrpc_take(slot), 1);
         CHECK_EQUAL(shmrpc_slot_message(slot)->kind, SHMRPC_CLOSED);
-        CHECK_EQUAL(shmrpc_outcome_of(setup.client, setup.client_conn, call_id, position),
-                    SHMRPC_NOT_STARTED);
+        CHECK_EQUAL(shmrpc_outcome_of(slot, call_id, position), SHMRPC_NOT_STARTED);
         CHECK_EQUAL(call(slot, "echo", NULL, 0, -1), -ENOTCONN);
         shmrpc_slot_free(slot);
         setup_close(&setup);

@@ -50,7 +50,7 @@ static int send_message(struct ends *ends, int side, uint8_t kind, size_t bytes,
                         uint64_t *position)
 {
     uint8_t *payload = malloc(bytes + 1);
-    size_t name = kind == SHMRPC_REQUEST ? 4 : 0;
+    size_t name = kind == SHMRPC_REQUEST || kind == SHMRPC_NOTIFY ? 4 : 0;
     size_t metadata = bytes > 100 ? 50 : 0;
     atomic_u64 at = 0;
 
@@ -454,6 +454,25 @@ TEST(outcomes)
     REQUIRE(conn_flush(caller, &ends.bells) == 0);
     CHECK_EQUAL(conn_outcome(caller, 2, second), SHMRPC_UNKNOWN);
     CHECK_EQUAL(conn_outcome(caller, 3, third), SHMRPC_NOT_STARTED);
+    ends_close(&ends);
+}
+
+/* Without an id and a reply, they can't be told apart once they were taken. */
+TEST(outcomes_of_notifications)
+{
+    struct ends ends;
+    struct frame_header header;
+    uint64_t position;
+
+    ends_open(&ends, SHM, 8192, 8192);
+    struct conn *caller = &ends.conns[0];
+    CHECK_EQUAL(send_message(&ends, 0, SHMRPC_NOTIFY, 100, 0, &position), 0);
+    CHECK_EQUAL(conn_outcome(caller, 0, position), SHMRPC_NOT_STARTED);
+    REQUIRE(receive(&ends, 1, &header) == 1);
+    take(&ends, 1, &header, 100, 0);
+    CHECK_EQUAL(conn_outcome(caller, 0, position), SHMRPC_UNKNOWN);
+    store_relaxed(&caller->said_goodbye, 1);
+    CHECK_EQUAL(conn_outcome(caller, 0, position), SHMRPC_UNKNOWN);
     ends_close(&ends);
 }
 

@@ -85,6 +85,7 @@ class Story:
                 self._processes.until("stays")
                 self._processes.restart("coordinator")
                 move.result(PATIENCE)
+        self._ask("settle")
 
     def once(self, name: str, amount: int) -> None:
         """What customers do in the storm."""

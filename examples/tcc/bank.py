@@ -38,8 +38,7 @@ class Bank:
         self._coordinator = shmrpc.connect("coordinator", timeout=PATIENCE)
         self._coordinator.method(name="confirm")(lambda xid: self._end(xid, "confirmed"))
         self._coordinator.method(name="cancel")(lambda xid: self._end(xid, "cancelled"))
-        self._attending = threading.Thread(target=self._attend)
-        self._attending.start()
+        threading.Thread(target=self._attend).start()
 
     def _attend(self) -> None:
         """Be there for the coordinator; when it was lost, for the one that comes after it."""
@@ -91,9 +90,8 @@ class Bank:
             self._overtaken.wait()
 
     def close(self) -> None:
-        """Leave the coordinator."""
+        """Leave the coordinator, which ends the standing call and its thread."""
         self._coordinator.close()
-        self._attending.join()
 
 
 if __name__ == "__main__":

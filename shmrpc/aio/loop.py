@@ -201,6 +201,10 @@ class LoopPoller(Poller):
 
     # ---- what comes ----
 
+    def _interrupted(self, _later: list[Callable[[], None]]) -> None:
+        """The loop is about to end; no other thread can do its work."""
+        self._message.kind = 0
+
     def _take_request(
         self, connection: Connection, message: Any, later: list[Callable[[], None]]
     ) -> None:
