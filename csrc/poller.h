@@ -278,7 +278,7 @@ void workers_leave(struct shmrpc_poller *poller, struct shmrpc_slot *slot);
 void workers_resume(struct shmrpc_poller *poller);
 /* With the lock held: a worker's slot goes, whatever it was doing. */
 void workers_forget(struct shmrpc_poller *poller, struct shmrpc_slot *slot);
-/* With the lock held: whether a request of this conn runs. */
+/* With the lock held: whether a request of this conn runs, or has run and got no reply. */
 bool workers_run(const struct shmrpc_poller *poller, const struct conn *conn);
 /* With the lock held: tell all requests that run that nobody waits for them any more. */
 void workers_cancel_all(struct shmrpc_poller *poller);

@@ -180,8 +180,8 @@ int64_t shmrpc_conn_add(shmrpc_poller *poller, const shmrpc_conn_options *option
 /* End it as if the peer had hung up. Waiters get -EPIPE, the leader sees SHMRPC_CLOSED. */
 int shmrpc_conn_shutdown(shmrpc_poller *poller, uint64_t conn_id);
 /* After shmrpc_poller_drain and shmrpc_poller_stop, and before shmrpc_conn_shutdown: tell the peer
- * that its requests without a reply were not started and will not be. Not if one of them runs: its
- * outcome stays unknown, -EBUSY. */
+ * that its requests without a reply were not started and will not be. Not if one of them runs, or
+ * ended without a reply: its outcome stays unknown, -EBUSY. */
 int shmrpc_conn_goodbye(shmrpc_poller *poller, uint64_t conn_id);
 /* The descriptors a poller holds (at most `count` are written): for a forked child to close. */
 int shmrpc_poller_fds(shmrpc_poller *poller, int *fds, int count);
@@ -258,7 +258,8 @@ int64_t shmrpc_next(shmrpc_slot *slot);
  * shmrpc_finish; then go on waiting. */
 int64_t shmrpc_next_queued(shmrpc_slot *slot);
 /* The slot's request is over: shmrpc_next does the same. One that has no reply gets one without a
- * body: status 1 (CANCELLED), or 4 after its deadline; not if its caller has cancelled it. */
+ * body: status 1 (CANCELLED), or 4 after its deadline; not if its caller has cancelled it, nor the
+ * former after shmrpc_poller_drain. */
 void shmrpc_finish(shmrpc_slot *slot);
 /* Let another thread serve the request that shmrpc_next_queued has started in this one: a stream,
  * which may depend on what this thread does next. The other thread calls shmrpc_adopt first. */

@@ -178,7 +178,8 @@ ALIKE = {
 def pytest_collection_modifyitems(items):
     for item in items:
         name = item.path.stem.removeprefix("test_")
-        if name in ALIKE and "[tcp" in item.name.replace("-tcp", "[tcp"):
+        said = item.name.replace("-", "[")
+        if (name in ALIKE and "[tcp" in said) or (name == "stream_ends" and "[shm" not in said):
             item.add_marker(pytest.mark.thorough)
 
 
