@@ -19,6 +19,7 @@ from .ls import ls
 from .ping import ping
 from .serve import serve
 from .sidecar import sidecar
+from .tunnel import tunnel
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,7 +67,7 @@ def shmrpc_command(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for _command in (demo, serve, call, ping, ls, sidecar):
+for _command in (demo, serve, call, ping, ls, sidecar, tunnel):
     shmrpc_command.add_command(_command)
 
 
