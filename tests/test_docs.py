@@ -157,6 +157,7 @@ class Story:
                 process = self._start(shlex.split(command), stderr=subprocess.PIPE)
                 output = process.stderr.readline().decode()
             else:
+                command = command.replace(PORT, self.port)
                 output = self._run(f"{where}: {command}", shlex.split(command))
             check_output(f"{where}: {command}", expected, output)
 

@@ -59,6 +59,8 @@ def shmrpc_command(context: click.Context) -> None:
       shmrpc call calc add 1 2         call a method of it
       shmrpc ls                        which servers are alive
       shmrpc ping calc -c 5            how long a round trip takes
+      shmrpc sidecar ...               pass calls on between addresses, also to other hosts
+      shmrpc tunnel ...                carry bytes between shared memory and sockets
 
     Exit status: 0 done; 1 the call failed at the server; 2 wrong usage or input, or no
     connection; 130 interrupted.

@@ -71,8 +71,8 @@ async def _run(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
     service = Tunnel(listen, to, allow_uids=allow_uid, allow_remote=allow_remote)
-    await service.start()
     try:
+        await service.start()
         click.echo(f"tunnel at {service.address} to {to} (pid {os.getpid()})", err=True)
         await ended.wait()
     finally:

@@ -1,4 +1,4 @@
-"""A tunnel for bytes: between shared memory and sockets, for programs that speak only one of them."""
+"""A tunnel for bytes: between shared memory and sockets, for programs that speak one of them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from shmrpc import address as addresses
 from shmrpc import aio
+from shmrpc.aio.hub import hub_of
 from shmrpc.errors import ConnectError
 from shmrpc.rendezvous import Listener
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from shmrpc.address import Address
+    from shmrpc.aio.hub import Hub
 
 __all__ = ["Tunnel"]
 
@@ -51,7 +53,7 @@ class _End(asyncio.Protocol):
             _log.warning("a connection was refused: %s", error)
             self.abort()
             return
-        if self._transport.is_closing():
+        if self._transport is None or self._transport.is_closing():
             other.abort()
             return
         self._other = other
@@ -64,7 +66,8 @@ class _End(asyncio.Protocol):
 
     def write(self, data: bytes) -> None:
         """What the other end got."""
-        self._transport.write(data)
+        if self._transport is not None:
+            self._transport.write(data)
 
     def pause_writing(self) -> None:
         """Our peer does not keep up."""
@@ -82,7 +85,7 @@ class _End(asyncio.Protocol):
         """Half of the connection ends; the other half may go on."""
         self._ended = True
         other = self._other
-        if other is None:
+        if other is None or other._transport is None:
             return False
         with contextlib.suppress(OSError, RuntimeError):
             other._transport.write_eof()
@@ -91,8 +94,11 @@ class _End(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         """It has ended: so does the other side, which gets what it has not got yet."""
         self._tunnel.lose(self)
-        if self._connecting is not None:
-            self._connecting.cancel()
+        # The two and their transports know each other: nothing of them is to wait for the collector.
+        self._transport = None
+        connecting, self._connecting = self._connecting, None
+        if connecting is not None:
+            connecting.cancel()
         other, self._other = self._other, None
         if other is None or other._transport is None:
             return
@@ -136,6 +142,7 @@ class Tunnel:
         self._empty = asyncio.Event()
         self._server: Any = None
         self._listener: Listener | None = None
+        self._hub: Hub | None = None
 
     @property
     def address(self) -> str:
@@ -150,6 +157,9 @@ class Tunnel:
         def factory() -> _End:
             return _End(self)
 
+        # Or each connection that is the only one would make a poller and epoll anew.
+        self._hub = hub_of(asyncio.get_running_loop())
+        self._hub.enter()
         if self._listen.transport == "shm":
             self._server = await aio.create_server(
                 factory, str(self._listen), allow_uids=self._allow_uids
@@ -200,6 +210,9 @@ class Tunnel:
         while self.ends:
             self._empty.clear()
             await self._empty.wait()
+        hub, self._hub = self._hub, None
+        if hub is not None:
+            hub.leave()
 
 
 async def _connect_socket(address: Address, factory: Callable[[], _End]) -> None:
