@@ -30,6 +30,11 @@ def _layer(effort: Effort) -> Iterator[Comparison]:
         yield topics.layer(effort, place)
 
 
+def _sidecar(effort: Effort) -> Iterator[Comparison]:
+    for place in _places():
+        yield topics.sidecar(effort, place)
+
+
 def _threads(effort: Effort) -> Iterator[Comparison]:
     yield topics.threads(effort)
 
@@ -61,6 +66,7 @@ def _bytes(effort: Effort) -> Iterator[Comparison]:
 _TOPICS: dict[str, Callable[[Effort], Iterator[Comparison]]] = {
     "unary": _unary,
     "layer": _layer,
+    "sidecar": _sidecar,
     "threads": _threads,
     "pairs": _pairs,
     "streams": _streams,

@@ -21,6 +21,10 @@ _HOMES = {
     "raw-uds": "benchmarks.baselines:RAW_UDS",
     "raw-tcp": "benchmarks.baselines:RAW_TCP",
     "mp-pipe": "benchmarks.baselines:MP_PIPE",
+    "sidecar": "benchmarks.middlemen:SIDECAR",
+    "uds-proxy": "benchmarks.middlemen:UDS_PROXY",
+    "shm 1 MB": "benchmarks.middlemen:SHM_LARGE",
+    "sidecar 1 MB": "benchmarks.middlemen:SIDECAR_LARGE",
 }
 
 

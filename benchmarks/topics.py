@@ -17,6 +17,7 @@ THREADS = ("shm", "unix", "raw-uds")
 PAIRS = ("shm", "raw-uds")
 IDLE = ("shm", "unix", "raw-uds")
 LAYER = ("unix", "raw-uds")
+SIDECAR = ("shm", "sidecar", "raw-uds", "uds-proxy", "shm 1 MB", "sidecar 1 MB")
 STREAMS = {"shm": ("stream", "64 calls", "512 calls"), "unix": ("stream",), "tcp": ("stream",)}
 STREAM_ROWS = tuple(f"{name} {flow}" for name, flows in STREAMS.items() for flow in flows)
 
@@ -59,6 +60,11 @@ def unary(effort: Effort, place: str) -> Comparison:
 def layer(effort: Effort, place: str) -> Comparison:
     """Compare shmrpc over a Unix socket with the bare socket: what the RPC layer itself costs."""
     return compare(Comparison("layer", place), LAYER, effort, _place(place), Crowd())
+
+
+def sidecar(effort: Effort, place: str) -> Comparison:
+    """Compare direct calls with those through a process between: ours, and a plain proxy."""
+    return compare(Comparison("sidecar", place), SIDECAR, effort, _place(place), Crowd())
 
 
 def threads(effort: Effort) -> Comparison:

@@ -94,7 +94,7 @@ class _End(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         """It has ended: so does the other side, which gets what it has not got yet."""
         self._tunnel.lose(self)
-        # The two and their transports know each other: nothing of them is to wait for the collector.
+        # The two and their transports know each other: none is to wait for the collector.
         self._transport = None
         connecting, self._connecting = self._connecting, None
         if connecting is not None:
