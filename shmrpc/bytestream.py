@@ -46,9 +46,13 @@ _ITEM_FLAGS = lib.SHMRPC_FLAG_CALLER
 _send_item = lib.shmrpc_send_item
 
 
-def byte_terms(address: Address, allow_uids: frozenset[int] = frozenset()) -> Terms:
+def byte_terms(
+    address: Address, allow_uids: frozenset[int] = frozenset(), *, allow_remote: bool = False
+) -> Terms:
     """What a side of a byte stream brings to the handshake."""
-    return Terms(address, _MESSAGE_BYTES, _RING_BYTES, allow_uids=allow_uids)
+    return Terms(
+        address, _MESSAGE_BYTES, _RING_BYTES, allow_uids=allow_uids, allow_remote=allow_remote
+    )
 
 
 def _nothing() -> None:

@@ -645,3 +645,17 @@ def test_tcp_for_other_hosts_has_to_be_meant(make, no_leaks):
             asyncio.run(listens(make(address)))
     found = asyncio.run(listens(make("tcp://0.0.0.0:0", allow_remote=True)))
     assert found.startswith("tcp://0.0.0.0:")
+
+
+def test_byte_servers_for_other_hosts_have_to_be_meant(no_leaks):
+    async def listens(**options):
+        server = await aio.create_server(asyncio.Protocol, "tcp://0.0.0.0:0", **options)
+        (found,) = server.addresses
+        server.close()
+        await server.wait_closed()
+        return found
+
+    with pytest.raises(shmrpc.ConnectError, match="allow_remote=True"):
+        asyncio.run(listens())
+    found = asyncio.run(listens(allow_remote=True))
+    assert found.startswith("tcp://0.0.0.0:")

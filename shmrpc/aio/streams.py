@@ -77,6 +77,7 @@ class ByteServer(asyncio.AbstractServer):
         protocol_factory: Callable[[], asyncio.BaseProtocol],
         address: tuple[str, ...],
         allow_uids: Iterable[int],
+        allow_remote: bool = False,
     ) -> None:
         uids = frozenset(allow_uids)
         self._hub = hub
@@ -89,7 +90,11 @@ class ByteServer(asyncio.AbstractServer):
         self.named_by: socket.socket | None = None  # whose path is the address: closed with us
         segments.sweep()
         self._acceptor: Acceptor | None = Acceptor(
-            self, [byte_terms(addresses.parse(text), uids) for text in address]
+            self,
+            [
+                byte_terms(addresses.parse(text), uids, allow_remote=allow_remote)
+                for text in address
+            ],
         )
         hub.enter()
 
@@ -232,12 +237,14 @@ async def create_server(
     protocol_factory: Callable[[], asyncio.BaseProtocol],
     *address: str,
     allow_uids: Iterable[int] = (),
+    allow_remote: bool = False,
     start_serving: bool = True,
 ) -> ByteServer:
     """Serve byte streams at these addresses; as ``loop.create_server``.
 
     Each connection gets a protocol of ``protocol_factory()``. ``ConnectError`` if an address is
-    taken. Closing it frees the address; a rendezvous is of one server, of byte streams or of calls.
+    taken. ``allow_remote`` as for ``Server``.
+    Closing it frees the address; a rendezvous is of one server, of byte streams or of calls.
     """
     if not address:
         msg = "create_server() needs at least one address, such as 'web'"
@@ -245,7 +252,7 @@ async def create_server(
     hub = hub_of(asyncio.get_running_loop())
     hub.enter()
     try:
-        server = ByteServer(hub, protocol_factory, address, allow_uids)
+        server = ByteServer(hub, protocol_factory, address, allow_uids, allow_remote)
     finally:
         hub.leave()
     if start_serving:
@@ -260,6 +267,7 @@ async def start_server(
     *address: str,
     limit: int = _LIMIT,
     allow_uids: Iterable[int] = (),
+    allow_remote: bool = False,
     start_serving: bool = True,
 ) -> ByteServer:
     """Serve byte streams with a reader and a writer each; as ``asyncio.start_server``."""
@@ -270,5 +278,9 @@ async def start_server(
         return asyncio.StreamReaderProtocol(reader, client_connected_cb, loop=loop)
 
     return await create_server(
-        factory, *address, allow_uids=allow_uids, start_serving=start_serving
+        factory,
+        *address,
+        allow_uids=allow_uids,
+        allow_remote=allow_remote,
+        start_serving=start_serving,
     )
