@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks import bench_bytes, topics
-from benchmarks.figures import as_json
-from benchmarks.harness import Effort
+from shmrpc.bench.figures import as_json
+from shmrpc.bench.harness import Effort
 from benchmarks.report import machine, table, verdict_table
 from benchmarks.targets import judge
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from benchmarks.figures import Comparison
+    from shmrpc.bench.figures import Comparison
 
 
 def _unary(effort: Effort) -> Iterator[Comparison]:

@@ -12,7 +12,7 @@ import pytest
 from benchmarks import topics
 
 if TYPE_CHECKING:
-    from benchmarks.figures import Comparison
+    from shmrpc.bench.figures import Comparison
     from benchmarks.replay import Record
 
 

@@ -13,8 +13,8 @@ import pytest
 from benchmarks import topics
 
 if TYPE_CHECKING:
-    from benchmarks.figures import Comparison
-    from benchmarks.harness import Effort
+    from shmrpc.bench.figures import Comparison
+    from shmrpc.bench.harness import Effort
     from benchmarks.replay import Record
 
 

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from benchmarks.harness import Effort
+from shmrpc.bench.harness import Effort
 from benchmarks.replay import CLOCK, replay
 from benchmarks.report import machine, table, verdict_table
 from benchmarks.targets import judge
 from benchmarks.topics import cpus_wanted
 
 if TYPE_CHECKING:
-    from benchmarks.figures import Comparison
+    from shmrpc.bench.figures import Comparison
     from benchmarks.replay import Record
 
 _COMPARISONS = pytest.StashKey[list["Comparison"]]()

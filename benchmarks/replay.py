@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.targets import judge
 
 if TYPE_CHECKING:
-    from benchmarks.figures import Comparison
+    from shmrpc.bench.figures import Comparison
 
 
 class ReplayClock:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from benchmarks.topics import FREE, ONE_CPU, PLACES, TWO_CPUS, pairs_case
 
 if TYPE_CHECKING:
-    from benchmarks.figures import Comparison
+    from shmrpc.bench.figures import Comparison
 
 
 @dataclass(frozen=True)

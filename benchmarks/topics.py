@@ -1,16 +1,21 @@
-"""What is compared: one function per topic, each giving a `Comparison` for targets.py to judge."""
+"""What is compared: one function per topic, each giving a `Comparison` for targets.py to judge.
+
+What every user can measure, installed or not, is in shmrpc/bench; these are the topics with targets
+that shmrpc has to reach, and those that need more than its public API.
+"""
 
 from __future__ import annotations
 
 import os
 from typing import TYPE_CHECKING
 
-from benchmarks.figures import Comparison
-from benchmarks.flows import DOWN, UP
-from benchmarks.harness import Crowd, Placement, compare, compare_flows, compare_quiet
+from shmrpc.bench.figures import Comparison
+from shmrpc.bench.flows import DOWN, UP
+from shmrpc.bench.harness import Crowd, Placement, compare, compare_flows, compare_quiet
+from shmrpc.bench.regimes import FREE, ONE_CPU, TWO_CPUS, placement
 
 if TYPE_CHECKING:
-    from benchmarks.harness import Effort
+    from shmrpc.bench.harness import Effort
 
 UNARY = ("floor", "shm", "unix", "tcp", "raw-uds", "raw-tcp", "mp-pipe")
 THREADS = ("shm", "unix", "raw-uds")
@@ -20,9 +25,6 @@ LAYER = ("unix", "raw-uds")
 STREAMS = {"shm": ("stream", "64 calls", "512 calls"), "unix": ("stream",), "tcp": ("stream",)}
 STREAM_ROWS = tuple(f"{name} {flow}" for name, flows in STREAMS.items() for flow in flows)
 
-FREE = "free"
-TWO_CPUS = "two CPUs"
-ONE_CPU = "one CPU"
 PLACES = (FREE, TWO_CPUS, ONE_CPU)
 
 DIRECTIONS = (DOWN, UP)
@@ -36,16 +38,6 @@ def pairs_case(count: int) -> str:
     return f"{count} at once"
 
 
-def _place(place: str) -> Placement:
-    """Turn a place into CPUs: the first and the last of those that we may use."""
-    cpus = sorted(os.sched_getaffinity(0))
-    if place == TWO_CPUS:
-        return Placement(client=(cpus[0],), server=(cpus[-1],))
-    if place == ONE_CPU:
-        return Placement(client=(cpus[0],), server=(cpus[0],))
-    return Placement()
-
-
 def cpus_wanted(place: str) -> int:
     """Say how many CPUs a place needs to mean what it says."""
     return 1 if place == ONE_CPU else 2
@@ -53,12 +45,12 @@ def cpus_wanted(place: str) -> int:
 
 def unary(effort: Effort, place: str) -> Comparison:
     """Echo 64 bytes from one thread."""
-    return compare(Comparison("unary", place), UNARY, effort, _place(place), Crowd())
+    return compare(Comparison("unary", place), UNARY, effort, placement(place), Crowd())
 
 
 def layer(effort: Effort, place: str) -> Comparison:
     """Compare shmrpc over a Unix socket with the bare socket: what the RPC layer itself costs."""
-    return compare(Comparison("layer", place), LAYER, effort, _place(place), Crowd())
+    return compare(Comparison("layer", place), LAYER, effort, placement(place), Crowd())
 
 
 def threads(effort: Effort) -> Comparison:
@@ -84,4 +76,4 @@ def idle(quiet_seconds: float = QUIET_SECONDS) -> Comparison:
 def streams(effort: Effort, direction: str, place: str) -> Comparison:
     """Move items of 64 bytes one way: as a stream, and as calls with many under way."""
     case = Comparison("streams", f"{direction}, {place}")
-    return compare_flows(case, direction, STREAMS, effort, _place(place))
+    return compare_flows(case, direction, STREAMS, effort, placement(place))

@@ -4,8 +4,25 @@ from __future__ import annotations
 
 import os
 import platform
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 
-__all__ = ["describe_machine"]
+import shmrpc
+
+__all__ = ["Environment", "describe_machine", "environment"]
+
+_PACKAGES = (
+    "grpcio",
+    "iceoryx2",
+    "msgpack",
+    "pynng",
+    "pyzmq",
+    "rpyc",
+    "thriftpy2",
+    "uvloop",
+)
+_BUSY_LOAD = 0.3
 
 
 def describe_machine() -> str:
@@ -31,3 +48,28 @@ def _cpu_model() -> str:
     except OSError:
         pass
     return platform.machine()
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where figures come from: without it they mean nothing."""
+
+    description: str
+    command: str
+    versions: dict[str, str]
+    load_before: float
+    """How many processes wanted a CPU before the first run, on average over a minute."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether something else used the machine: then figures are worse than it can."""
+        return self.load_before > _BUSY_LOAD * len(os.sched_getaffinity(0))
+
+
+def environment(command: str) -> Environment:
+    """Describe machine, kernel, Python and what is installed, before anything is measured."""
+    versions = {"shmrpc": shmrpc.__version__}
+    for package in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return Environment(describe_machine(), command, versions, os.getloadavg()[0])

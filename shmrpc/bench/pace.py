@@ -3,7 +3,7 @@
 A client that waits for each reply sends late when one is slow. Timed from the moment it did send,
 the calls behind look fast although their users waited: coordinated omission. So each call has an
 instant at which it is due, and its latency counts from there. What the client's own sleep overshoots
-is no fault of the contender: it moves the whole schedule instead.
+is no fault of the contender, and is taken off for as long as it has not been made up for.
 """
 
 from __future__ import annotations
@@ -69,17 +69,20 @@ def paced_laps(
     now = clock()
     begun_ns = max(now, start_ns)  # the warm-up's last call may have ended late
     due = float(begun_ns)
+    late = 0.0  # how far we are behind because of our own sleep
     while due < stop_ns and now < stop_ns:
         if now < due:
             now, spun_ns = wait(int(due))
             waiting_cpu_ns += spun_ns
-            due = max(due, float(now))
+            late = max(0.0, now - due)
+        else:
+            late = min(late, now - due)
         reply = echo(payload)
         now = clock()
         if reply != payload:
             raise WrongPayloadError("other bytes came back than were sent")
         calls += 1
-        samples.append(now - int(due))
+        samples.append(now - int(due + late))
         due += interval_ns
     elapsed_ns = max(now, stop_ns) - begun_ns
     while due < stop_ns:

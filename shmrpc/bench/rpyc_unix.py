@@ -12,7 +12,10 @@ from rpyc.core.channel import Channel
 from rpyc.utils.factory import unix_connect
 from rpyc.utils.server import ThreadedServer
 
+from .contenders import UnsupportedError
 from .work import answer
+
+_UNDER_WAY_BYTES_MAX = 64 << 10  # what a Unix socket holds at least
 
 Channel.COMPRESSION_THRESHOLD = sys.maxsize  # the payload can't be compressed; trying is lost time
 
@@ -38,11 +41,19 @@ class _Connection:
     def __init__(self, address: str) -> None:
         self._connection = unix_connect(address)
         self.echo = self._connection.root.echo
-        self.begin = rpyc.async_(self.echo)
         self.close = self._connection.close
+        self._begin = rpyc.async_(self.echo)
+        self._under_way_bytes = 0
+
+    def begin(self, payload: bytes) -> Any:
+        self._under_way_bytes += len(payload)
+        if self._under_way_bytes > _UNDER_WAY_BYTES_MAX:
+            raise UnsupportedError("it does not read while it writes: so much would block it")
+        return self._begin(payload)
 
     def finish(self, token: Any) -> bytes:
         reply: bytes = token.value
+        self._under_way_bytes -= len(reply)
         return reply
 
 
