@@ -17,6 +17,7 @@ from .errors import (
     ProtocolError,
     RemoteError,
 )
+from .inspector import Inspector, inspect
 from .server import Server
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __all__ = [
     "DeadlineExceeded",
     "Error",
     "ForkedError",
+    "Inspector",
     "MessageTooLarge",
     "MethodNotFound",
     "MsgpackCodec",
@@ -41,4 +43,5 @@ __all__ = [
     "Server",
     "connect",
     "current_call",
+    "inspect",
 ]

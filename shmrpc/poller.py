@@ -313,6 +313,7 @@ class Poller:
         self._unfinished: Any = None  # what has been made of the message that was taken last
         self._run_worker: Callable[[Poller], None] | None = None
         self._serve_queued: Callable[[], None] | None = None
+        self.ended: Callable[[], None] = _nothing  # called for each connection that has ended
         _pollers.add(self)
 
     # ---- connections ----
@@ -411,6 +412,7 @@ class Poller:
             self._take_end(connection, later)
             self._dropped += session.dropped
             self.connections.pop(connection.conn_id, None)
+            self.ended()
 
     def _take_request(
         self, connection: Connection, message: Any, _later: list[Callable[[], None]]
@@ -592,6 +594,27 @@ class Poller:
         stats["frames_dropped"] += self._dropped + dropped
         return stats
 
+    def running(self) -> list[tuple[int, float | None, int]]:
+        """The requests that run in workers: method's number, start, the caller's pid.
+
+        The start is in ``time.monotonic()`` seconds; None of those that have just been started.
+        """
+        count = int(lib.SHMRPC_RUNNING_MAX)
+        found = ffi.new("shmrpc_running[]", count)
+        used = lib.shmrpc_poller_running(self.c, found, count)
+        calls = []
+        for call in found[0:used]:
+            connection = self.connections.get(call.conn_id)
+            since = call.since_ns / 1e9 if call.since_ns else None
+            calls.append((call.method, since, -1 if connection is None else connection.peer_pid))
+        return calls
+
+    def method_counts(self, count: int) -> list[int]:
+        """How many requests were started for each of the first ``count`` methods."""
+        counts = ffi.new("uint64_t[]", count)
+        lib.shmrpc_method_counts(self.c, counts, count)
+        return list(counts)
+
     def forget(self) -> None:
         """In a forked child: give up what is the parent's.
 
@@ -616,6 +639,10 @@ def body_of(message: Any) -> bytes:
     """A copy of a message's body."""
     size = message.body_bytes
     return bytes(ffi.buffer(message.body, size)) if size else b""
+
+
+def _nothing() -> None:
+    pass
 
 
 def _after_fork_in_child() -> None:

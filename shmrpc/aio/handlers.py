@@ -8,6 +8,7 @@ import errno
 import inspect
 import logging
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -75,6 +76,7 @@ class Incoming:
         "replied",
         "reply_metadata",
         "started",
+        "started_at",
         "stream",
         "task",
     )
@@ -100,7 +102,13 @@ class Incoming:
         self.reply_metadata = b""
         self.replied = False
         self.started = False
+        self.started_at = 0.0  # time.monotonic() seconds; only of those that have a task
         self.cancelled_by_caller = False
+
+    @property
+    def peer_pid(self) -> int:
+        """Who called."""
+        return self.connection.peer_pid
 
     # ---- for current_call() ----
 
@@ -184,6 +192,13 @@ class Handlers:
         """How many calls are under way."""
         return len(self._running)
 
+    def under_way(self) -> list[tuple[str, float | None, int]]:
+        """The calls that have a task: method, start, the caller's pid. For any thread."""
+        return [
+            (call.method.name if call.method is not None else "", call.started_at, call.peer_pid)
+            for call in list(self._running.values())
+        ]
+
     async def stop(self, grace: float) -> None:
         """Let what runs end within ``grace`` seconds, then cancel it."""
         tasks = [call.task for call in self._running.values() if call.task is not None]
@@ -248,6 +263,7 @@ class Handlers:
         elif method.inline and self._chain is None and not method.streams:
             self._run_inline(call, method)
         else:
+            call.started_at = time.monotonic()
             self._running[call.connection.conn_id, call.call_id] = call
             _start_task(self._loop, self._run(call, method), call)
 
