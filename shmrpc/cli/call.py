@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 from typing import TYPE_CHECKING, Any
@@ -177,6 +178,9 @@ def _converse(call: Call, *, streams: bool) -> None:
             for item in call:
                 _print(item)
         else:
+            # Until the call has ended, however it did: result() would end our sending at once.
+            with contextlib.suppress(shmrpc.Error, StopIteration):
+                next(call)
             _print(call.result())
     except shmrpc.Cancelled:
         if not failures:
