@@ -24,7 +24,7 @@ LAYERS = [
     ["handshake"],
     ["poller", "inquiries"],
     ["link", "registry", "context", "inspector"],
-    ["timing"],
+    ["timing", "supervisor"],
     ["outcomes", "failures", "calls", "futures", "proxy", "acceptor", "bytestream", "reflection"],
     ["channel", "worker", "inspection"],
     ["caller", "intercepted"],
