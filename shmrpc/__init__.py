@@ -1,7 +1,8 @@
 """RPC between processes on one host over shared memory."""
 
-from .client import Client, connect
+from .client import Client
 from .codec import Codec, MsgpackCodec
+from .connecting import connect
 from .context import CallContext, current_call
 from .errors import (
     Abort,
@@ -18,6 +19,7 @@ from .errors import (
     RemoteError,
 )
 from .inspector import Inspector, inspect
+from .pool import Pool
 from .server import Server
 
 __version__ = "0.1.0"
@@ -38,6 +40,7 @@ __all__ = [
     "MethodNotFound",
     "MsgpackCodec",
     "Overloaded",
+    "Pool",
     "ProtocolError",
     "RemoteError",
     "Server",
