@@ -19,6 +19,7 @@ from .errors import (
     RemoteError,
 )
 from .inspector import Inspector, inspect
+from .logs import configure as _configure_logs
 from .pool import Pool
 from .server import Server
 
@@ -48,3 +49,5 @@ __all__ = [
     "current_call",
     "inspect",
 ]
+
+_configure_logs()

@@ -281,6 +281,8 @@ class Acceptor:
                 self._inquire(stop.value)
                 return
             self._made += 1
+            peer = stop.value.credentials
+            _log.debug("connected: pid %d, uid %d", stop.value.peer_pid, peer.uid)
             try:
                 self._server.add_connection(stop.value)
             except ConnectError as error:

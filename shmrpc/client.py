@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import threading
 import time
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 __all__ = ["Client"]
 
 F = TypeVar("F", bound="Callable[..., Any]")
+
+_log = logging.getLogger("shmrpc.client")
 
 _BACKOFF_FIRST = 0.002
 _BACKOFF_MAX = 0.2
@@ -148,11 +151,13 @@ class Client(Channel):
             self._link = link
             self._slots = link.slots
             self._reconnects += 1
+        _log.debug("connected to %s", link.peer)
 
     def _drop(self, connection: Connection) -> None:
         """Stop using a connection that was lost; the next call makes a new one."""
         self._retire(connection)
         connection.shutdown()
+        _log.debug("hung up on %s", connection.peer)
 
     def _retire(self, connection: Connection) -> None:
         """Make the next call on a new connection; those under way on this one go on."""

@@ -54,7 +54,7 @@ __all__ = [
     "tell_ready",
 ]
 
-_log = logging.getLogger("shmrpc.server")
+_log = logging.getLogger("shmrpc.handover")
 
 OWN, LENT, LOCK = "shmrpc-own", "shmrpc-lent", "shmrpc-lock"
 _SHARED = "shmrpc-shared"

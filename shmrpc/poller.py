@@ -7,6 +7,7 @@ whoever waits reads for all, and hands what is not for the core to the sessions 
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import os
 import threading
@@ -39,7 +40,7 @@ __all__ = [
     "nanoseconds_until",
 ]
 
-_log = logging.getLogger("shmrpc")
+_log = logging.getLogger("shmrpc.poller")
 
 Wait = Literal["auto", "spin", "block"]
 WAIT_MODES: dict[str, int] = {"auto": 0, "spin": 1, "block": 2}
@@ -409,6 +410,8 @@ class Poller:
             self._take_room(connection)
         elif kind == lib.SHMRPC_CLOSED:
             later += connection.end(message.status)
+            if _log.isEnabledFor(logging.DEBUG):
+                later.append(functools.partial(_log.debug, "%s has gone", connection.peer))
             self._take_end(connection, later)
             self._dropped += session.dropped
             self.connections.pop(connection.conn_id, None)

@@ -170,6 +170,7 @@ class Server:
             # Before it accepts: a successor that does not get so far leaves all to who does.
             handover.tell_ready()
             acceptor.start()
+            _log.info("serving at %s", ", ".join(acceptor.addresses))
 
     def _listen(self) -> tuple[Poller, Acceptor]:
         with self._lock:
@@ -218,6 +219,7 @@ class Server:
         if not acceptor.succeeded:
             handover.notify("STOPPING=1")
         self._inspection.draining()
+        _log.info("stopping: calls under way have %g s", grace)
         acceptor.retire(min(grace, _HANDSHAKES_SECONDS))
         with self._lock:
             self._poller = None  # connections that are made now are hung up
@@ -233,6 +235,7 @@ class Server:
         poller.hang_up()
         self._inspection.stopped()
         self.registry.bind(None)
+        _log.info("stopped")
 
     def hand_over(
         self,

@@ -17,7 +17,7 @@ FENCE_REGISTER = ROOT / "docs" / "memory-model.md"
 # Low to high. A module imports from its own row and from rows above it, never from one below.
 LAYERS = [
     ["_native"],
-    ["errors"],
+    ["errors", "logs"],
     ["address", "codec", "metadata", "scheduler", "session"],
     ["segments", "sharing", "handover", "rendezvous", "interceptors"],
     ["otel", "prometheus", "retries"],

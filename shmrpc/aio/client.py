@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import os
 import time
 from typing import TYPE_CHECKING, Any, TypeVar, overload
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["Client"]
 
 F = TypeVar("F", bound="Callable[..., Any]")
+
+_log = logging.getLogger("shmrpc.client")
 
 _BACKOFF_FIRST = 0.002
 _BACKOFF_MAX = 0.2
@@ -119,12 +122,14 @@ class Client(Channel):
         self._handlers.serve(poller)
         self._link = link
         self._reconnects += 1
+        _log.debug("connected to %s", link.peer)
         return link
 
     def _drop(self, connection: Connection, /) -> None:
         self._retire(connection)
         connection.shutdown()
         connection.poller.dispatch()
+        _log.debug("hung up on %s", connection.peer)
         connection.poller.close()  # type: ignore[attr-defined]
 
     def _retire(self, connection: Connection, /) -> None:

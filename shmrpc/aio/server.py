@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import os
 import signal
 import time
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 __all__ = ["Server"]
 
 F = TypeVar("F", bound="Callable[..., Any]")
+
+_log = logging.getLogger("shmrpc.server")
 
 _HANDSHAKES_SECONDS = 1.0  # that connections just being made get to end
 
@@ -173,6 +176,7 @@ class Server:
         # Before it accepts: a successor that does not get so far leaves all to who does.
         handover.tell_ready()
         acceptor.start()
+        _log.info("serving at %s", ", ".join(acceptor.addresses))
 
     async def stop(self, grace: float = 5.0) -> None:
         """Stop: refuse new calls, let those under way end within ``grace`` seconds, hang up.
@@ -186,6 +190,7 @@ class Server:
         self._acceptor = None
         handover.notify("STOPPING=1")
         self._inspection.draining()
+        _log.info("stopping: calls under way have %g s", grace)
         try:
             # The acceptor's thread may have a connection on its way into the loop.
             patience = min(grace, _HANDSHAKES_SECONDS)
@@ -196,6 +201,7 @@ class Server:
         finally:
             acceptor.close()  # until here it has answered who asked how far we are
             self._inspection.stopped()
+            _log.info("stopped")
 
     async def _drain(self, poller: LoopPoller, handlers: Handlers, grace: float) -> None:
         poller.drain()
