@@ -165,10 +165,13 @@ class Inspection:
         ``["shmrpc.stats", True]`` has the time of handlers measured as long as ``watcher`` asks.
         """
         try:
-            name, *args = msgpack.unpackb(request)
-        except (ValueError, TypeError) as error:
+            words = msgpack.unpackb(request)
+        except (ValueError, TypeError):
+            words = None
+        if not isinstance(words, list) or not words:
             msg = "a request is a list of a name and its arguments, in msgpack"
-            raise Error(msg) from error
+            raise Error(msg)
+        name, *args = words
         result: Any
         if name == "shmrpc.stats" and args in ([], [False], [True]):
             if args == [True]:

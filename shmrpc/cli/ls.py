@@ -112,13 +112,17 @@ def _processes(place: Place, found: _Found) -> list[Look]:
     watcher = Watcher(
         place.addresses[0], watch=False, timeout=_PATIENCE_SECONDS, allow_uids=[place.uid]
     )
+    started = time.monotonic()
     try:
         watcher.look()
-    except shmrpc.Error:  # it may serve all the same
-        _ping_any(found, place)
+    except shmrpc.Error as error:
+        found.problem = one_line(str(error))
+        # One that refuses to tell of itself may serve all the same; one that is silent does not.
+        if time.monotonic() - started < _PATIENCE_SECONDS:
+            found.problem = None
+            _ping_any(found, place)
         return []
     try:
-        started = time.monotonic()
         _ping_any(found, place)
         time.sleep(max(0.0, started + _RATE_SECONDS - time.monotonic()))
         return watcher.look()
