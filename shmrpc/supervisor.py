@@ -114,7 +114,7 @@ class Supervisor:
                 for key, _ in self._selector.select(self._patience()):
                     if key.fileobj is reader:
                         self._take_signals(reader)
-                    else:
+                    elif key.data.pid in self._workers:  # else it was reaped just before
                         self._attend(key.data)
                 self._top_up()
                 self._kill_late()

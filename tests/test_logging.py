@@ -51,7 +51,7 @@ def test_nothing_at_info_for_each_call(directory, everything):
         client.submit("add", 1, 2).result()
         client.notify("add", 1, 2)
         assert list(client.stream("count", 3)) == [0, 1, 2]
-        with pytest.raises(shmrpc.Abort):
+        with pytest.raises(shmrpc.RemoteError):
             client.call("fail")
         assert everything.records[before:] == []
 
@@ -102,7 +102,7 @@ def test_access_log(directory, everything):
         shmrpc.connect("calc", interceptors=around) as client,
     ):
         client.call("add", 1, 2)
-        with pytest.raises(shmrpc.Abort):
+        with pytest.raises(shmrpc.RemoteError):
             client.call("fail")
         assert list(client.stream("count", 3)) == [0, 1, 2]
         client.notify("add", 1, 2)
@@ -128,7 +128,7 @@ def test_asynchronous_access_log(directory, everything):
         server = serve(aio.Server("calc", interceptors=around))
         async with server, aio.connect("calc", interceptors=around) as client:
             await client.call("add", 1, 2)
-            with pytest.raises(shmrpc.Abort):
+            with pytest.raises(shmrpc.RemoteError):
                 await client.call("fail")
             assert [item async for item in client.stream("count", 3)] == [0, 1, 2]
             await client.notify("add", 1, 2)
