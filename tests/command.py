@@ -27,10 +27,10 @@ class Place:
             "PYTHONDONTWRITEBYTECODE": "1",
         }
 
-    def popen(self, *args, **options):
+    def popen(self, *args, command=COMMAND, **options):
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
         return subprocess.Popen(
-            [*COMMAND, *args],
+            [*command, *args],
             cwd=self.modules,
             env={**self.env, **options.pop("env", {})},
             text=True,

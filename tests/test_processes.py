@@ -7,14 +7,16 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
 
 import psutil
 import pytest
-from command import Place, assert_complains
+from command import COMMAND, Place, assert_complains
 from conftest import TRANSPORTS, short_directory, wait_until
+from restarting import ACTIVATE
 
 import shmrpc
 from shmrpc.sharing import LoadTable, Sharing
@@ -475,3 +477,19 @@ def test_a_worker_that_is_stopped_keeps_nobody_waiting(workers):
                 assert client.call("pid") == busy
         finally:
             os.kill(idle, signal.SIGCONT)
+
+
+def test_the_sockets_of_systemd(workers):
+    """It takes the socket that it was started with, and leaves it there."""
+    path = f"{workers.sockets}/work.sock"
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(path)
+        listening.listen()
+        given = ",".join([str(listening.fileno())])
+        command = [sys.executable, "-I", "-S", "-c", ACTIVATE, given, *COMMAND]
+        workers.start(command=command, pass_fds=[listening.fileno()])
+        assert pids(workers.address, 2)
+        assert len(workers.workers()) == 2
+        workers.signal(signal.SIGTERM)
+        assert workers.ended() == 0
+        assert os.path.exists(path)
