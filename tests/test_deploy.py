@@ -136,10 +136,10 @@ class Pod:
     def start(self, name):
         command, environment = self.command(name)
         path = f"{self.shared}/{name}.log"
-        log = self.stack.enter_context(open(path, "w"))
-        process = subprocess.Popen(
-            command, env=environment, cwd=DEPLOY, stdout=log, stderr=subprocess.STDOUT, text=True
-        )
+        with open(path, "w") as log:
+            process = subprocess.Popen(
+                command, env=environment, cwd=DEPLOY, stdout=log, stderr=subprocess.STDOUT
+            )
         self.stack.callback(process.wait)
         self.stack.callback(process.kill)
         process.log = Path(path)
