@@ -20,10 +20,8 @@ from .timing import Timings, percentile
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .poller import Poller
+    from .poller import Poller, Running
     from .registry import Registry
-
-    Running = list[tuple[str, float | None, int]]
 
 __all__ = ["Inspection"]
 
@@ -42,7 +40,8 @@ class Inspection:
         self._addresses: list[str] = []
         self._poller: Poller | None = None
         self._workers: Callable[[], list[int]] = list
-        self._running: Callable[[], Running] = self._running_in_workers
+        self._running: Callable[[], list[Running]] = self._running_in_workers
+        self._seen: dict[tuple[int, int], float] = {}  # calls whose start is not known
         # An event loop calls them itself: they take microseconds.
         registry.add(self.describe, "shmrpc.describe", idempotent=True, inline=True)
         registry.add(self.health, "shmrpc.health", idempotent=True, inline=True)
@@ -55,12 +54,12 @@ class Inspection:
         poller: Poller,
         addresses: list[str],
         workers: Callable[[], list[int]],
-        running: Callable[[], Running] | None = None,
+        running: Callable[[], list[Running]] | None = None,
     ) -> None:
         """It serves.
 
         ``workers`` tells the pids of all that serve these addresses, ``running`` the calls under
-        way: method, start, the caller's pid.
+        way; by default those that run in workers do.
         """
         self._poller, self._addresses, self._workers = poller, addresses, workers
         self._started = time.monotonic()
@@ -135,27 +134,28 @@ class Inspection:
             found[name] = known
         return found
 
-    def _slowest(self, running: Running, now: float) -> list[dict[str, Any]]:
-        calls = [entry for entry in running if not entry[0].startswith("shmrpc.")]
-        calls.sort(key=lambda call: call[1] if call[1] is not None else now)
+    def _slowest(self, running: list[Running], now: float) -> list[dict[str, Any]]:
+        # Where nobody has noted when a call began, it is when it was seen first.
+        seen = self._seen
+        self._seen = {call.key: seen.get(call.key, now) for call in running if call.since is None}
+
+        def since(call: Running) -> float:
+            return call.since if call.since is not None else self._seen[call.key]
+
+        calls = [call for call in running if not call.method.startswith("shmrpc.")]
         return [
             {
-                "method": method,
-                "seconds": max(0.0, now - since) if since is not None else None,
-                "peer_pid": peer_pid,
+                "method": call.method,
+                "seconds": max(0.0, now - since(call)),
+                "peer_pid": call.peer_pid,
             }
-            for method, since, peer_pid in calls[:_SLOWEST]
+            for call in sorted(calls, key=since)[:_SLOWEST]
         ]
 
-    def _running_in_workers(self) -> Running:
+    def _running_in_workers(self) -> list[Running]:
         poller = self._poller
-        methods = self._registry.methods
-        if poller is None:
-            return []
-        return [
-            (methods[index].name if 0 <= index < len(methods) else "", since, peer_pid)
-            for index, since, peer_pid in poller.running()
-        ]
+        names = [method.name for method in list(self._registry.methods)]
+        return poller.running(names) if poller is not None else []
 
     # ---- for those who ask the acceptor ----
 

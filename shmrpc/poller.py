@@ -13,7 +13,7 @@ import os
 import threading
 import time
 import weakref
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from ._native import ffi, lib
 from .errors import ConnectError, ConnectionLost, Error, ForkedError, ProtocolError
@@ -31,6 +31,7 @@ __all__ = [
     "FOREVER",
     "Connection",
     "Poller",
+    "Running",
     "Slot",
     "Wait",
     "Waiters",
@@ -66,6 +67,15 @@ def nanoseconds_until(deadline: float) -> int:
     if deadline > _SECONDS_MAX:
         return -1
     return max(0, int((deadline - time.monotonic()) * 1e9))
+
+
+class Running(NamedTuple):
+    """A call under way at a server."""
+
+    method: str
+    since: float | None  # time.monotonic() seconds; None of one that has just begun, or not known
+    peer_pid: int
+    key: tuple[int, int]  # connection and call id
 
 
 class Freed(Protocol):
@@ -163,11 +173,15 @@ class Connection:
     def register(self, call_id: int, pending: Pending | Stream) -> None:
         """A call of ours is about to be sent: take frames for it."""
         if self._probe is None:
-            self._probe = self.slot()
+            self.watch()
         self.session.calls[call_id] = pending
         if self.retired and not self.closed:
             # Another thread hangs up just now, and may have forgotten us: our end has to be told.
             self.poller.connections[self.conn_id] = self
+
+    def watch(self) -> None:
+        """Keep what tells the outcome of calls after the connection's end."""
+        self._probe = self.slot()
 
     def outcome(self, call_id: int, position: int) -> int:
         """What became of a registered call whose connection was lost."""
@@ -597,19 +611,22 @@ class Poller:
         stats["frames_dropped"] += self._dropped + dropped
         return stats
 
-    def running(self) -> list[tuple[int, float | None, int]]:
-        """The requests that run in workers: method's number, start, the caller's pid.
-
-        The start is in ``time.monotonic()`` seconds; None of those that have just been started.
-        """
+    def running(self, names: Sequence[str]) -> list[Running]:
+        """The requests that run in workers, whose methods have these names by number."""
         count = int(lib.SHMRPC_RUNNING_MAX)
         found = ffi.new("shmrpc_running[]", count)
         used = lib.shmrpc_poller_running(self.c, found, count)
         calls = []
         for call in found[0:used]:
             connection = self.connections.get(call.conn_id)
-            since = call.since_ns / 1e9 if call.since_ns else None
-            calls.append((call.method, since, -1 if connection is None else connection.peer_pid))
+            calls.append(
+                Running(
+                    names[call.method] if 0 <= call.method < len(names) else "",
+                    call.since_ns / 1e9 if call.since_ns else None,
+                    -1 if connection is None else connection.peer_pid,
+                    (call.conn_id, call.call_id),
+                )
+            )
         return calls
 
     def method_counts(self, count: int) -> list[int]:

@@ -218,7 +218,7 @@ def _slowest(calls: list[tuple[Look, dict[str, object]]]) -> Table:
         table.add_row(
             Text(one_line(str(call["method"]))),
             str(look.pid),
-            "< 5 ms" if seconds is None else seconds_text(_number(seconds)),
+            seconds_text(_number(seconds)),
             f"{peer:.0f}" if peer > 0 else "-",
         )
     return table
