@@ -83,7 +83,7 @@ class Inspector:
 
         With ``watch`` the server times its handlers from now on, until this inspector is closed or
         asks nothing for a minute: each method then has p50 and p99 in seconds, and the buckets that
-        ``shmrpc.timing.percentile`` takes. That costs each call less than a microsecond.
+        ``shmrpc.timing.percentile`` takes. That costs each call about a microsecond.
         """
         answer = self._ask("shmrpc.stats", watch)
         if not isinstance(answer, dict):

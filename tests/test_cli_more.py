@@ -78,6 +78,31 @@ def fresh():
         yield Place(directory, {"work": WORK})
 
 
+# ---- serve ----
+
+ASYNC = """
+import os
+from shmrpc import aio
+
+server = aio.Server("async")
+
+@server.method
+async def pid():
+    return os.getpid()
+"""
+
+
+def test_an_asynchronous_server_is_served(fresh):
+    Path(fresh.modules, "asynchronous.py").write_text(ASYNC)
+    with fresh.serving("asynchronous") as server:
+        assert fresh.run("call", "async", "pid").stdout == f"{server.pid}\n"
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(20) == 0
+        assert os.listdir(fresh.sockets) == []
+    with fresh.serving("asynchronous") as server:
+        assert_complains(fresh.run("serve", "asynchronous"), 2, "in use", str(server.pid))
+
+
 # ---- call: streams ----
 
 

@@ -60,7 +60,7 @@ def top(*, addresses: tuple[str, ...], interval: float, once: bool, as_json: boo
     """Show what the servers at ADDRESSES do, or all that have a name; Ctrl-C ends it.
 
     A thread of its own answers in each server: it does so also when all its handlers are stuck.
-    While this runs servers time their handlers, which costs each call less than a microsecond.
+    While this runs servers time their handlers, which costs each call about a microsecond.
 
     \b
     The columns:
