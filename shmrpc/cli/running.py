@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import signal
 import socket
 from typing import TYPE_CHECKING
 
-from shmrpc import aio
+import shmrpc
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from types import FrameType
+
+    from shmrpc import aio
 
     from .targets import AnyServer
 
@@ -29,7 +30,9 @@ def run_server(
 
     ``on_start`` is called when it serves, with where. Raises ``shmrpc.Error``.
     """
-    if isinstance(server, aio.Server):
+    if not isinstance(server, shmrpc.Server):
+        import asyncio  # for those who have an asynchronous server: the others start faster
+
         asyncio.run(_run_async(server, grace, on_start, signals))
         return
     with _caught(signals) as wait:
@@ -47,6 +50,8 @@ async def _run_async(
     on_start: Callable[[list[str]], None],
     signals: Sequence[int],
 ) -> None:
+    import asyncio
+
     loop = asyncio.get_running_loop()
     stopped = asyncio.Event()
     for number in signals:

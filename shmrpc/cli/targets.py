@@ -8,22 +8,22 @@ import inspect
 import os
 import sys
 import traceback
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import shmrpc
-from shmrpc import aio
 
 from .errors import Failure
 
 if TYPE_CHECKING:
     from types import ModuleType
 
+    from shmrpc import aio
+
     AnyServer = shmrpc.Server | aio.Server
 
 __all__ = ["find_server"]
 
 _DEFAULT_NAME = "server"
-_SERVERS = (shmrpc.Server, aio.Server)
 
 
 def find_server(target: str) -> AnyServer:
@@ -34,13 +34,21 @@ def find_server(target: str) -> AnyServer:
     module = _import(module_name)
     found = _attribute(module, name or _DEFAULT_NAME)
     label = f"{module_name}:{name or _DEFAULT_NAME}"
-    if not isinstance(found, _SERVERS):
+    if not _is_server(found):
         found = _make(found, label)
-    if not isinstance(found, _SERVERS):
+    if not _is_server(found):
         raise Failure(
             f"{label} is no shmrpc.Server or shmrpc.aio.Server, but of type {type(found).__name__}"
         )
     return found
+
+
+def _is_server(found: Any) -> TypeGuard[AnyServer]:
+    if isinstance(found, shmrpc.Server):
+        return True
+    # Whoever made one has imported its module, and asyncio: most have not.
+    aio = sys.modules.get("shmrpc.aio")
+    return aio is not None and isinstance(found, aio.Server)
 
 
 def _import(name: str) -> ModuleType:
@@ -67,7 +75,7 @@ def _attribute(module: ModuleType, name: str) -> Any:
         try:
             value = getattr(value, part)
         except AttributeError:
-            servers = [key for key, item in vars(module).items() if isinstance(item, _SERVERS)]
+            servers = [key for key, item in vars(module).items() if _is_server(item)]
             names = " or ".join(f"{module.__name__}:{key}" for key in servers)
             hint = f"; there is {names}" if servers else ""
             msg = f"module {module.__name__!r} has no {name!r}{hint}"
