@@ -616,8 +616,12 @@ def test_interceptors(directory, run):
             assert [n async for n in client.stream("count", 3)] == [0, 1, 2]
             with pytest.raises(shmrpc.MethodNotFound):
                 await client.call("nothing")
+            with pytest.raises(shmrpc.RemoteError, match="unexpected keyword"):
+                await client.call("who", unknown=1)
 
     run(main)
+    assert ("server", "who", "INVALID_ARGUMENT") in log
+    assert ("client", "who", "INVALID_ARGUMENT") in log
     assert log[:4] == [
         ("client", "who", "unary"),
         ("server", "who", "unary"),

@@ -23,7 +23,7 @@ from shmrpc.errors import (
     ProtocolError,
     RemoteError,
 )
-from shmrpc.failures import Failure
+from shmrpc.failures import Failure, call_checked
 from shmrpc.metadata import pack_metadata, pack_reply_metadata, unpack_metadata
 from shmrpc.poller import FOREVER, Connection, Running, body_of, metadata_of
 from shmrpc.session import Stream
@@ -441,9 +441,9 @@ class Handlers:
     async def _invoke(self, method: Method, args: Any, kwargs: dict[str, Any]) -> Any:
         """Call the function, where it belongs; a generator function gives its generator."""
         if method.generator or (method.inline and not method.is_async):
-            return method.function(*args, **kwargs)
+            return call_checked(method.function, args, kwargs)
         if method.is_async:
-            return await method.function(*args, **kwargs)
+            return await call_checked(method.function, args, kwargs)
         try:
             inspect.signature(method.function).bind(*args, **kwargs)
         except TypeError as error:
