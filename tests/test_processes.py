@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import functools
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 from command import COMMAND, Place, assert_complains
-from conftest import TRANSPORTS, short_directory, wait_until
+from conftest import TRANSPORTS, pause, short_directory, wait_until
 from restarting import ACTIVATE
 
 import shmrpc
@@ -298,7 +299,7 @@ def test_a_worker_that_does_not_end_is_killed(workers):
         call = client.submit("hold")
         [pid] = workers.workers()
         wait_until(lambda: running(workers.address, pid) == 1)
-        os.kill(pid, signal.SIGSTOP)
+        pause(pid)
         workers.signal(signal.SIGTERM)
         wait_until(lambda: not os.path.exists(f"{workers.sockets}/work.sock"))
         workers.signal(signal.SIGTERM)  # the second time: at once
@@ -324,13 +325,13 @@ def test_a_reload_under_load_loses_no_call(workers):
                 except Exception as error:
                     errors.append(error)
 
-    def one():
-        return shmrpc.connect(workers.at("unix"), retries=3)
-
-    def several():
-        return shmrpc.connect(workers.address, connections=3, retries=3)
-
-    threads = [threading.Thread(target=call, args=(make,)) for make in (one, several, several)]
+    # One connection and several, at each transport.
+    ways = [
+        functools.partial(shmrpc.connect, workers.at(transport), connections=connections, retries=3)
+        for transport in TRANSPORTS
+        for connections in (None, 3)
+    ]
+    threads = [threading.Thread(target=call, args=(make,)) for make in ways]
     for thread in threads:
         thread.start()
     try:
@@ -470,7 +471,7 @@ def test_a_worker_that_is_stopped_keeps_nobody_waiting(workers):
         busy = clients[0].call("pid")
         idle = min(workers.workers() - {busy})
         clients[1].close()
-        os.kill(idle, signal.SIGSTOP)
+        pause(idle)
         try:
             for _ in range(3):
                 client = stack.enter_context(shmrpc.connect(workers.address, timeout=20))
