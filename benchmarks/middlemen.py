@@ -9,13 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.baselines import RAW_UDS
-from benchmarks.rpc import SHM
+from shmrpc.bench.rpc import SHM
+from shmrpc.bench.sockets import RAW_UDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from benchmarks.contenders import Connection, Contender, Service
+    from shmrpc.bench.contenders import Connection, Contender, Service
 
 _ROOT = Path(__file__).resolve().parent.parent
 _LARGE = bytes(1_000_000)
@@ -47,8 +47,8 @@ class _Between:
     template: str
     thread_safe: bool
 
-    def start(self, directory: str) -> _Behind:
-        service = self.server.start(directory)
+    def start(self, directory: str, clients: int) -> _Behind:
+        service = self.server.start(directory, clients)
         address = self.template.format(directory=directory)
         command = [sys.executable, "-m", *self.command(address, service.address)]
         process = subprocess.Popen(
@@ -84,8 +84,8 @@ class _Large:
     contender: Contender
     thread_safe: bool = True
 
-    def start(self, directory: str) -> Service:
-        return self.contender.start(directory)
+    def start(self, directory: str, clients: int) -> Service:
+        return self.contender.start(directory, clients)
 
     def connect(self, address: str) -> Connection:
         return _LargeConnection(self.contender.connect(address))

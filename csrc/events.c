@@ -70,7 +70,7 @@ bool events_add_brief(struct shmrpc_poller *poller, struct conn *conn,
     bool plain = header->metadata_bytes == 0 && conn->partial.received == 0 &&
                  (header->flags & ~(uint32_t)SHMRPC_FLAG_KEYWORDS) == 0 &&
                  (request || header->method_bytes == STATUS_OK);
-    const struct method *method = NULL;
+    struct method *method = NULL;
     shmrpc_message message;
 
     if (!batch->open || !plain || poller->events.first != NULL ||
@@ -84,6 +84,7 @@ bool events_add_brief(struct shmrpc_poller *poller, struct conn *conn,
         method = methods_find(&poller->methods, payload, message.method_bytes);
         if (method == NULL)
             return false;
+        method->calls++;
     }
     batch->used += header->total_bytes;
     batch->briefs[batch->count++] = (shmrpc_brief){

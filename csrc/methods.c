@@ -69,13 +69,13 @@ int methods_add(struct methods *methods, const char *name, size_t bytes, int32_t
     return 0;
 }
 
-const struct method *methods_find(const struct methods *methods, const uint8_t *name, size_t bytes)
+struct method *methods_find(struct methods *methods, const uint8_t *name, size_t bytes)
 {
-    const struct method *other = methods->has_other ? &methods->other : NULL;
+    struct method *other = methods->has_other ? &methods->other : NULL;
 
     if (methods->capacity == 0 || bytes == 0 || bytes > SHMRPC_METHOD_MAX)
         return other;
-    const struct method *method = place(methods->table, methods->capacity, name, bytes);
+    struct method *method = place(methods->table, methods->capacity, name, bytes);
     return method->bytes != 0 ? method : other;
 }
 

@@ -96,6 +96,7 @@ shmrpc_poller *shmrpc_poller_new(uint32_t workers, uint32_t max_concurrency, uin
     poller->max_concurrency = max_concurrency;
     poller->policy.mode = mode;
     poller->policy.budget_ns = spin_budget_ns != 0 ? spin_budget_ns : SPIN_BUDGET_NS;
+    poller->policy.alone_ns = spin_budget_ns != 0 ? spin_budget_ns : SPIN_ALONE_NS;
     return poller;
 }
 
@@ -223,6 +224,22 @@ int shmrpc_method_add(shmrpc_poller *poller, const char *name, size_t bytes, int
     return status;
 }
 
+/* What is in the ring of `writer` for `reader`. One of the indexes is the peer's, and may be anything;
+ * both move meanwhile. */
+static void count_ring(shmrpc_stats *stats, const struct segment_shm *writer,
+                       const struct segment_shm *reader, uint64_t bytes)
+{
+    uint64_t head = load_relaxed(&reader->head), tail = load_relaxed(&writer->tail);
+    uint64_t used = tail - head > UINT64_MAX / 2 ? 0 : tail - head;
+
+    if (used > bytes)
+        used = bytes;
+    stats->ring_bytes += bytes;
+    stats->ring_used += used;
+    if (used * 100 / bytes > stats->fullest_ring_percent)
+        stats->fullest_ring_percent = used * 100 / bytes;
+}
+
 void shmrpc_poller_stats(shmrpc_poller *poller, shmrpc_stats *stats)
 {
     struct counters *counters = &poller->counters;
@@ -243,10 +260,32 @@ void shmrpc_poller_stats(shmrpc_poller *poller, shmrpc_stats *stats)
         .running = poller->running + poller->blocked,
         .queued = poller->queued,
         .conns = poller->conn_count,
+        .calls_queued = load_relaxed(&counters->calls_queued),
+        .queued_ns = load_relaxed(&counters->queued_ns),
     };
-    for (uint32_t i = 0; i < poller->conn_capacity; i++)
-        if (poller->conns[i] != NULL)
-            stats->outbox_bytes += load_relaxed(&poller->conns[i]->outbox_bytes);
+    if (poller->queue.first != NULL)
+        stats->oldest_queued_ns = clock_now_ns() - poller->queue.first->queued_ns;
+    for (uint32_t i = 0; i < poller->conn_capacity; i++) {
+        const struct conn *conn = poller->conns[i];
+        if (conn == NULL)
+            continue;
+        stats->outbox_bytes += load_relaxed(&conn->outbox_bytes);
+        if (conn->is_shm) {
+            count_ring(stats, conn->wake.own, conn->wake.peer, conn->own_ring_bytes);
+            count_ring(stats, conn->wake.peer, conn->wake.own, conn->peer_ring_bytes);
+        }
+    }
+    poller_unlock(poller);
+}
+
+void shmrpc_method_counts(shmrpc_poller *poller, uint64_t *counts, uint32_t count)
+{
+    poller_lock(poller);
+    for (uint32_t i = 0; i < poller->methods.capacity; i++) {
+        const struct method *method = &poller->methods.table[i];
+        if (method->bytes != 0 && method->index >= 0 && (uint32_t)method->index < count)
+            counts[method->index] = method->calls;
+    }
     poller_unlock(poller);
 }
 

@@ -66,6 +66,8 @@ struct shmrpc_slot {
     bool has_thread; /* worker: of its own, which is in shmrpc_next or runs a request */
     bool running;   /* worker: has a request */
     bool replied;   /* worker: its request needs no reply any more */
+    uint64_t since_ns; /* worker, lock: when its request was started, once that is known: a short one
+                        * costs no look at the clock. The standby notes it of one that takes long */
     uint64_t call_id;
     atomic_u64 position; /* of its request in the ring, see conn_outcome */
     uint64_t deadline_ns;
@@ -88,6 +90,7 @@ struct stored {
     shmrpc_message message;
     uint8_t *payload;
     uint32_t queued_index; /* in the segment's queued table */
+    uint64_t queued_ns;    /* when it was queued */
     uint32_t *ends;        /* ITEM: see message.ends */
     uint32_t end_capacity, payload_capacity;
 };
@@ -100,6 +103,7 @@ struct counters {
     atomic_u64 spins_hit, spins_missed, yields, sleeps, wakeups_sent;
     atomic_u64 frames_received, frames_dropped, late_replies;
     atomic_u64 calls_started, calls_refused, calls_expired;
+    atomic_u64 calls_queued, queued_ns;
 };
 
 /* Plain messages for an event loop, of one shmrpc_poll: nothing is allocated for them. */

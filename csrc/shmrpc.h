@@ -72,7 +72,7 @@ enum shmrpc_outcome {
     SHMRPC_NOT_STARTED = 2 /* the peer's own segment shows, or it said, that it never started it */
 };
 
-enum { SHMRPC_METHOD_MAX = 255, SHMRPC_PYTHON_INDEX = 65535 };
+enum { SHMRPC_METHOD_MAX = 255, SHMRPC_PYTHON_INDEX = 65535, SHMRPC_RUNNING_MAX = 4096 };
 
 typedef struct shmrpc_poller shmrpc_poller;
 typedef struct shmrpc_slot shmrpc_slot;
@@ -137,7 +137,19 @@ typedef struct shmrpc_stats {
     uint64_t frames_received, frames_dropped, late_replies;
     uint64_t calls_started, calls_refused, calls_expired;
     uint64_t running, queued, conns, outbox_bytes;
+    uint64_t calls_queued, queued_ns;  /* calls that have waited for a worker; how long, all together */
+    uint64_t oldest_queued_ns;         /* how long the first of those that wait has waited */
+    uint64_t ring_bytes, ring_used;    /* of all rings, both directions */
+    uint64_t fullest_ring_percent;
 } shmrpc_stats;
+
+/* A request that runs. */
+typedef struct shmrpc_running {
+    uint64_t call_id, conn_id;
+    uint64_t since_ns; /* CLOCK_MONOTONIC; 0: no longer than some milliseconds */
+    uint64_t deadline_ns;
+    int32_t method;
+} shmrpc_running;
 
 /* A method name as it goes into requests. */
 typedef struct shmrpc_name {
@@ -171,6 +183,11 @@ void shmrpc_poller_drain(shmrpc_poller *poller);
 /* End every wait with SHMRPC_STOPPED, now and later, and cancel the requests that run. */
 void shmrpc_poller_stop(shmrpc_poller *poller);
 void shmrpc_poller_stats(shmrpc_poller *poller, shmrpc_stats *stats);
+/* The requests that run in workers: how many were written, `count` at most (there may be more than
+ * SHMRPC_RUNNING_MAX, which nobody looks through). */
+uint32_t shmrpc_poller_running(shmrpc_poller *poller, shmrpc_running *running, uint32_t count);
+/* counts[i] = how many requests for the method with index i were started; others stay. */
+void shmrpc_method_counts(shmrpc_poller *poller, uint64_t *counts, uint32_t count);
 /* Requests for `name` get message.method = index and, if fast, a count instead of SHMRPC_MESSAGE.
  * The empty name stands for every method that was not added. */
 int shmrpc_method_add(shmrpc_poller *poller, const char *name, size_t name_bytes, int32_t index,

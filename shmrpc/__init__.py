@@ -1,7 +1,8 @@
 """RPC between processes on one host over shared memory."""
 
-from .client import Client, connect
+from .client import Client
 from .codec import Codec, MsgpackCodec
+from .connecting import connect
 from .context import CallContext, current_call
 from .errors import (
     Abort,
@@ -17,6 +18,9 @@ from .errors import (
     ProtocolError,
     RemoteError,
 )
+from .inspector import Inspector, inspect
+from .logs import configure as _configure_logs
+from .pool import Pool
 from .server import Server
 
 __version__ = "0.1.0"
@@ -32,13 +36,18 @@ __all__ = [
     "DeadlineExceeded",
     "Error",
     "ForkedError",
+    "Inspector",
     "MessageTooLarge",
     "MethodNotFound",
     "MsgpackCodec",
     "Overloaded",
+    "Pool",
     "ProtocolError",
     "RemoteError",
     "Server",
     "connect",
     "current_call",
+    "inspect",
 ]
+
+_configure_logs()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .codec import MsgpackCodec
 from .errors import STATUS_NUMBERS, Error, RemoteError
+from .timing import TRANSPARENT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,6 +44,8 @@ class Failure:
         if kind.__module__ not in ("builtins", "__main__"):
             name = f"{kind.__module__}.{name}"
         frames = error.__traceback__.tb_next if error.__traceback__ is not None else None
+        while frames is not None and frames.tb_frame.f_code in TRANSPARENT:
+            frames = frames.tb_next
         if stage == "arguments":
             text = f"the arguments of {method!r} can't be read: {error}"
             return cls(name, text, "INVALID_ARGUMENT")

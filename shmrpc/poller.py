@@ -7,12 +7,13 @@ whoever waits reads for all, and hands what is not for the core to the sessions 
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import os
 import threading
 import time
 import weakref
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from ._native import ffi, lib
 from .errors import ConnectError, ConnectionLost, Error, ForkedError, ProtocolError
@@ -30,6 +31,7 @@ __all__ = [
     "FOREVER",
     "Connection",
     "Poller",
+    "Running",
     "Slot",
     "Wait",
     "Waiters",
@@ -39,7 +41,7 @@ __all__ = [
     "nanoseconds_until",
 ]
 
-_log = logging.getLogger("shmrpc")
+_log = logging.getLogger("shmrpc.poller")
 
 Wait = Literal["auto", "spin", "block"]
 WAIT_MODES: dict[str, int] = {"auto": 0, "spin": 1, "block": 2}
@@ -65,6 +67,15 @@ def nanoseconds_until(deadline: float) -> int:
     if deadline > _SECONDS_MAX:
         return -1
     return max(0, int((deadline - time.monotonic()) * 1e9))
+
+
+class Running(NamedTuple):
+    """A call under way at a server."""
+
+    method: str
+    since: float | None  # time.monotonic() seconds; None of one that has just begun, or not known
+    peer_pid: int
+    key: tuple[int, int]  # connection and call id
 
 
 class Freed(Protocol):
@@ -317,6 +328,7 @@ class Poller:
         self._unfinished: Any = None  # what has been made of the message that was taken last
         self._run_worker: Callable[[Poller], None] | None = None
         self._serve_queued: Callable[[], None] | None = None
+        self.ended: Callable[[], None] = _nothing  # called for each connection that has ended
         _pollers.add(self)
 
     # ---- connections ----
@@ -412,9 +424,12 @@ class Poller:
             self._take_room(connection)
         elif kind == lib.SHMRPC_CLOSED:
             later += connection.end(message.status)
+            if _log.isEnabledFor(logging.DEBUG):
+                later.append(functools.partial(_log.debug, "%s has gone", connection.peer))
             self._take_end(connection, later)
             self._dropped += session.dropped
             self.connections.pop(connection.conn_id, None)
+            self.ended()
 
     def _take_request(
         self, connection: Connection, message: Any, _later: list[Callable[[], None]]
@@ -596,6 +611,30 @@ class Poller:
         stats["frames_dropped"] += self._dropped + dropped
         return stats
 
+    def running(self, names: Sequence[str]) -> list[Running]:
+        """The requests that run in workers, whose methods have these names by number."""
+        count = int(lib.SHMRPC_RUNNING_MAX)
+        found = ffi.new("shmrpc_running[]", count)
+        used = lib.shmrpc_poller_running(self.c, found, count)
+        calls = []
+        for call in found[0:used]:
+            connection = self.connection(call.conn_id)
+            calls.append(
+                Running(
+                    names[call.method] if 0 <= call.method < len(names) else "",
+                    call.since_ns / 1e9 if call.since_ns else None,
+                    -1 if connection is None else connection.peer_pid,
+                    (call.conn_id, call.call_id),
+                )
+            )
+        return calls
+
+    def method_counts(self, count: int) -> list[int]:
+        """How many requests were started for each of the first ``count`` methods."""
+        counts = ffi.new("uint64_t[]", count)
+        lib.shmrpc_method_counts(self.c, counts, count)
+        return list(counts)
+
     def forget(self) -> None:
         """In a forked child: give up what is the parent's.
 
@@ -620,6 +659,10 @@ def body_of(message: Any) -> bytes:
     """A copy of a message's body."""
     size = message.body_bytes
     return bytes(ffi.buffer(message.body, size)) if size else b""
+
+
+def _nothing() -> None:
+    pass
 
 
 def _after_fork_in_child() -> None:

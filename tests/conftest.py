@@ -233,7 +233,10 @@ def shm_names():
     ours = {os.getpid(), *children()}
 
     def is_foreign(name):
-        pid = int(name.split("-")[2])
+        pid = name.split("-")[2]
+        if not pid.isdigit():
+            return True  # of a benchmark that was killed: segments have a pid there
+        pid = int(pid)
         return pid not in ours and psutil.pid_exists(pid)
 
     return {name for name in glob.glob("/dev/shm/shmrpc-[0-9]*") if not is_foreign(name)}

@@ -8,6 +8,8 @@ import errno
 import inspect
 import logging
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,7 +25,7 @@ from shmrpc.errors import (
 )
 from shmrpc.failures import Failure, call_checked
 from shmrpc.metadata import pack_metadata, pack_reply_metadata, unpack_metadata
-from shmrpc.poller import FOREVER, Connection, body_of, metadata_of
+from shmrpc.poller import FOREVER, Connection, Running, body_of, metadata_of
 from shmrpc.session import Stream
 
 from .calls import AsyncReceiver, send_item
@@ -76,6 +78,7 @@ class Incoming:
     reply_metadata = b""
     replied = False
     started = False
+    started_at: float | None = None  # time.monotonic() seconds; of those that have a task
     cancelled_by_caller = False
 
     def __init__(
@@ -169,6 +172,7 @@ class Handlers:
         self._executor: ThreadPoolExecutor | None = None
         self._position = ffi.new("uint64_t *")
         self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
         self._poller: LoopPoller | None = None
         self._decode = decoder_of(codec)
         self._methods = registry.methods
@@ -187,6 +191,35 @@ class Handlers:
     def running(self) -> int:
         """How many calls are under way."""
         return len(self._running)
+
+    def under_way(self) -> list[Running]:
+        """The calls that have not ended. For any thread, also while the loop is blocked."""
+        calls = list(self._running.values())
+        inside = self._inside()
+        if inside is not None and inside not in calls:
+            calls.append(inside)
+        return [
+            Running(
+                call.method.name if call.method is not None else "",
+                call.started_at,
+                call.connection.peer_pid,
+                (call.connection.conn_id, call.call_id),
+            )
+            for call in calls
+        ]
+
+    def _inside(self) -> Incoming | None:
+        """The call that has no task, whose handler the loop's thread is in just now.
+
+        Found on that thread's stack, so that calls need take no note of it.
+        """
+        frame = sys._current_frames().get(self._thread)
+        while frame is not None:
+            if frame.f_code in _DIRECT:
+                call: Incoming | None = frame.f_locals.get("call")
+                return call
+            frame = frame.f_back
+        return None
 
     async def stop(self, grace: float) -> None:
         """Let what runs end within ``grace`` seconds, then cancel it."""
@@ -265,6 +298,7 @@ class Handlers:
         if starter is None or self._waits.get(index):
             if starter is not None:
                 self._waits[index] -= 1
+            call.started_at = time.monotonic()
             self._running[connection.conn_id, call_id] = call
             _start_task(self._loop, self._context, self._run(call, method, coroutine), call)
             return
@@ -279,6 +313,7 @@ class Handlers:
         else:
             self._waits[index] = _WAITS
             call.started = True
+            call.started_at = time.monotonic()
             self._running[connection.conn_id, call_id] = call
             call.task = starter.adopt(
                 lambda rest: self._run(call, method, rest), coroutine, awaited
@@ -318,6 +353,7 @@ class Handlers:
         elif method.inline and self._chain is None and not method.streams:
             self._run_inline(call, method)
         else:
+            call.started_at = time.monotonic()
             self._running[call.connection.conn_id, call.call_id] = call
             _start_task(self._loop, self._context, self._run(call, method), call)
 
@@ -575,6 +611,10 @@ else:
     ) -> None:
         """Run the coroutine in a task."""
         call.task = context.run(loop.create_task, run)  # it copies the context
+
+
+# Where the loop's thread is in a handler that has no task; each has the call as a local.
+_DIRECT = frozenset({Handlers._take_plain.__code__, Handlers._run_here.__code__})
 
 
 class AsyncRequests:
