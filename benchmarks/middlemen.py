@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from shmrpc.bench.rpc import SHM
 from shmrpc.bench.sockets import RAW_UDS
+from shmrpc.bench.work import pattern
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from shmrpc.bench.contenders import Connection, Contender, Service
 
 _ROOT = Path(__file__).resolve().parent.parent
-_LARGE = bytes(1_000_000)
+_LARGE = pattern(1_000_000)
 
 
 @dataclass(frozen=True)
