@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from shmrpc.bench.figures import Comparison
 from shmrpc import aio
+from shmrpc.bench.figures import Comparison
 
 if TYPE_CHECKING:
     from shmrpc.bench.harness import Effort

@@ -13,8 +13,8 @@ from shmrpc.bench.tables import notes, rows, spread
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from shmrpc.bench.figures import Comparison
     from benchmarks.targets import Verdict
+    from shmrpc.bench.figures import Comparison
 
 _TIMER_READS = 100_000
 _BUSY_LOAD = 0.3
@@ -51,6 +51,32 @@ def table(comparison: Comparison) -> str:
         lines.append(grid(rows(comparison)))
     lines += [f"  {note}" for note in notes(comparison)]
     return "\n".join(lines)
+
+
+def policy_table(verdicts: Iterable[Verdict]) -> str:
+    """Show the waiting policy's targets: a row for each regime, reached if all of it is."""
+    regimes: dict[str, list[Verdict]] = {}
+    for verdict in verdicts:
+        regimes.setdefault(verdict.case, []).append(verdict)
+    lines = [["regime", "calls/s or latency", "CPU per call", ""]]
+    for regime, found in regimes.items():
+        cpu = [verdict for verdict in found if verdict.target.metric.startswith("cpu")]
+        speed = [verdict for verdict in found if verdict not in cpu]
+        reached = all(verdict.met for verdict in found)
+        cells = ["; ".join(map(_ratio, group)) or "-" for group in (speed, cpu)]
+        lines.append([regime, *cells, "reached" if reached else "not reached"])
+    return grid(lines)
+
+
+def _ratio(verdict: Verdict) -> str:
+    """Write one target beside what was measured, and name what is compared if not shm with UDS."""
+    target = verdict.target
+    usual = (target.numerator, target.denominator) == ("shm", "raw-uds")
+    what = "" if target.metric in {"calls_per_s", "cpu_us"} else target.metric.split("_")[0] + " "
+    names = "" if usual else f" {target.numerator}/{target.denominator}"
+    names = names if target.denominator else ""
+    wanted = f"{target.bound} {target.limit:g}"
+    return f"{what}{verdict.measured:.2f}{target.unit}{names} ({wanted})"
 
 
 def verdict_table(verdicts: Iterable[Verdict]) -> str:

@@ -9,12 +9,16 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from shmrpc.bench import regimes
 from shmrpc.bench.figures import Comparison
 from shmrpc.bench.flows import DOWN, UP
 from shmrpc.bench.harness import Crowd, Placement, compare, compare_flows, compare_quiet
 from shmrpc.bench.regimes import FREE, ONE_CPU, TWO_CPUS, placement
+from shmrpc.bench.suite import compare_regime
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from shmrpc.bench.harness import Effort
 
 UNARY = ("floor", "shm", "unix", "tcp", "raw-uds", "raw-tcp", "mp-pipe")
@@ -31,6 +35,12 @@ DIRECTIONS = (DOWN, UP)
 PAIR_COUNTS = (1, 2, 4, 8)
 THREAD_COUNT = 8
 QUIET_SECONDS = 10.0
+
+POLICY = ("shm", "raw-uds")
+POLICY_FREE = (*POLICY, "grpcio", "pyzmq", "iceoryx2-poll")
+POLICY_RATES = (1_000, 10_000, 50_000)
+IDLE_CONNECTIONS = 1_000
+IDLE_POLICY_CASE = f"{IDLE_CONNECTIONS:,} idle connections, {QUIET_SECONDS:.0f} s"
 
 
 def pairs_case(count: int) -> str:
@@ -77,3 +87,21 @@ def streams(effort: Effort, direction: str, place: str) -> Comparison:
     """Move items of 64 bytes one way: as a stream, and as calls with many under way."""
     case = Comparison("streams", f"{direction}, {place}")
     return compare_flows(case, direction, STREAMS, effort, placement(place))
+
+
+def policy(effort: Effort) -> Iterator[Comparison]:
+    """Compare the waiting policy with a bare socket's in every regime that has a target."""
+    circumstances = [
+        regimes.ONE_PAIR_FREE,
+        regimes.ONE_PAIR_ONE_CPU,
+        *map(regimes.pairs_regime, (2, 4, 8)),
+        regimes.clients_regime(8),
+        regimes.BUSY,
+        *map(regimes.paced_regime, POLICY_RATES),
+    ]
+    for regime in circumstances:
+        if regime.cpus <= len(os.sched_getaffinity(0)):
+            contenders = POLICY_FREE if regime is regimes.ONE_PAIR_FREE else POLICY
+            yield compare_regime("policy", regime, contenders, effort)
+    case = Comparison("policy", IDLE_POLICY_CASE)
+    yield compare_quiet(case, POLICY, QUIET_SECONDS, Crowd(connections=IDLE_CONNECTIONS))

@@ -167,9 +167,7 @@ def _measure() -> list[Limit]:
             except OSError as error:
                 print(f"{name}: {error}", file=sys.stderr)
     for size in SIZES:
-        limits.append(
-            Limit("memcpy", size_name(size), _copy_bytes_per_us(size) / 1e3, "GB/s")
-        )
+        limits.append(Limit("memcpy", size_name(size), _copy_bytes_per_us(size) / 1e3, "GB/s"))
     return limits
 
 

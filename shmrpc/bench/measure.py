@@ -70,9 +70,7 @@ def _warm_up(echo: Echo, payload: bytes, start_ns: int) -> int:
     return count
 
 
-def _laps(
-    echo: Echo, payload: bytes, start_ns: int, stop_ns: int, warm_up_calls: int
-) -> Laps:
+def _laps(echo: Echo, payload: bytes, start_ns: int, stop_ns: int, warm_up_calls: int) -> Laps:
     """Call until `stop_ns`; the end of one call is the begin of the next: one clock read a call.
 
     The time counts from `start_ns` even where this thread got no turn until later.

@@ -162,9 +162,7 @@ def _drive(contender: Contender | AsyncContender, say: Say) -> None:
         _obey(driver, say)
 
 
-def _serve(
-    contender: Contender | AsyncContender, directory: str, clients: int, say: Say
-) -> None:
+def _serve(contender: Contender | AsyncContender, directory: str, clients: int, say: Say) -> None:
     def count() -> None:
         for _ in sys.stdin:
             say({"answered": answered()})

@@ -47,7 +47,9 @@ def extra_info(comparison: Comparison, contender: str) -> dict[str, Any]:
 
 def seconds_of(comparison: Comparison, contender: str) -> list[float]:
     """Give each run as the seconds that pytest-benchmark compares."""
-    metric, scale = ("p50_us", 1e6) if "p50_us" in comparison.runs[contender][0] else ("cpu_ms", 1e3)
+    metric, scale = (
+        ("p50_us", 1e6) if "p50_us" in comparison.runs[contender][0] else ("cpu_ms", 1e3)
+    )
     return [value / scale for value in comparison.values(contender, metric)]
 
 

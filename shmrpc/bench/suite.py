@@ -33,6 +33,7 @@ class Plan:
     """Some comparisons: `run` makes them, and tells its argument of each of `steps` turns."""
 
     topic: str
+    cases: tuple[str, ...]
     steps: int
     run: Callable[[Step], Iterator[Comparison]]
 
@@ -61,7 +62,7 @@ def _regime_plan(topic: str, regime: Regime, contenders: Sequence[str], effort: 
     def run(step: Step) -> Iterator[Comparison]:
         yield compare_regime(topic, regime, contenders, effort, step)
 
-    return Plan(topic, (effort.runs + 1) * len(contenders), run)
+    return Plan(topic, (regime.name,), (effort.runs + 1) * len(contenders), run)
 
 
 def _loads_plan(
@@ -80,7 +81,8 @@ def _loads_plan(
             cases.append((Comparison(topic, name, facts=facts), load_))
         return compare_loads(cases, contenders, effort, Placement(), Crowd(), step=step)
 
-    return Plan(topic, len(loads) * (effort.runs + 1) * len(contenders), run)
+    cases = tuple(name for name, _ in loads)
+    return Plan(topic, cases, len(loads) * (effort.runs + 1) * len(contenders), run)
 
 
 def _sizes(contenders: Sequence[str], effort: Effort) -> list[Plan]:
@@ -104,9 +106,7 @@ def _regimes(contenders: Sequence[str], effort: Effort) -> list[Plan]:
     """Give crowds to those that are most used only: each takes a process per client."""
     crowded = [name for name in contenders if name in _CROWDED]
     return [
-        _regime_plan(
-            "regimes", regime, contenders if regime.crowd == Crowd() else crowded, effort
-        )
+        _regime_plan("regimes", regime, contenders if regime.crowd == Crowd() else crowded, effort)
         for regime in circumstances.regimes()
     ]
 
@@ -130,18 +130,17 @@ def _idle(contenders: Sequence[str], effort: Effort) -> list[Plan]:
     return [idle_plan(count, resting) for count in (1, circumstances.IDLE_CONNECTIONS)]
 
 
-def idle_plan(
-    connections: int, contenders: Sequence[str], seconds: float = _QUIET_SECONDS
-) -> Plan:
+def idle_plan(connections: int, contenders: Sequence[str], seconds: float = _QUIET_SECONDS) -> Plan:
     """Let clients connect, call for a moment and fall silent."""
-    case = f"{connections:,} connections" if connections > 1 else "1 connection"
+    count = f"{connections:,} connections" if connections > 1 else "1 connection"
+    case = f"{count}, {seconds:.0f} s of silence"
 
     def run(step: Step) -> Iterator[Comparison]:
-        comparison = Comparison("idle", f"{case}, {seconds:.0f} s of silence")
+        comparison = Comparison("idle", case)
         crowd = Crowd(connections=connections)
         yield compare_quiet(comparison, contenders, seconds, crowd, step=step)
 
-    return Plan("idle", 3 * len(contenders), run)
+    return Plan("idle", (case,), 3 * len(contenders), run)
 
 
 TOPICS: dict[str, Callable[[Sequence[str], Effort], list[Plan]]] = {
@@ -161,9 +160,7 @@ def plans(
     return [plan for topic in topics or TOPICS for plan in TOPICS[topic](chosen, effort)]
 
 
-def quick_plans(
-    effort: Effort = QUICK_EFFORT, contenders: Sequence[str] = QUICK
-) -> list[Plan]:
+def quick_plans(effort: Effort = QUICK_EFFORT, contenders: Sequence[str] = QUICK) -> list[Plan]:
     """Plan what decides whether shmrpc is worth it here, for less than a minute."""
     two = [name for name in contenders if name in {"shm", "raw-uds"}]
     regime_plan = partial(_regime_plan, "regimes", effort=effort)

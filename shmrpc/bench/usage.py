@@ -46,7 +46,7 @@ def wakeups(pid: int) -> int:
 class _PerfEventAttr(ctypes.Structure):
     """The first fields of struct perf_event_attr; the kernel takes the rest as zero."""
 
-    _fields_ = [  # noqa: RUF012 - ctypes wants it so
+    _fields_ = [
         ("type", ctypes.c_uint32),
         ("size", ctypes.c_uint32),
         ("config", ctypes.c_uint64),

@@ -26,7 +26,7 @@ def pattern(size: int) -> bytes:
     """
     known = _patterns.get(size)
     if known is None:
-        known = _patterns[size] = Random(size).randbytes(size)  # noqa: S311 - not for secrets
+        known = _patterns[size] = Random(size).randbytes(size)
     return known
 
 

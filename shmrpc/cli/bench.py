@@ -107,7 +107,9 @@ def _check(topics: Sequence[str], names: Sequence[str], *, quick: bool, html: bo
     unknown = set(names) - set(contenders.names())
     if unknown:
         known = ", ".join(contenders.names())
-        raise click.UsageError(f"no such contender: {', '.join(sorted(unknown))}. There are {known}")
+        raise click.UsageError(
+            f"no such contender: {', '.join(sorted(unknown))}. There are {known}"
+        )
     if html:
         try:
             import matplotlib as _  # noqa: ICN001, F401 - only whether it is there
