@@ -1,6 +1,6 @@
 """What `shmrpc bench` measures, through pytest-benchmark: sizes, calls in flight, regimes, rates.
 
-The contenders are those of the extra `bench`; one that is not installed is skipped, with the reason.
+The contenders are those of the extra `bench`; one that is not installed is skipped, and says why.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def measure(topic: str, effort: Effort) -> dict[str, Comparison]:
     return {comparison.case: comparison for comparison in measured}
 
 
-@pytest.mark.parametrize(("topic", "case"), CASES)
+@pytest.mark.parametrize("topic, case", CASES)
 @pytest.mark.parametrize("contender", CONTENDERS)
 def test_suite(effort: Effort, topic: str, case: str, contender: str, record: Record) -> None:
     comparison = measure(topic, effort)[case]

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING
 
-from benchmarks.topics import FREE, IDLE_POLICY_CASE, ONE_CPU, PLACES, TWO_CPUS, pairs_case
+from benchmarks.topics import IDLE_POLICY_CASE, PLACES, pairs_case
 from shmrpc.bench import regimes
+from shmrpc.bench.regimes import FREE, ONE_CPU, TWO_CPUS
 
 if TYPE_CHECKING:
     from shmrpc.bench.figures import Comparison

@@ -1,4 +1,4 @@
-"""The report's drawings, as SVG to put into a page. Needs matplotlib, which nothing else here does."""
+"""The report's drawings, as SVG to put into a page. Needs matplotlib, as nothing else here does."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["draw_all"]
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: smaller, and it can be searched
     "font.size": 9,
     "axes.spines.top": False,

@@ -26,8 +26,8 @@ __all__ = ["Comparison", "Figures", "Laps", "Movement", "Window", "as_json", "co
 class Laps:
     """The calls of one thread: what each took, in ns, and the time that it had for them.
 
-    `calls` are those of the window, `warm_up_calls` those before; `waiting_cpu_ns` went into waiting
-    for the instants at which calls were due, and is nobody's cost.
+    `calls` are those of the window, `warm_up_calls` those before; `waiting_cpu_ns` went into
+    waiting for the instants at which calls were due, and is nobody's cost.
     """
 
     samples: Sequence[int]

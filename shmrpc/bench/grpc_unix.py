@@ -1,4 +1,4 @@
-"""grpcio over a Unix socket, blocking and on asyncio: generic methods whose messages are msgpack."""
+"""grpcio over a Unix socket, blocking and on asyncio: generic methods, messages of msgpack."""
 
 from __future__ import annotations
 

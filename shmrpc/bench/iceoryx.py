@@ -30,7 +30,7 @@ iox2.set_log_level(iox2.LogLevel.Error)
 
 
 def _new_node(directory: str) -> Any:
-    """Make a node whose files lie in the harness's directory, and whose memory is named after it."""
+    """Make a node whose files lie in the harness's directory; its memory is named after that."""
     config = iox2.config.default()
     config.global_cfg.root_path = iox2.Path.new(f"{directory}/iox2")
     config.global_cfg.prefix = iox2.FileName.new(f"{Path(directory).name}_")

@@ -57,13 +57,13 @@ class _Doorbell(Protocol):
 
 class _Eventfd:
     def __init__(self) -> None:
-        self._fds = [os.eventfd(0), os.eventfd(0)]  # type: ignore[attr-defined] # since 3.10
+        self._fds = [os.eventfd(0), os.eventfd(0)]
 
     def ring(self, side: int) -> None:
-        os.eventfd_write(self._fds[1 - side], 1)  # type: ignore[attr-defined]
+        os.eventfd_write(self._fds[1 - side], 1)
 
     def wait(self, side: int) -> None:
-        os.eventfd_read(self._fds[side])  # type: ignore[attr-defined]
+        os.eventfd_read(self._fds[side])
 
 
 class _Pipe:
@@ -141,7 +141,7 @@ def _round_trip_us(make: Callable[[], _Doorbell], place: str) -> float:
 def _copy_bytes_per_us(size: int) -> float:
     """Copy for a while with memcpy; returns the median of its speed."""
     source, target = bytes(range(256)) * (size // 256 + 1), ctypes.create_string_buffer(size)
-    samples = []
+    samples: list[float] = []
     until = now_ns() + _COPY_NS
     batch = max(1, (64 << 10) // size)
     while not samples or now_ns() < until:
@@ -166,9 +166,10 @@ def _measure() -> list[Limit]:
                 limits.append(Limit(f"{name} round trip", place, _round_trip_us(make, place), "us"))
             except OSError as error:
                 print(f"{name}: {error}", file=sys.stderr)
-    for size in SIZES:
-        limits.append(Limit("memcpy", size_name(size), _copy_bytes_per_us(size) / 1e3, "GB/s"))
-    return limits
+    copies = [
+        Limit("memcpy", size_name(size), _copy_bytes_per_us(size) / 1e3, "GB/s") for size in SIZES
+    ]
+    return limits + copies
 
 
 def measure_limits() -> list[Limit]:

@@ -58,21 +58,21 @@ class _Frames(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         head = _LENGTH.size
-        if not self._buffer and len(data) >= head:
-            if len(data) == head + _LENGTH.unpack_from(data)[0]:  # one whole message, as a rule
-                self.message_received(memoryview(data)[head:])
-                return
+        whole = not self._buffer and len(data) >= head  # one whole message, as a rule
+        if whole and len(data) == head + _LENGTH.unpack_from(data)[0]:
+            self.message_received(memoryview(data)[head:])
+            return
         self._buffer += data
         start = 0
         while len(self._buffer) - start >= head:
             end = start + head + _LENGTH.unpack_from(self._buffer, start)[0]
             if len(self._buffer) < end:
                 break
-            self.message_received(self._buffer[start + head : end])
+            self.message_received(memoryview(bytes(self._buffer[start + head : end])))
             start = end
         del self._buffer[:start]
 
-    def message_received(self, message: memoryview | bytearray) -> None:
+    def message_received(self, message: memoryview) -> None:
         raise NotImplementedError
 
     def send(self, message: bytes) -> None:
@@ -80,7 +80,7 @@ class _Frames(asyncio.Protocol):
 
 
 class _Server(_Frames):
-    def message_received(self, message: memoryview | bytearray) -> None:
+    def message_received(self, message: memoryview) -> None:
         self.send(pack(answer(unpack(message))))
 
 
@@ -91,7 +91,7 @@ class _Connection(_Frames):
         self._loop = asyncio.get_running_loop()
         self._lost = self._loop.create_future()
 
-    def message_received(self, message: memoryview | bytearray) -> None:
+    def message_received(self, message: memoryview) -> None:
         self._waiting.popleft().set_result(unpack(message))
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -2,8 +2,8 @@
 
 A client that waits for each reply sends late when one is slow. Timed from the moment it did send,
 the calls behind look fast although their users waited: coordinated omission. So each call has an
-instant at which it is due, and its latency counts from there. What the client's own sleep overshoots
-is no fault of the contender, and is taken off for as long as it has not been made up for.
+instant at which it is due, and its latency counts from there. What the client's own sleep
+overshoots is no fault of the contender, and is taken off until it has been made up for.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ svg { max-width: 100%; height: auto; vertical-align: top; } code { background: #
 """
 _METHOD = """Every contender ran in processes of its own, in turns with the others; figures are
 medians over the runs, and the last column says how far those were apart. Each call wrote, sent and
-read the payload on both sides; both sides counted, and the counts agreed. sys/call and wake/call are
-system calls and sleeps of both sides; "?" is what this machine lets nobody count."""
+read the payload on both sides; both sides counted, and the counts agreed. sys/call and wake/call
+are system calls and sleeps of both sides; "?" is what this machine lets nobody count."""
 
 
 def _table(cells: Sequence[Sequence[str]]) -> str:
@@ -56,8 +56,8 @@ def page(
         '<html lang="en"><head><meta charset="utf-8"><title>shmrpc bench</title>',
         f"<style>{_STYLE}</style></head><body>",
         "<h1>shmrpc beside its alternatives</h1>",
-        f"<p>{escape(environment.description)}<br>{escape(versions)}<br>"
-        f"<code>{escape(environment.command)}</code>; load before: "
+        f"<p>{escape(environment.description)}<br>{escape(versions)}<br>",
+        f"<code>{escape(environment.command)}</code>; load before: ",
         f"{environment.load_before:.2f}{busy}</p>",
         "<h2>In short</h2><ul>",
         *(f"<li>{escape(sentence)}</li>" for sentence in conclusions(comparisons)),

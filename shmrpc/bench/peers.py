@@ -78,7 +78,7 @@ class _Driver:
 
 
 class _AsyncDriver:
-    """The same for a contender whose calls are awaited: its loop runs while it is told something."""
+    """The same for a contender whose calls are awaited: its loop runs while it has an order."""
 
     def __init__(self, contender: AsyncContender) -> None:
         self._contender = contender

@@ -1,4 +1,4 @@
-"""Results as files: JSON as pytest-benchmark writes it, so that its tools read ours and we read its.
+"""Results as files: JSON as pytest-benchmark writes it. Its tools read ours, and we read its.
 
 A benchmark there has rounds in seconds. Ours are the runs of one contender in one case: the median
 latency of each, or the CPU time where nobody called. All figures are in `extra_info`.

@@ -1,7 +1,7 @@
 """Bare blocking sockets: what people use without an RPC library, simple, honest and fast.
 
-A 4-byte length, then msgpack. No timeouts, no errors, no methods, which a real program would have to
-add and pay for. With one client the server blocks in `recv`; with several it waits by epoll.
+A 4-byte length, then msgpack. No timeouts, no errors, no methods, which a real program would have
+to add and pay for. With one client the server blocks in `recv`; with several it waits by epoll.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the two processes of a call use: CPU time, wake-ups and system calls, read from the kernel."""
+"""What both processes of a call use: CPU time, wake-ups and system calls, read from the kernel."""
 
 from __future__ import annotations
 

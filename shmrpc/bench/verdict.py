@@ -1,4 +1,4 @@
-"""What the figures say to who has to choose: where shared memory wins here, and where it does not."""
+"""What the figures say to who has to choose: where shared memory wins here, and where not."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The work that every contender does: bytes of a known pattern there and back, read on both sides.
+"""The work that every contender does: known bytes there and back, read on both sides.
 
-The caller sends `pattern(size)`, the server passes what it received through `answer`, which compares
-all of it with what it has to be and counts it. So a contender that moves no bytes, other bytes, or
+The caller sends `pattern(size)`, the server passes what it received through `answer`, which
+compares all of it with what it has to be and counts it. So a contender that moves no bytes, other bytes, or
 answers from the caller's side is found out: the two sides' counts differ.
 """
 

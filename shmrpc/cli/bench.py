@@ -60,8 +60,8 @@ def bench(
 ) -> int:
     """Compare shmrpc with sockets, pipes and other libraries, on this machine.
 
-    Measures those that are installed; `pip install shmrpc[bench]` brings the others. All TOPICS take
-    about half an hour.
+    Measures those that are installed; `pip install shmrpc[bench]` brings the others. All TOPICS
+    take about half an hour.
 
     \b
     Topics:
