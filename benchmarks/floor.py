@@ -68,7 +68,7 @@ class _Service:
 
 class _Connection:
     def __init__(self, address: str) -> None:
-        descriptor, self._path = tempfile.mkstemp(dir="/dev/shm", prefix="shmrpc-bench-")
+        descriptor, self._path = tempfile.mkstemp(dir="/dev/shm", prefix="rpc-bench-")
         os.ftruncate(descriptor, lib.shmrpc_bare_bytes(_RING_BYTES))
         os.close(descriptor)
         self._side = _Side(self._path, 0)

@@ -6,7 +6,9 @@ passes every payload through `work.answer`, and `register` it.
 
 from __future__ import annotations
 
+import shutil
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ __all__ = [
     "load",
     "names",
     "register",
+    "remove_files",
     "why_absent",
 ]
 
@@ -129,7 +132,8 @@ class Contender(Protocol):
     def start(self, directory: str, clients: int) -> Service:
         """Listen, in the server's process, for so many clients at a time.
 
-        Files go into `directory`, which the harness removes.
+        Files go into `directory`, and shared memory is named after it and "_": the harness removes
+        both, also when the server is killed.
         """
 
     def connect(self, address: str) -> Connection:
@@ -180,6 +184,13 @@ def load(home: str) -> Contender | AsyncContender:
     module, _, attribute = home.partition(":")
     contender: Contender | AsyncContender = getattr(import_module(module), attribute)
     return contender
+
+
+def remove_files(directory: str) -> None:
+    """Remove a server's directory, and what a contender named after it in shared memory."""
+    shutil.rmtree(directory, ignore_errors=True)
+    for path in Path("/dev/shm").glob(f"{Path(directory).name}_*"):
+        path.unlink(missing_ok=True)
 
 
 def why_absent(name: str) -> str | None:

@@ -68,7 +68,7 @@ class _Frames(asyncio.Protocol):
             end = start + head + _LENGTH.unpack_from(self._buffer, start)[0]
             if len(self._buffer) < end:
                 break
-            self.message_received(memoryview(bytes(self._buffer[start + head : end])))
+            self.message_received(memoryview(self._buffer[start + head : end]))
             start = end
         del self._buffer[:start]
 

@@ -14,7 +14,6 @@ import ctypes
 import json
 import os
 import resource
-import shutil
 import signal
 import sys
 import time
@@ -24,7 +23,15 @@ from functools import cache
 from threading import Thread
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .contenders import AsyncContender, Contender, FlowConnection, OwnServer, UnsupportedError, load
+from .contenders import (
+    AsyncContender,
+    Contender,
+    FlowConnection,
+    OwnServer,
+    UnsupportedError,
+    load,
+    remove_files,
+)
 from .measure import Order, measure, measure_async, measure_flow
 from .work import answered
 
@@ -233,7 +240,7 @@ def main() -> None:
         raise
     finally:
         if options.role == "serve":
-            shutil.rmtree(options.directory, ignore_errors=True)
+            remove_files(options.directory)
 
 
 if __name__ == "__main__":

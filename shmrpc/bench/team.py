@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import select
-import shutil
 import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from .contenders import UnsupportedError, home_of
+from .contenders import UnsupportedError, home_of, remove_files
 from .figures import Movement, Window, combine
 from .measure import Order
 from .pace import now_ns
@@ -171,7 +170,9 @@ class Team:
         clients = crowd.clients * crowd.connections
         try:
             for _ in range(crowd.pairs):
-                directory = tempfile.mkdtemp(prefix="shmrpc-bench-", dir="/tmp")
+                directory = tempfile.mkdtemp(
+                    prefix="rpc-bench-", dir="/tmp"
+                )  # a socket's path is short
                 self._directories.append(directory)
                 self._servers.append(Peer("serve", contender, directory, placement.server, clients))
                 self._drivers += [
@@ -302,5 +303,5 @@ class Team:
         for peer in peers:
             peer.reap()
         for directory in self._directories:
-            shutil.rmtree(directory, ignore_errors=True)
+            remove_files(directory)
         self._drivers, self._servers, self._directories = [], [], []

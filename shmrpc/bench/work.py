@@ -1,8 +1,8 @@
 """The work that every contender does: known bytes there and back, read on both sides.
 
 The caller sends `pattern(size)`, the server passes what it received through `answer`, which
-compares all of it with what it has to be and counts it. So a contender that moves no bytes, other bytes, or
-answers from the caller's side is found out: the two sides' counts differ.
+compares all of it with what it has to be and counts it. So a contender that moves no bytes, other
+bytes, or answers from the caller's side is found out: the two sides' counts differ.
 """
 
 from __future__ import annotations
