@@ -102,7 +102,7 @@ class _Teams:
                 team.hang_up()
         except (PeerError, OSError) as error:
             del self._teams[name]
-            self._out[name] = str(error)
+            self._out[name] = team.explain(error)
             team.close()
         if self._step:
             self._step(f"{comparison.topic}: {comparison.case}: {name}")

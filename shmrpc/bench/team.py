@@ -27,6 +27,7 @@ __all__ = ["Crowd", "Effort", "Load", "Peer", "PeerError", "Placement", "Team"]
 _PATIENCE_S = 20.0
 _START_PATIENCE_S = 60.0  # 64 clients begin at once on two CPUs
 _FAREWELL_S = 3.0
+_LAST_WORDS_S = 0.5
 _COUNT_SECONDS = 0.1
 
 
@@ -136,6 +137,10 @@ class Peer:
         if "error" in answer:
             raise PeerError(f"{self._what}: {answer['error']}")
         return answer
+
+    def has_spoken(self) -> bool:
+        """Whether there is something to read, or the end of all that it will ever say."""
+        return bool(select.select([self._process.stdout], [], [], _LAST_WORDS_S)[0])
 
     def ask(self, do: str, **arguments: object) -> dict[str, Any]:
         """Ask and fetch the answer."""
@@ -294,6 +299,17 @@ class Team:
             own = driver.ask("answered")["answered"]
             total += server.ask("answered")["answered"] if own is None else own
         return total
+
+    def explain(self, error: Exception) -> str:
+        """Say what went wrong, also at the server if it is that which has ended."""
+        reasons = [str(error)]
+        for server in self._servers:
+            if server.has_spoken():
+                try:
+                    server.answer()
+                except (PeerError, UnsupportedError) as reason:
+                    reasons.append(str(reason))
+        return "; ".join(dict.fromkeys(reasons))
 
     def close(self) -> None:
         """End all processes and remove their files."""
