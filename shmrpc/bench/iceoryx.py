@@ -41,7 +41,10 @@ def _new_node(directory: str) -> Any:
 
 def _service(node: Any) -> Any:
     builder = node.service_builder(iox2.ServiceName.new("echo")).request_response(_Bytes, _Bytes)
-    return builder.max_active_requests_per_client(_AT_A_TIME).open_or_create()
+    builder = builder.max_active_requests_per_client(_AT_A_TIME).max_response_buffer_size(1)
+    builder = builder.max_borrowed_responses_per_pending_response(1).max_loaned_requests(1)
+    # Its memory is written when it is made: with the default of 8 clients that takes a second.
+    return builder.max_clients(1).max_servers(1).max_nodes(2).open_or_create()
 
 
 def _event(node: Any, name: str) -> Any:
