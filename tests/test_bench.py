@@ -71,8 +71,7 @@ def test_cheats_are_found_out_and_the_others_measured():
 CASES = {
     "small": Load(),
     "large": Load(300_000),
-    "window": Load(64, depth=8),
-    "large window": Load(300_000, depth=8),
+    "window": Load(300_000, depth=8),
 }
 
 
@@ -81,12 +80,12 @@ def measure_cases(chosen, *cases):
     return list(compare_loads(loads, chosen, BRIEF, Placement(), Crowd()))
 
 
+@pytest.mark.timeout(180)
 def test_contenders_move_all_bytes_of_all_sizes():
-    small, large, window, large_window = measure_cases(sorted(INSTALLED), *CASES)
+    small, large, window = measure_cases(sorted(INSTALLED), *CASES)
     assert set(small.runs) == INSTALLED, small
     assert set(large.runs) == INSTALLED, large
     assert set(window.runs) == INSTALLED - {"mp-pipe"}, window
-    assert set(large_window.runs) == INSTALLED - {"mp-pipe"}, large_window
     assert window.absent == {"mp-pipe": "one call at a time"}
     for (figures,) in small.runs.values():
         assert figures["p50_us"] <= figures["p99_us"] <= figures["p999_us"]
@@ -95,12 +94,13 @@ def test_contenders_move_all_bytes_of_all_sizes():
         assert math.isnan(figures["system_calls"]) or figures["system_calls"] >= 0
 
 
+@pytest.mark.timeout(180)
 def test_contenders_of_the_extra_work_or_are_missing():
     cheats = {"liar", "shortener", "forger", "dying", "slow", "nowhere"}
     chosen = set(contenders.names()) - INSTALLED - cheats
     assert {"pyzmq", "iceoryx2-poll", "iceoryx2-event", "pynng", "thriftpy2", "rpyc"} <= chosen
     missing = {name for name in chosen if contenders.why_absent(name)}
-    for comparison in measure_cases(sorted(chosen), "small", "large window"):
+    for comparison in measure_cases(sorted(chosen), "small", "window"):
         assert not comparison.failed, comparison
         assert missing <= set(comparison.absent)
         assert set(comparison.runs) | set(comparison.absent) == chosen
@@ -444,37 +444,45 @@ def test_windows_of_clients_add_up():
 
 def run(*arguments, status=0):
     done = subprocess.run(
-        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False
+        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=170, check=False
     )
     assert done.returncode == status, done
     return done
 
 
-def test_quick_is_measured_written_and_compared():
+@pytest.mark.timeout(180)  # a dozen processes begin, perhaps on a busy machine
+def test_quick_is_measured_and_written():
     with short_directory() as directory:
         result, report = Path(directory, "r.json"), Path(directory, "r.html")
         brief = ("--quick", "--runs", 1, "--seconds", 0.02)
         done = run(*brief, "--json", result, "--html", report)
-        assert "- 64 B, one at a time: " in done.stdout
-        assert "Shared memory was" in done.stdout
         parser = Page()
         parser.feed(report.read_text())
-        assert not parser.open
         contents = json.loads(result.read_text())
-        contenders_of = {}
-        for entry in contents["benchmarks"]:
-            info = entry["extra_info"]
-            contenders_of.setdefault(info["case"], set()).add(info["contender"])
-        assert contenders_of["64 B, one at a time"] == set(suite.QUICK)
-        assert not any(contents["failed"].values())
-        for entry in contents["benchmarks"]:  # as if shm had been a thousand times as fast
-            for figures in entry["extra_info"]["runs"]:
-                if entry["extra_info"]["contender"] == "shm" and "calls_per_s" in figures:
-                    figures["calls_per_s"] *= 1000
-        result.write_text(json.dumps(contents))
-        only = ("-c", "shm", "-c", "raw-uds")
-        done = run(*brief, *only, "--compare", result, status=1)
+    assert "- 64 B, one at a time: " in done.stdout
+    assert "Shared memory was" in done.stdout
+    assert not parser.open
+    assert "svg" in parser.seen
+    assert not any(contents["failed"].values())
+    infos = [entry["extra_info"] for entry in contents["benchmarks"]]
+    contenders_of = {}
+    for info in infos:
+        contenders_of.setdefault(info["case"], set()).add(info["contender"])
+    assert contenders_of["64 B, one at a time"] == set(suite.QUICK)
+    assert contenders_of["1,000 calls/s"] == {"shm", "raw-uds"}
+
+
+@pytest.mark.timeout(180)
+def test_what_got_slower_shows_in_the_exit_status():
+    rates = {"raw-uds": [1e-3] * 3, "shm": [1e6] * 3}  # as if shm had been fast beyond belief
+    old = comparison_of(rates, {"rate": 100.0}, "rates", "100 calls/s")
+    with short_directory() as directory:
+        before, now = Path(directory, "before.json"), Path(directory, "now.json")
+        write(before, document([old], HERE))
+        brief = ("rates", "-c", "shm", "-c", "raw-uds", "--runs", 1, "--seconds", 0.03)
+        done = run(*brief, "--compare", before, "--json", now, status=1)
         assert "slower" in done.stdout
+        assert {comparison.case for comparison in read(now)} >= {"100 calls/s", "50,000 calls/s"}
 
 
 def test_wrong_usage_is_found_before_anything_is_measured():

@@ -19,7 +19,35 @@ Figures = dict[str, float]
 together), wakeups and system_calls per call; or cpu_ms; or items_per_s, client_item_us,
 server_item_us. nan is what could not be measured."""
 
-__all__ = ["Comparison", "Figures", "Laps", "Movement", "Window", "as_json", "combine", "known"]
+__all__ = [
+    "Comparison",
+    "Figures",
+    "Laps",
+    "Movement",
+    "Order",
+    "Window",
+    "as_json",
+    "combine",
+    "known",
+]
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the harness asks a client to do; `peers.py` gets it as JSON.
+
+    `rate` is in calls/s, 0 for as fast as replies come. `server_pid` is None for all clients of a
+    server but one: its CPU time must not be counted twice.
+    """
+
+    size: int
+    depth: int
+    threads: int
+    rate: float
+    start_ns: int
+    stop_ns: int
+    server_pid: int | None
+    system_calls: bool
 
 
 @dataclass(frozen=True)

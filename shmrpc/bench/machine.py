@@ -6,7 +6,6 @@ import os
 import platform
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 
 import shmrpc
 
@@ -68,6 +67,8 @@ class Environment:
 
 def environment(command: str) -> Environment:
     """Describe machine, kernel, Python and what is installed, before anything is measured."""
+    from importlib.metadata import PackageNotFoundError, version  # slow, and for this alone
+
     versions = {"shmrpc": shmrpc.__version__}
     for package in _PACKAGES:
         with suppress(PackageNotFoundError):

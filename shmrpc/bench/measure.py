@@ -10,7 +10,7 @@ import asyncio
 import time
 from array import array
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import ceil
 from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
     from .contenders import Connection
+    from .figures import Order
     from .usage import Usage
 
     Echo = Callable[[bytes], bytes]
@@ -32,29 +33,11 @@ if TYPE_CHECKING:
     Flow = Callable[[int], int]
     """Moves items until an instant; returns how many, when all of them have arrived."""
 
-__all__ = ["Order", "measure", "measure_async", "measure_flow", "now_ns"]
+__all__ = ["measure", "measure_async", "measure_flow", "now_ns"]
 
 _CALLS_PER_S_MAX = 500_000
 """How many samples each thread has room for; a client in Python stays below."""
 _LONG_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class Order:
-    """What the harness asks a client to do; `peers.py` gets it as JSON.
-
-    `rate` is in calls/s, 0 for as fast as replies come. `server_pid` is None for all clients of a
-    server but one: its CPU time must not be counted twice.
-    """
-
-    size: int
-    depth: int
-    threads: int
-    rate: float
-    start_ns: int
-    stop_ns: int
-    server_pid: int | None
-    system_calls: bool
 
 
 def _check(reply: bytes, payload: bytes) -> None:

@@ -32,7 +32,8 @@ from .contenders import (
     load,
     remove_files,
 )
-from .measure import Order, measure, measure_async, measure_flow
+from .figures import Order
+from .measure import measure, measure_async, measure_flow
 from .work import answered
 
 if TYPE_CHECKING:

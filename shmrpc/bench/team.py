@@ -12,8 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from .contenders import UnsupportedError, home_of, remove_files
-from .figures import Movement, Window, combine
-from .measure import Order
+from .figures import Movement, Order, Window, combine
 from .pace import now_ns
 from .usage import cpu_ns
 
