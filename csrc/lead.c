@@ -637,7 +637,8 @@ int64_t poller_poll(struct shmrpc_poller *poller, struct shmrpc_slot *slot, uint
         keep_looking(poller);
     }
     poll_hot(poller, slot);
-    if (!finished(poller, slot, &result) && spin_ns != 0 && poller->hot_rings != 0) {
+    if (poller->batch.count == 0 && !finished(poller, slot, &result) && spin_ns != 0 &&
+        poller->hot_rings != 0) {
         uint32_t budget = (uint32_t)spin_policy_begin(&poller->policy);
         bool found = budget != 0 && spin_for(poller, budget < spin_ns ? budget : spin_ns);
         result = 0;
