@@ -6,6 +6,7 @@ suite.py, regimes.py            what is measured, and under which circumstances
 harness.py, team.py, peers.py   the comparison, a contender's processes, and their own side
 measure.py, pace.py, usage.py   one window of calls, calls at a steady rate, what they cost
 work.py, figures.py             the payload and who counts it; the numbers that come out
+lifetime.py                     processes that end with the one that started them
 contenders.py                   what a contender is, and where each one lives
 rpc.py, rpc_aio.py, flows.py    shmrpc itself: calls, the same on asyncio, streams
 sockets.py, loops.py, multiproc.py, zeromq.py, grpc_unix.py, iceoryx.py, nng.py, thrift.py,

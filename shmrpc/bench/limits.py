@@ -15,21 +15,25 @@ import platform
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Protocol
 
+from .lifetime import end_with_parent
 from .pace import now_ns
 from .regimes import ONE_CPU, SIZES, TWO_CPUS, placement, size_name
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 __all__ = ["Limit", "measure_limits"]
 
 _ROUNDS = 300
 _WARM_UP_ROUNDS = 50
+_CACHE_LINE_BATCHES = 100
 _COPY_NS = 20_000_000
+_PATIENCE_S = 60
 _FUTEX = {"x86_64": 202, "aarch64": 98}
 _FUTEX_WAIT, _FUTEX_WAKE = 0, 1
 _EAGAIN = 11
@@ -108,34 +112,72 @@ class _Futex:
         self._seen[side] = seen + 1
 
 
-def _round_trip_us(make: Callable[[], _Doorbell], place: str) -> float:
-    """Bounce between two processes; returns the median of a round trip."""
+@contextmanager
+def _other_process(place: str, work: Callable[[], None]) -> Iterator[None]:
+    """Let another process do the work meanwhile, both pinned as the place says."""
     where = placement(place)
-    bell = make()
-    rounds = _WARM_UP_ROUNDS + _ROUNDS
+    parent = os.getpid()
     child = os.fork()
     if not child:
         try:
+            end_with_parent(parent)
             os.sched_setaffinity(0, where.server or ())
-            for _ in range(rounds):
-                bell.wait(1)
-                bell.ring(1)
+            work()
         finally:
             os._exit(0)
     before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, where.client or ())
     try:
-        os.sched_setaffinity(0, where.client or ())
-        samples = []
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+        os.kill(child, signal.SIGKILL)  # it has ended, unless we failed
+        os.waitpid(child, 0)
+
+
+def _round_trip_us(make: Callable[[], _Doorbell], place: str) -> float:
+    """Bounce between two processes; returns the median of a round trip."""
+    bell = make()
+    rounds = _WARM_UP_ROUNDS + _ROUNDS
+
+    def answer() -> None:
+        for _ in range(rounds):
+            bell.wait(1)
+            bell.ring(1)
+
+    samples = []
+    with _other_process(place, answer):
         for _ in range(rounds):
             then = now_ns()
             bell.ring(0)
             bell.wait(0)
             samples.append(now_ns() - then)
-    finally:
-        os.sched_setaffinity(0, before)
-        os.kill(child, signal.SIGKILL)  # it has ended, unless we failed
-        os.waitpid(child, 0)
     return median(samples[_WARM_UP_ROUNDS:]) / 1e3
+
+
+def _cache_line_us() -> float:
+    """Bounce a byte between two CPUs, both of which look at nothing else."""
+    memory = mmap.mmap(-1, mmap.PAGESIZE)
+    ours, theirs = 0, mmap.PAGESIZE // 2
+    batches = []
+
+    def answer() -> None:
+        while True:
+            for turn in range(256):
+                while memory[ours] != turn:
+                    pass
+                memory[theirs] = turn
+
+    memory[ours] = memory[theirs] = 255  # what comes before the first turn
+    with _other_process(TWO_CPUS, answer):
+        for _ in range(_CACHE_LINE_BATCHES):
+            then = now_ns()
+            for turn in range(256):
+                memory[ours] = turn
+                while memory[theirs] != turn:
+                    pass
+            batches.append((now_ns() - then) / 256)
+    return median(batches) / 1e3
 
 
 def _copy_bytes_per_us(size: int) -> float:
@@ -166,6 +208,8 @@ def _measure() -> list[Limit]:
                 limits.append(Limit(f"{name} round trip", place, _round_trip_us(make, place), "us"))
             except OSError as error:
                 print(f"{name}: {error}", file=sys.stderr)
+    if TWO_CPUS in places:
+        limits.append(Limit("cache line round trip", TWO_CPUS, _cache_line_us(), "us"))
     copies = [
         Limit("memcpy", size_name(size), _copy_bytes_per_us(size) / 1e3, "GB/s") for size in SIZES
     ]
@@ -179,6 +223,7 @@ def measure_limits() -> list[Limit]:
         capture_output=True,
         text=True,
         check=True,
+        timeout=_PATIENCE_S,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)},
     )
     return [Limit(**limit) for limit in json.loads(run.stdout)]

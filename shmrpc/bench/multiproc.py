@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .codec import pack, unpack
 from .contenders import UnsupportedError
+from .lifetime import end_with_parent
 from .work import answer, answered
 
 if TYPE_CHECKING:
@@ -74,9 +75,9 @@ class _Pipe:
         return _PipeConnection(Client(address, "AF_UNIX"))
 
 
-def _answer_queue(cpus: list[int], requests: Any, replies: Any) -> None:
+def _answer_queue(parent: int, cpus: list[int], requests: Any, replies: Any) -> None:
     """Be the server's process: answer until None comes; "answered" asks how many there were."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent(parent)
     os.sched_setaffinity(0, cpus)
     while (request := requests.get()) is not None:
         replies.put(answered() if request == "answered" else answer(request))
@@ -101,7 +102,8 @@ class _QueueConnection:
         context = multiprocessing.get_context("spawn")
         self._requests, self._replies = context.Queue(), context.Queue()
         queues = (self._requests, self._replies)
-        self._server = context.Process(target=_answer_queue, args=(cpus, *queues), daemon=True)
+        arguments = (os.getpid(), cpus, *queues)
+        self._server = context.Process(target=_answer_queue, args=arguments, daemon=True)
         self._server.start()
         self.server_pid = self._server.pid or 0
         self.begin = self._requests.put

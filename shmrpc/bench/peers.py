@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import ctypes
 import json
 import os
 import resource
-import signal
 import sys
 import time
 from contextlib import closing
@@ -33,6 +31,7 @@ from .contenders import (
     remove_files,
 )
 from .figures import Order
+from .lifetime import end_with_parent
 from .measure import measure, measure_async, measure_flow
 from .work import answered
 
@@ -43,8 +42,6 @@ if TYPE_CHECKING:
 
     Say = Callable[[dict[str, Any]], None]
     Answer = dict[str, Any]
-
-_PR_SET_PDEATHSIG = 1
 
 
 class _Driver:
@@ -179,20 +176,6 @@ def _serve(contender: Contender | AsyncContender, directory: str, clients: int, 
         say({"address": service.address})
         _start_thread(count)
         service.serve()
-
-
-def end_with_parent(parent: int) -> None:
-    """Turn the death of the parent into SIGTERM and that into SystemExit; leave Ctrl-C to it."""
-
-    def end(*_: object) -> NoReturn:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # so that a second one spoils no cleaning up
-        raise SystemExit
-
-    signal.signal(signal.SIGTERM, end)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:
-        raise SystemExit
 
 
 def _keep_stdout() -> Say:
