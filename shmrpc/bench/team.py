@@ -139,7 +139,8 @@ class Peer:
 
     def has_spoken(self) -> bool:
         """Whether there is something to read, or the end of all that it will ever say."""
-        return bool(select.select([self._process.stdout], [], [], _LAST_WORDS_S)[0])
+        stdout = self._process.stdout
+        return stdout is not None and bool(select.select([stdout], [], [], _LAST_WORDS_S)[0])
 
     def ask(self, do: str, **arguments: object) -> dict[str, Any]:
         """Ask and fetch the answer."""
