@@ -81,6 +81,7 @@ def measure_cases(chosen, *cases):
     return list(compare_loads(loads, chosen, BRIEF, Placement(), Crowd()))
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(180)
 def test_contenders_move_all_bytes_of_all_sizes():
     small, large, window = measure_cases(sorted(INSTALLED), *CASES)
@@ -95,6 +96,7 @@ def test_contenders_move_all_bytes_of_all_sizes():
         assert math.isnan(figures["system_calls"]) or figures["system_calls"] >= 0
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(180)
 def test_contenders_of_the_extra_work_or_are_missing():
     cheats = {"liar", "shortener", "forger", "dying", "slow", "nowhere"}
@@ -451,6 +453,7 @@ def run(*arguments, status=0):
     return done
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(180)  # a dozen processes begin, perhaps on a busy machine
 def test_quick_is_measured_and_written():
     with short_directory() as directory:
