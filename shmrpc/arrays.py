@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
+import msgpack
 import numpy as np
 
 from .buffers import Source, Unwritten
 
-__all__ = ["describe", "is_number", "make_array", "parse", "split"]
+__all__ = ["is_number", "make_array", "memory_of", "split"]
 
 _U1 = np.dtype(np.uint8)
 _KINDS = frozenset("biufcmMSUV")  # neither objects nor numpy's variable-length strings
@@ -22,21 +23,20 @@ _PLAIN = re.compile(r"[<>|](?:[biufcSUV][0-9]{1,9}|[mM]8(?:\[[0-9]{0,9}[a-zA-Z]{
 _DEPTH_MAX = 16  # of dtypes in dtypes
 _ITEM_MAX = 2**31 - 1  # numpy's own limit
 _EMPTY_ITEMS_MAX = 1 << 24  # items without bytes: the message's length does not bound them
-_KNOWN_MAX = 512
 
-# By dtype and by text, for those without fields.
-_texts: dict[Any, str] = {}
-_dtypes: dict[str, Any] = {}
+# What has been described and what has been parsed: the next array is often as the last.
+_KNOWN_MAX = 512
+_KNOWN_BYTES_MAX = 256
+_described: dict[tuple[Any, tuple[int, ...], bool], bytes] = {}
+_Known: TypeAlias = tuple[Any, tuple[int, ...], Literal["C", "F"], int]
+_parsed: dict[bytes, _Known] = {}
 
 
 # ---- dtypes ----
 
 
-def describe(dtype: Any, depth: int = 0) -> Any:
+def _describe(dtype: Any, depth: int = 0) -> Any:
     """A dtype as str, list and dict. TypeError for one whose items can't be copied as bytes."""
-    text = _texts.get(dtype)
-    if text is not None:
-        return text
     if dtype.hasobject or dtype.kind not in _KINDS:
         msg = (
             f"a numpy array of dtype {dtype} holds Python objects, not their bytes: "
@@ -48,36 +48,30 @@ def describe(dtype: Any, depth: int = 0) -> Any:
         raise TypeError(msg)
     if dtype.subdtype is not None:
         base, shape = dtype.subdtype
-        return [describe(base, depth + 1), list(shape)]
+        return [_describe(base, depth + 1), list(shape)]
     if dtype.names is not None:
         fields = [dtype.fields[name] for name in dtype.names]
         return {
             "names": list(dtype.names),
-            "formats": [describe(field[0], depth + 1) for field in fields],
+            "formats": [_describe(field[0], depth + 1) for field in fields],
             "offsets": [field[1] for field in fields],
             "titles": [field[2] if len(field) > 2 else None for field in fields],
             "itemsize": dtype.itemsize,
         }
-    text = dtype.str
+    text: str = dtype.str
     if np.dtype(text) != dtype:
         msg = (
             f"a numpy array of dtype {dtype} can't be described to the peer: send a view "
             f"of it as one of numpy's own dtypes, such as .view('u{dtype.itemsize}')"
         )
         raise TypeError(msg)
-    if len(_texts) >= _KNOWN_MAX:
-        _texts.clear()
-    _texts[dtype] = text
     return text
 
 
-def parse(description: Any, depth: int = 0) -> Any:
+def _parse(description: Any, depth: int = 0) -> Any:
     """The dtype that was described; ValueError if none was."""
     if type(description) is str:
-        dtype = _dtypes.get(description)
-        if dtype is None:
-            dtype = _parse_plain(description)
-        return dtype
+        return _parse_plain(description)
     if depth <= _DEPTH_MAX:
         if type(description) is list and len(description) == 2:
             return _parse_subarray(description[0], description[1], depth)
@@ -91,18 +85,14 @@ def _parse_plain(text: str) -> Any:
     try:
         if not _PLAIN.fullmatch(text):
             raise ValueError
-        dtype = np.dtype(text)
+        return np.dtype(text)
     except (TypeError, ValueError):
         msg = f"{text[:80]!r} is no numpy dtype of items without objects"
         raise ValueError(msg) from None
-    if len(_dtypes) >= _KNOWN_MAX:
-        _dtypes.clear()
-    _dtypes[text] = dtype
-    return dtype
 
 
 def _parse_subarray(base: Any, shape: Any, depth: int) -> Any:
-    dtype = parse(base, depth + 1)
+    dtype = _parse(base, depth + 1)
     if not _is_shape(shape) or math.prod(shape) * max(dtype.itemsize, 1) > _ITEM_MAX:
         msg = "the shape of a numpy dtype's subarray is none"
         raise ValueError(msg)
@@ -125,7 +115,7 @@ def _parse_fields(description: dict[Any, Any], depth: int) -> Any:
         or not all(title is None or type(title) is str for title in titles)
     ):
         raise ValueError(msg)
-    dtypes = [parse(each, depth + 1) for each in formats]
+    dtypes = [_parse(each, depth + 1) for each in formats]
     fields = {"names": names, "formats": dtypes, "offsets": offsets, "itemsize": itemsize}
     if any(title is not None for title in titles):
         fields["titles"] = titles
@@ -144,47 +134,81 @@ def is_number(scalar: Any) -> bool:
     return dtype.kind in "biu" or (dtype.kind == "f" and dtype.itemsize <= 8)
 
 
-def split(value: Any) -> tuple[list[Any], int, Source]:
-    """An array (or scalar) as [dtype, shape, Fortran order], its bytes, and where they are.
+def split(value: Any) -> tuple[bytes, Any, bool]:
+    """An array (or scalar) as its packed description, itself, and whether in Fortran's order.
 
-    C and Fortran order are taken as they are; others are copied, when their memory is there.
+    TypeError if its items can't be sent.
     """
-    if isinstance(value, np.ma.MaskedArray):
-        msg = "a masked numpy array can't be sent as a whole: send its .data and its .mask"
-        raise TypeError(msg)
-    array = np.asarray(value)
-    fortran = array.flags.fnc
-    beside = [describe(array.dtype), list(array.shape), fortran]
-    if not array.nbytes:
-        return beside, 0, memoryview(b"")
+    if type(value) is not np.ndarray:
+        if isinstance(value, np.ma.MaskedArray):
+            msg = "a masked numpy array can't be sent as a whole: send its .data and its .mask"
+            raise TypeError(msg)
+        value = np.asarray(value)
+    fortran = value.flags.fnc
+    key = (value.dtype, value.shape, fortran)
+    described = _described.get(key)
+    if described is None:
+        described = msgpack.packb([_describe(value.dtype), value.shape, fortran])
+        if len(_described) >= _KNOWN_MAX:
+            _described.clear()
+        if len(described) <= _KNOWN_BYTES_MAX:
+            _described[key] = described
+    return described, value, fortran
+
+
+def memory_of(array: Any) -> Source:
+    """Where its items are. Those in neither C's nor Fortran's order are copied when written."""
     if not array.flags.forc:
-        return beside, array.nbytes, Unwritten(array.nbytes, lambda target: _write(array, target))
-    rows = (array.T if fortran else array).reshape(-1)
-    return beside, array.nbytes, rows.view(_U1).data
+        return Unwritten(array.nbytes, lambda target: _write(array, target))
+    rows = array if array.flags.c_contiguous else array.T
+    memory: memoryview = rows.reshape(-1).view(_U1).data
+    return memory
 
 
 def _write(array: Any, target: memoryview) -> None:
     np.copyto(np.ndarray(array.shape, array.dtype, target), array)
 
 
-def make_array(description: Any, shape: Any, fortran: Any, memory: memoryview | bytes) -> Any:
+def make_array(described: bytes, memory: memoryview | bytes) -> Any:
     """A read-only array over this memory, which it keeps; ValueError if it does not fit."""
-    dtype = parse(description)
-    nbytes = len(memory)
+    known = _parsed.get(described)
+    if known is None:
+        known = _parse_array(described)
+    dtype, shape, order, nbytes = known
+    if nbytes != len(memory):
+        msg = f"a numpy array of shape {shape} and dtype {dtype} can't lie in {len(memory)} bytes"
+        raise ValueError(msg)
+    if not nbytes:
+        return np.ndarray(shape, dtype, b"")
+    # Not by np.ndarray(): that would know what the memoryview is a view of, which may be writable,
+    # and could be made writable itself.
+    array = np.frombuffer(memory, dtype)
+    return array if len(shape) == 1 else array.reshape(shape, order=order)
+
+
+def _parse_array(described: bytes) -> _Known:
+    parts = msgpack.unpackb(described, strict_map_key=False)
+    if type(parts) is not list or len(parts) != 3:
+        msg = "a numpy array is described wrongly"
+        raise ValueError(msg)
+    description, shape, fortran = parts
+    dtype = _parse(description)
     if not _is_shape(shape) or type(fortran) is not bool:
         msg = "the shape of a numpy array is none"
         raise ValueError(msg)
     count = math.prod(shape)
-    if count * dtype.itemsize != nbytes or (not dtype.itemsize and count > _EMPTY_ITEMS_MAX):
-        msg = f"a numpy array of shape {shape} and dtype {dtype} can't lie in {nbytes} bytes"
+    # What has no bytes is bounded by no length.
+    if math.prod(filter(None, shape)) >= 1 << 62 or (
+        not dtype.itemsize and count > _EMPTY_ITEMS_MAX
+    ):
+        msg = f"the shape of a numpy array is too big: {shape}"
         raise ValueError(msg)
-    # Made over a memoryview, an array would know what that is a view of, which may be writable,
-    # and could be made so. Made by frombuffer, it knows the memoryview.
-    under = np.frombuffer(memory, _U1) if nbytes else b""
-    try:
-        return np.ndarray(tuple(shape), dtype, under, order="F" if fortran else "C")
-    except TypeError as error:
-        raise ValueError(str(error)) from error
+    known: _Known = (dtype, tuple(shape), "F" if fortran else "C", count * dtype.itemsize)
+    if len(_parsed) >= _KNOWN_MAX:
+        _parsed.clear()
+    if len(described) <= _KNOWN_BYTES_MAX:
+        _parsed[described] = known
+    return known
 
 
 def _is_shape(shape: Any) -> bool:

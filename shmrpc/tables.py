@@ -142,8 +142,8 @@ class _Sink:
         """Nothing is open."""
 
 
-def split(value: Any) -> tuple[list[Any], int, Unwritten]:
-    """One of ``KINDS`` as [which, metadata], its bytes, and what writes them.
+def split(value: Any) -> tuple[int, bytes, Unwritten]:
+    """One of ``KINDS``: which, its metadata, and its data.
 
     Slices are sent as far as they reach. ValueError or TypeError for what Arrow can't send.
     """
@@ -170,7 +170,7 @@ def split(value: Any) -> tuple[list[Any], int, Unwritten]:
             for piece in pieces:
                 writer.write(piece)
 
-    return [which, bytes(sink.heads)], sink.body_bytes, Unwritten(sink.body_bytes, write)
+    return which, bytes(sink.heads), Unwritten(sink.body_bytes, write)
 
 
 # ---- from the peer ----

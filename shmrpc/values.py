@@ -3,17 +3,22 @@
 ``encode`` makes of a value a body and a list of buffers, which are views of what the caller passed,
 never copies; ``decode`` makes of both the value. The body is msgpack. Where a value of another kind
 than msgpack's stands in it, an ExtType says which, and has its bytes if they are few, else the
-number of the buffer that they are. A message whose values are all msgpack's own, and short, is
-what ``codec`` packs and needs none of this: ``packer`` refuses everything else with ``NotPlain``.
+number of the buffer that they are: ``_HEADER``, what describes it, then the bytes or the number.
+
+Most messages have no buffers. ``packer`` packs those as fast as msgpack, and raises ``NotPlain`` at
+a value that wants one; ``unpack`` is its counterpart. Long bytes it packs as msgpack does: whoever
+has a long body asks ``may_hold_large``, and then had better ``encode``.
 
 Neither numpy nor pyarrow is imported unless a value of theirs is sent or received.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
+import struct
 import sys
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import msgpack
 
@@ -22,40 +27,66 @@ from .buffers import Buffer, Source, Unwritten, flat
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["EXT_CODE", "LARGE", "NotPlain", "decode", "encode", "may_hold_large", "packer"]
+__all__ = [
+    "EXT_CODE",
+    "LARGE",
+    "NotPlain",
+    "decode",
+    "encode",
+    "may_hold_large",
+    "packer",
+    "unpack",
+    "unpack_extension",
+]
 
 EXT_CODE = 83  # of msgpack's extension types for applications
 LARGE = 16 << 10  # bytes from which on memory travels beside the body
 
 _BYTES, _VIEW, _BUFFER, _ARRAY, _SCALAR, _ARROW = range(6)
+_BESIDE = 0x80  # added to the kind: it is the number of a buffer that ends the extension
+_HEADER = struct.Struct("<BI")  # the kind, the length of what describes the value
+_NUMBER = struct.Struct("<I")
 
 _FORMATS = frozenset("cbBhHiIlLqQnNefd?")  # of memoryviews: the items that ``cast`` knows
 _DEPTH_MAX = 512  # msgpack's own limit
 _LEAVES = frozenset((int, float, str, bool, type(None)))
 _DAMAGED = "a value in the message is described wrongly"
 
+_new = tuple.__new__  # an ExtType without its checks, which take longer than all else here
+
 
 class NotPlain(TypeError):
     """A value is one of those that ``encode`` is for."""
 
 
-# ---- what needs none of this ----
+@functools.cache
+def _arrays() -> Any:
+    """What knows numpy."""
+    from . import arrays
+
+    return arrays
+
+
+@functools.cache
+def _tables() -> Any:
+    """What knows pyarrow."""
+    from . import tables
+
+    return tables
+
+
+# ---- what needs no buffers ----
 
 
 def packer() -> Callable[[Any], bytes]:
-    """A new msgpack packer, as fast as that, which raises ``NotPlain`` where it is not enough."""
-    pack: Callable[[Any], bytes] = msgpack.Packer(default=_refuse).pack
+    """A new msgpack packer of values without buffers; ``NotPlain`` if one needs any."""
+    pack: Callable[[Any], bytes] = msgpack.Packer(default=_PLAIN.default).pack
     return pack
 
 
-def _refuse(value: Any) -> Any:
-    number = _number(value)
-    if number is not None:
-        return number
-    if isinstance(value, Buffer) or _is_numpy(value) or _is_arrow(value) or _is_memory(value):
-        msg = f"a value of type {_name(value)} does not travel in msgpack alone"
-        raise NotPlain(msg)
-    raise _unpackable(value)
+def unpack(body: memoryview | bytes) -> Any:
+    """Unpack one value without buffers. ValueError, or TypeError, if there is none."""
+    return msgpack.unpackb(body, strict_map_key=False, ext_hook=unpack_extension)
 
 
 def may_hold_large(body: bytes) -> bool:
@@ -87,16 +118,17 @@ def encode(value: Any) -> tuple[bytes, list[Source]]:
     ``Unwritten``; none is empty, and none is copied here. Objects that occur twice travel twice.
     Raises TypeError, ValueError, OverflowError or RecursionError for what can't be sent.
     """
-    encoder = _Encoder()
+    buffers: list[Source] = []
+    encoder = _Encoder(buffers)
     body: bytes = msgpack.Packer(default=encoder.default).pack(encoder.lift(value, 0))
-    return body, encoder.buffers
+    return body, buffers
 
 
 class _Encoder:
     """The buffers of one message, as they are found."""
 
-    def __init__(self) -> None:
-        self.buffers: list[Source] = []
+    def __init__(self, buffers: list[Source] | None) -> None:
+        self._buffers = buffers  # None: there may not be any
 
     def lift(self, value: Any, depth: int) -> Any:
         """The same value, with ExtTypes for long bytes: msgpack packs those without asking."""
@@ -115,10 +147,10 @@ class _Encoder:
                 return dict(zip(value, below))  # noqa: B905 (as long as each other)
         elif isinstance(value, bytes):
             if len(value) >= LARGE:
-                return self._extension(_BYTES, [], len(value), memoryview(value))
+                return self._extension(_BYTES, b"", len(value), memoryview(value))
         elif isinstance(value, bytearray):
             if len(value) >= LARGE:
-                return self._extension(_VIEW, [], len(value), memoryview(value))
+                return self._extension(_VIEW, b"", len(value), memoryview(value))
         elif isinstance(value, memoryview):
             if value.nbytes >= LARGE:
                 return self._memory(value)
@@ -128,17 +160,14 @@ class _Encoder:
 
     def default(self, value: Any) -> Any:
         """What msgpack packs instead of a value that is none of its own."""
-        number = _number(value)
-        if number is not None:
-            return number
+        numpy = sys.modules.get("numpy")  # absent: then the value is none of its
+        if numpy is not None:
+            if isinstance(value, getattr(numpy, "ndarray", ())):
+                return self._array(_ARRAY, value)
+            if isinstance(value, getattr(numpy, "generic", ())):
+                return self._scalar(value)
         if isinstance(value, Buffer):
-            return self._extension(_BUFFER, [], len(value), value.view)
-        if _is_numpy(value):
-            from . import arrays
-
-            beside, size, source = arrays.split(value)
-            kind = _SCALAR if isinstance(value, sys.modules["numpy"].generic) else _ARRAY
-            return self._extension(kind, beside, size, source)
+            return self._extension(_BUFFER, b"", len(value), value.view)
         if _is_arrow(value):
             return self._arrow(value)
         try:
@@ -147,57 +176,64 @@ class _Encoder:
             raise _unpackable(value) from None
         return self._memory(view)
 
+    def _array(self, kind: int, value: Any) -> Any:
+        arrays = _arrays()
+        described, array, fortran = arrays.split(value)
+        if array.nbytes >= LARGE:
+            return self._extension(kind, described, array.nbytes, arrays.memory_of(array))
+        data = array.tobytes("F" if fortran else "C")
+        return _new(
+            msgpack.ExtType, (EXT_CODE, _HEADER.pack(kind, len(described)) + described + data)
+        )
+
+    def _scalar(self, value: Any) -> Any:
+        # As a float64, which is a float: numbers arrive as Python's.
+        return value.item() if _arrays().is_number(value) else self._array(_SCALAR, value)
+
     def _arrow(self, value: Any) -> Any:
         try:
-            from . import tables
+            tables = _tables()
         except ImportError as error:  # too old
             raise TypeError(str(error)) from None
-        return self._extension(_ARROW, *tables.split(value))
+        which, heads, source = tables.split(value)
+        return self._extension(_ARROW, msgpack.packb([which, heads]), source.nbytes, source)
 
     def _memory(self, view: memoryview) -> Any:
         if not view.c_contiguous:
             view = memoryview(view.tobytes())
         code = view.format.lstrip("@")
         typed = code in _FORMATS and (view.ndim == 1 or (view.ndim and view.nbytes))
-        beside = [code, list(view.shape or ())] if typed and (code != "B" or view.ndim != 1) else []
-        return self._extension(_VIEW, beside, view.nbytes, flat(view))
+        described = b""
+        if typed and (code != "B" or view.ndim != 1):
+            described = msgpack.packb([code, view.shape])
+        return self._extension(_VIEW, described, view.nbytes, flat(view))
 
-    def _extension(self, kind: int, beside: list[Any], size: int, source: Source) -> Any:
-        where: int | bytes
+    def _extension(self, kind: int, described: bytes, size: int, source: Source) -> Any:
         if size >= LARGE:
-            where = len(self.buffers)
-            self.buffers.append(source)
+            if self._buffers is None:
+                msg = f"{size} bytes don't travel in the body of a message"
+                raise NotPlain(msg)
+            kind |= _BESIDE
+            data = _NUMBER.pack(len(self._buffers))
+            self._buffers.append(source)
         elif isinstance(source, Unwritten):
             room = bytearray(size)
             source.write(memoryview(room))
-            where = bytes(room)
+            data = bytes(room)
         else:
-            where = bytes(source)
-        return msgpack.ExtType(EXT_CODE, msgpack.packb([kind, where, *beside]))
+            data = bytes(source)
+        return _new(
+            msgpack.ExtType, (EXT_CODE, _HEADER.pack(kind, len(described)) + described + data)
+        )
+
+
+_PLAIN = _Encoder(None)
 
 
 def _check_depth(depth: int) -> None:
     if depth >= _DEPTH_MAX:
         msg = "recursion limit exceeded"
         raise ValueError(msg)
-
-
-def _number(value: Any) -> int | float | bool | None:
-    """The number that a numpy scalar is: a float64, which is a float, arrives as one anyway."""
-    numpy = sys.modules.get("numpy")
-    if numpy is not None and isinstance(value, getattr(numpy, "generic", ())):
-        from . import arrays
-
-        if arrays.is_number(value):
-            return cast("int | float | bool", cast("Any", value).item())
-    return None
-
-
-def _is_numpy(value: Any) -> bool:
-    numpy = sys.modules.get("numpy")  # absent: then the value can't be an array
-    return numpy is not None and isinstance(
-        value, (getattr(numpy, "ndarray", ()), getattr(numpy, "generic", ()))
-    )
 
 
 def _is_arrow(value: Any) -> bool:
@@ -208,27 +244,15 @@ def _is_arrow(value: Any) -> bool:
     )
 
 
-def _is_memory(value: Any) -> bool:
-    try:
-        memoryview(value)
-    except TypeError:
-        return False
-    return True
-
-
 def _unpackable(value: Any) -> Exception:
     if isinstance(value, int):
         return OverflowError("Integer value out of range")
-    msg = f"can not serialize {_name(value)!r} object"
+    msg = f"can not serialize {type(value).__name__!r} object"
     if hasattr(value, "__array__"):
         msg += ": send it as a numpy array (numpy.asarray)"
     elif hasattr(value, "__arrow_c_stream__"):
         msg += ": send it as a pyarrow table (pyarrow.table)"
     return TypeError(msg)
-
-
-def _name(value: Any) -> str:
-    return type(value).__name__
 
 
 # ---- from the peer ----
@@ -269,28 +293,35 @@ class _Decoder:
         """The value that an extension of the body stands for."""
         if code != EXT_CODE:
             return msgpack.ExtType(code, data)
-        described = msgpack.unpackb(data, strict_map_key=False)
-        if type(described) is not list or len(described) < 2:
+        if len(data) < _HEADER.size:
             raise ValueError(_DAMAGED)
-        kind, where, *beside = described
-        if type(kind) is not int or type(where) not in {int, bytes}:
+        kind, size = _HEADER.unpack_from(data)
+        start = _HEADER.size + size
+        if start > len(data):
             raise ValueError(_DAMAGED)
-        memory: memoryview | bytes = where if type(where) is bytes else self._take(where)
-        if kind == _BYTES and not beside:
+        described = data[_HEADER.size : start]
+        memory: memoryview | bytes = data[start:]
+        if kind & _BESIDE:
+            memory = self._take(data[start:])
+            kind &= ~_BESIDE
+        if kind in {_ARRAY, _SCALAR}:
+            return _array(kind, described, memory)
+        if kind == _ARROW:
+            return self._arrow(described, memory)
+        if kind == _VIEW and described:
+            return _view(memory, *_unpack_list(described, 2))
+        if described or kind not in {_BYTES, _VIEW, _BUFFER}:
+            raise ValueError(_DAMAGED)
+        if kind == _BYTES:
             return _bytes(memory)
-        if kind == _BUFFER and not beside:
-            return Buffer(memory)
-        if kind == _VIEW and len(beside) in {0, 2}:
-            return _view(memory, *beside)
-        if kind in {_ARRAY, _SCALAR} and len(beside) == 3:
-            return _array(kind, memory, *beside)
-        if kind == _ARROW and len(beside) == 2:
-            return self._arrow(memory, *beside)
-        raise ValueError(_DAMAGED)
+        return memoryview(memory) if kind == _VIEW else Buffer(memory)
 
-    def _take(self, number: int) -> memoryview:
+    def _take(self, packed: bytes) -> memoryview:
         """A buffer, once: copying the same one out over and over would take memory without end."""
-        buffer = self._buffers[number] if 0 <= number < len(self._buffers) else None
+        if len(packed) != _NUMBER.size:
+            raise ValueError(_DAMAGED)
+        (number,) = _NUMBER.unpack(packed)
+        buffer = self._buffers[number] if number < len(self._buffers) else None
         if buffer is None:
             msg = f"a value has buffer {number}, which the message has not, or no more"
             raise ValueError(msg)
@@ -298,12 +329,24 @@ class _Decoder:
         self.left -= 1
         return buffer.toreadonly()
 
-    def _arrow(self, memory: memoryview | bytes, which: Any, heads: Any) -> Any:
+    def _arrow(self, described: bytes, memory: memoryview | bytes) -> Any:
         try:
-            from . import tables
+            tables = _tables()
         except ImportError as error:
             raise _missing("an Arrow value", "pyarrow", "arrow", error) from error
+        which, heads = _unpack_list(described, 2)
         return tables.make(which, heads, memory, untrusted=self._untrusted)
+
+
+unpack_extension = _Decoder((), untrusted=True).value
+"""The ``ext_hook`` for messages without buffers, for who writes ``unpack`` out."""
+
+
+def _unpack_list(described: bytes, length: int) -> list[Any]:
+    items = msgpack.unpackb(described, strict_map_key=False)
+    if type(items) is not list or len(items) != length:
+        raise ValueError(_DAMAGED)
+    return items
 
 
 def _bytes(memory: memoryview | bytes) -> bytes:
@@ -313,25 +356,24 @@ def _bytes(memory: memoryview | bytes) -> bytes:
     return bytes(memory)
 
 
-def _view(memory: memoryview | bytes, code: Any = "B", shape: Any = None) -> memoryview:
-    view = memoryview(memory)
-    if shape is None:
-        return view
+def _view(memory: memoryview | bytes, code: Any, shape: Any) -> memoryview:
     if code not in _FORMATS or type(shape) is not list:
         raise ValueError(_DAMAGED)
     try:
-        items = view.cast(code)
-        return items if list(items.shape or ()) == shape else view.cast(code, shape)
+        view: memoryview = memoryview(memory).cast(code)
+        if list(view.shape or ()) != shape:
+            view = view.cast("B").cast(code, shape)
+        return view
     except TypeError as error:
         raise ValueError(f"a memoryview is described wrongly: {error}") from error
 
 
-def _array(kind: int, memory: memoryview | bytes, dtype: Any, shape: Any, fortran: Any) -> Any:
+def _array(kind: int, described: bytes, memory: memoryview | bytes) -> Any:
     try:
-        from . import arrays
+        arrays = _arrays()
     except ImportError as error:
         raise _missing("a numpy array", "numpy", "numpy", error) from error
-    array = arrays.make_array(dtype, shape, fortran, memory)
+    array = arrays.make_array(described, memory)
     if kind == _ARRAY:
         return array
     if array.ndim or array.nbytes >= LARGE:

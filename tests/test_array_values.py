@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import struct
 import subprocess
 import sys
 import weakref
@@ -25,7 +26,7 @@ from test_values import (
 )
 
 from shmrpc.buffers import Unwritten
-from shmrpc.values import LARGE, NotPlain, decode, encode, packer
+from shmrpc.values import LARGE, NotPlain, decode, encode, packer, unpack
 
 __all__ = ["no_leaks", "small"]
 
@@ -247,15 +248,19 @@ def test_variable_length_strings_are_refused():
         encode(np.array(["a", "b"], dtype="T"))
 
 
-def test_arrays_are_not_plain():
+def test_small_arrays_are_plain_and_large_ones_are_not():
     for value in (np.arange(3), np.datetime64(1, "s"), pa.array([1]), pa.table({"a": [1]})):
+        [came] = unpack(packer()([value]))
+        assert type(came) is type(value)
+        assert came == value if np.isscalar(value) else list(came) == list(value)
+    for value in (np.arange(LARGE), np.arange(LARGE)[::2], pa.array(range(LARGE))):
         with pytest.raises(NotPlain):
             packer()([value])
 
 
-def array_extension(dtype="<i4", shape=(2,), fortran=False, where=0, **changes):
-    described = {"kind": 3, "where": where, "dtype": dtype, "shape": list(shape), "f": fortran}
-    return extension(*{**described, **changes}.values())
+def array_extension(dtype="<i4", shape=(2,), fortran=False, where=0, kind=3):
+    described = [dtype, list(shape), fortran]
+    return extension(kind, described, where)
 
 
 FIELDS = {"names": ["a"], "formats": ["<i4"], "offsets": [0], "titles": [None], "itemsize": 8}
@@ -315,7 +320,7 @@ FIELDS = {"names": ["a"], "formats": ["<i4"], "offsets": [0], "titles": [None], 
         array_extension(dtype="|V0", shape=(1 << 40,), where=b""),
         array_extension(dtype="<f8", shape=(0, 2**62, 2**62), where=b""),
         array_extension(kind=4),
-        msgpack.packb({msgpack.ExtType(83, msgpack.packb([3, 0, "<i4", [2], False])): 1}),
+        b"\x81" + array_extension() + b"\1",
     ],
 )  # fmt: skip
 def test_arrays_that_are_described_wrongly_are_refused(body):
@@ -464,9 +469,11 @@ def test_damaged_arrow_values_are_refused(case):
 
 def arrow_extension(value, change):
     """The body of an Arrow value, with its metadata changed."""
-    _, data = msgpack.unpackb(encode(value)[0], ext_hook=lambda *each: each)
-    kind, where, which, heads = msgpack.unpackb(data)
-    return extension(kind, *change(where, which, heads))
+    _, data = msgpack.unpackb(encode(value)[0])
+    kind, size = struct.unpack_from("<BI", data)
+    which, heads = msgpack.unpackb(data[5 : 5 + size])
+    where, which, heads = change(data[5 + size :], which, heads)
+    return extension(kind, [which, heads], where)
 
 
 @pytest.mark.parametrize(
@@ -505,7 +512,7 @@ def test_compressed_arrow_data_is_refused():
         heads += b"\xff" * 4 + len(metadata).to_bytes(4, "little") + metadata
         bodies += message.body.to_pybytes() if message.body else b""
     with pytest.raises(ValueError, match="compressed"):
-        decode(extension(5, bodies, 0, heads))
+        decode(extension(5, [0, heads], bodies))
 
 
 def test_offsets_beyond_the_data_are_found_where_the_peer_is_not_trusted():

@@ -2,9 +2,10 @@
 
 import array
 import collections
+import contextlib
 import gc
-import math
 import mmap
+import struct
 import subprocess
 import sys
 import weakref
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from shmrpc import values
 from shmrpc._native import ffi
 from shmrpc.buffers import Buffer, Unwritten
-from shmrpc.values import EXT_CODE, LARGE, NotPlain, decode, encode, may_hold_large, packer
+from shmrpc.values import EXT_CODE, LARGE, NotPlain, decode, encode, may_hold_large, packer, unpack
 
 SMALL = 64  # what counts as large where that is to be reached by nested values of any kind
 relaxed = settings(
@@ -241,7 +242,12 @@ def test_the_packer_of_plain_values_is_msgpack_and_refuses_the_rest():
     pack = packer()
     plain = [None, True, 1, 2.5, "text", b"bytes", bytearray(b"x"), [1, (2,)], {"k": 3}]
     assert pack(plain) == msgpack.packb(plain)
-    for value in (Buffer(b"x"), array.array("d", [1.0])):
+    assert unpack(pack([msgpack.ExtType(5, b"x")])) == [msgpack.ExtType(5, b"x")]
+    [buffer] = unpack(pack([Buffer(b"few bytes")]))
+    assert bytes(buffer) == b"few bytes"
+    with pytest.raises(ValueError):
+        unpack(encode([Buffer(bytes(LARGE))])[0])
+    for value in (Buffer(bytes(LARGE)), array.array("b", bytes(LARGE))):
         with pytest.raises(NotPlain):
             pack([value])
         pack = packer()
@@ -303,8 +309,13 @@ print({"numpy", "pyarrow"} & sys.modules.keys())
 # ---- hostile bytes ----
 
 
-def extension(*described):
-    return msgpack.packb(msgpack.ExtType(EXT_CODE, msgpack.packb(described)))
+def extension(kind, described, where):
+    """The body of one extension: in buffer ``where``, or of these bytes."""
+    if not isinstance(where, bytes):
+        kind, where = kind | 0x80, struct.pack("<I", where)
+    described = msgpack.packb(described) if described is not None else b""
+    data = struct.pack("<BI", kind, len(described)) + described + where
+    return msgpack.packb(msgpack.ExtType(EXT_CODE, data))
 
 
 @pytest.mark.parametrize(
@@ -315,31 +326,37 @@ def extension(*described):
         b"\x92\x01",
         msgpack.packb(msgpack.ExtType(EXT_CODE, b"")),
         msgpack.packb(msgpack.ExtType(EXT_CODE, b"\xc1")),
-        extension(),
-        extension(1),
-        extension("1", 0),
-        extension(True, 0),
-        extension(0, True),
-        extension(0, 1),
-        extension(0, -1),
-        extension(0, 2**64 - 1),
-        extension(0, 0.0),
-        extension(0, 0, 1),
-        extension(1, 0, "B"),
-        extension(1, 0, "O", [8]),
-        extension(1, 0, "P", [1]),
-        extension(1, 0, ["d"], [1]),
-        extension(1, 0, "d", [2]),
-        extension(1, 0, "d", [-1]),
-        extension(1, 0, "d", [2**62, 2**62]),
-        extension(1, 0, "d", ["x", 1]),
-        extension(1, 0, "d", 1),
-        extension(1, b"123", "d", [1]),
-        extension(2, 0, None),
-        extension(6, 0),
-        extension(-1, 0),
-        extension(3, 0),
-        extension(5, 0),
+        msgpack.packb(msgpack.ExtType(EXT_CODE, b"\x80\0\0\0")),
+        msgpack.packb(msgpack.ExtType(EXT_CODE, b"\x80\0\0\0\0")),
+        msgpack.packb(msgpack.ExtType(EXT_CODE, b"\x80\0\0\0\0\0\0\0")),
+        msgpack.packb(msgpack.ExtType(EXT_CODE, b"\x81\1\0\0\0\xc1\0\0\0\0")),
+        msgpack.packb(msgpack.ExtType(EXT_CODE, b"\x00\xff\xff\xff\xff")),
+        msgpack.packb(msgpack.ExtType(EXT_CODE, b"\x00\1\0\0\0")),
+        extension(0, None, 1),
+        extension(0, None, 2**32 - 1),
+        extension(0, None, 0) + b"\0",
+        extension(0, [], 0),
+        extension(2, [], 0),
+        extension(1, [], 0),
+        extension(1, 1, 0),
+        extension(1, {"a": 1, "b": 2}, 0),
+        extension(1, ["B"], 0),
+        extension(1, ["O", [8]], 0),
+        extension(1, ["P", [1]], 0),
+        extension(1, [["d"], [1]], 0),
+        extension(1, ["d", [2]], 0),
+        extension(1, ["d", [-1]], 0),
+        extension(1, ["d", [2**62, 2**62]], 0),
+        extension(1, ["d", ["x", 1]], 0),
+        extension(1, ["d", 1], 0),
+        extension(1, ["d", [1]], b"123"),
+        extension(3, None, 0),
+        extension(3, [], 0),
+        extension(4, ["<i4", [2], False], 0),
+        extension(5, None, 0),
+        extension(5, [0], 0),
+        extension(6, None, 0),
+        extension(0x7F, None, 0),
     ],
 )
 def test_what_is_described_wrongly_is_refused(body):
@@ -348,7 +365,7 @@ def test_what_is_described_wrongly_is_refused(body):
 
 
 def test_each_buffer_is_used_once():
-    reference = msgpack.ExtType(EXT_CODE, msgpack.packb([0, 0]))
+    reference = msgpack.unpackb(extension(0, None, 0))
     memory = memoryview(bytes(LARGE))
     with pytest.raises(ValueError, match="buffer 0"):
         decode(msgpack.packb([reference, reference]), [memory])
@@ -375,13 +392,13 @@ def damaged(bodies):
 
 
 def survives(case):
-    """Decoding gives a value or ValueError, and all that is in the value can be looked at."""
+    """Decoding gives a value or ValueError; looking at all of the value crashes nothing."""
     body, sizes = case
     try:
         value = decode(body, [memoryview(bytes(size)) for size in sizes], untrusted=True)
     except ValueError:
         return
-    if math.prod(sizes) < 1 << 20:
+    with contextlib.suppress(Exception):  # such as dates that have no name
         repr(value)
 
 
