@@ -1,5 +1,6 @@
 """RPC between processes on one host over shared memory."""
 
+from .buffers import Buffer
 from .client import Client, connect
 from .codec import Codec, MsgpackCodec
 from .context import CallContext, current_call
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Abort",
+    "Buffer",
     "CallContext",
     "Cancelled",
     "Client",
