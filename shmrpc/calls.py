@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ._native import lib
+from .codec import pack_split
 from .errors import (
     Cancelled,
     ConnectionLost,
@@ -18,7 +19,9 @@ from .errors import (
     MessageTooLarge,
     ProtocolError,
 )
+from .lending import attach
 from .metadata import unpack_metadata, unpack_reply_metadata
+from .parcels import Parcel
 from .poller import FOREVER, Connection, Waiters, check_timeout
 from .session import Stream
 
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import NoReturn
 
+    from .buffers import Source
     from .poller import Slot
 
 __all__ = ["Call", "Receiver", "Requests"]
@@ -108,10 +112,12 @@ class Receiver:
         self._items = self._decode(data, ends)
         return next(self._items)
 
-    def _decode(self, data: bytes, ends: Sequence[int]) -> Iterator[Any]:
+    def _decode(self, data: Any, ends: Sequence[int]) -> Iterator[Any]:
         decode = self.connection.codec.decode
         starts = (0, *ends[:-1])
         try:
+            if isinstance(data, Parcel):
+                return iter((self.connection.decode(data),))
             return iter([decode(data[start:end]) for start, end in zip(starts, ends)])  # noqa: B905
         except (ValueError, TypeError) as error:
             msg = f"{self.connection.peer} sent a message in a stream that is none: {error}"
@@ -255,14 +261,21 @@ class Call:
         with self._send_lock:
             self._check_sending()
             slot = self._connection.slot()
-            body = self._pack(slot, item)
-            size = len(body)
+            body, sources = self._pack(slot, item)
+            alive: Any = None  # what the message is made of, until it was sent
             stream = self._stream
             if not stream.may_send():
                 self._wait(lambda: stream.may_send() or stream.ended)
                 self._check_sending()
+            size = len(body)
+            if sources:
+                alive = self._attach(slot, sources)
+                size += lib.shmrpc_attached_weight(slot.c)
             stream.sent(size)
-            status = lib.shmrpc_send_item(slot.c, lib.SHMRPC_FLAG_CALLER, self._call_id, body, size)
+            status = lib.shmrpc_send_item(
+                slot.c, lib.SHMRPC_FLAG_CALLER, self._call_id, body, len(body)
+            )
+            alive = None
             if status > 0:
                 # Nobody but this thread may be there to see to the rest.
                 status = self._guard(lambda: self._connection.flush(slot, self.deadline))
@@ -283,9 +296,19 @@ class Call:
         self._wait(lambda: stream.over)  # the connection has ended: learn how
         self._refuse_send()
 
-    def _pack(self, slot: Slot, item: Any) -> bytes:
+    def _attach(self, slot: Slot, sources: Sequence[Source]) -> Any:
+        what = f"a message for {self.method!r}"
         try:
-            return slot.pack(item)
+            return self._guard(
+                lambda: attach(self._connection, slot.c, sources, self.deadline, what)
+            )
+        except BaseException:
+            self._connection.slots.append(slot)
+            raise
+
+    def _pack(self, slot: Slot, item: Any) -> tuple[bytes, Sequence[Source]]:
+        try:
+            return pack_split(self._connection.codec, slot.pack, item)
         except Exception as error:
             slot.pack = self._connection.codec.encoder()  # the old one may hold half a message
             self._connection.slots.append(slot)
@@ -392,7 +415,7 @@ class Call:
         if not body:
             return None
         try:
-            return self._connection.codec.decode(body)
+            return self._connection.decode(body)  # type: ignore[arg-type]
         except (ValueError, TypeError) as reason:
             peer = self._connection.peer
             msg = f"{peer} sent a result of {self.method!r} that is none: {reason}"
