@@ -23,7 +23,7 @@ from .lending import attach
 from .metadata import unpack_metadata, unpack_reply_metadata
 from .parcels import Parcel
 from .poller import FOREVER, Connection, Waiters, check_timeout
-from .session import Stream
+from .session import Body, Stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -44,7 +44,7 @@ class Channel(Protocol):
     _closed: bool
 
     def _remote_error(
-        self, connection: Connection, method: str, status: int, body: bytes
+        self, connection: Connection, method: str, status: int, body: Body
     ) -> Error: ...
 
 
@@ -275,7 +275,7 @@ class Call:
             status = lib.shmrpc_send_item(
                 slot.c, lib.SHMRPC_FLAG_CALLER, self._call_id, body, len(body)
             )
-            alive = None
+            del alive
             if status > 0:
                 # Nobody but this thread may be there to see to the rest.
                 status = self._guard(lambda: self._connection.flush(slot, self.deadline))
@@ -415,7 +415,7 @@ class Call:
         if not body:
             return None
         try:
-            return self._connection.decode(body)  # type: ignore[arg-type]
+            return self._connection.decode(body)
         except (ValueError, TypeError) as reason:
             peer = self._connection.peer
             msg = f"{peer} sent a result of {self.method!r} that is none: {reason}"

@@ -18,7 +18,7 @@ from . import segments
 from ._native import ffi, lib
 from .buffers import Unwritten
 from .errors import ConnectError, ConnectionLost, DeadlineExceeded, MessageTooLarge, Overloaded
-from .poller import FOREVER, nanoseconds_until
+from .poller import nanoseconds_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 
     from shmrpc.codec import Codec
-    from shmrpc.parcels import Parcel
     from shmrpc.failures import Stage
+    from shmrpc.parcels import Parcel
     from shmrpc.registry import Method, Registry
 
 __all__ = ["Handlers"]
