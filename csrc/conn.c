@@ -425,7 +425,7 @@ void conn_return(struct conn *conn, struct block_name name)
     int status = send_quietly(conn, &message, &position, &published);
     if (published)
         wake_peer_for_blocks(&conn->wake);
-    if (status == -EPIPE || status == -EPROTO)
+    if ((status == -EPIPE || status == -EPROTO) && load_relaxed(&conn->error) == 0)
         hang_up(conn);
 }
 

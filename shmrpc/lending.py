@@ -294,8 +294,7 @@ _trimmer = _Trimmer()
 
 def _after_fork_in_child() -> None:
     """Nothing of it is ours, the thread least of all."""
-    global _trimmer
-    _trimmer = _Trimmer()
+    _trimmer.__init__()  # type: ignore[misc]
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
