@@ -150,7 +150,7 @@ static int make_block(struct lending *lending, const uint8_t *data, uint64_t byt
                                   .segment = place.number,
                                   .index = place.index,
                                   .generation = place.generation};
-    return 0;
+    return loan != NULL ? 2 : 0;
 }
 
 int shmrpc_attach(shmrpc_slot *slot, const void *data, uint64_t bytes)
@@ -169,7 +169,7 @@ int shmrpc_attach(shmrpc_slot *slot, const void *data, uint64_t bytes)
     if (status == 0)
         status =
             make_block(lending, data, bytes, &slot->attached->entries[slot->attached->count]);
-    if (status == 0) {
+    if (status >= 0) {
         slot->attached->block_bytes += bytes;
         slot->attached->count++;
     }

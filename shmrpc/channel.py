@@ -17,7 +17,7 @@ from .calls import Call
 from .codec import PACKING_ERRORS, Codec, MsgpackCodec, explain_arguments, pack_split
 from .errors import Cancelled, Error, ProtocolError
 from .futures import CallFuture
-from .lending import attach
+from .lending import attach, empty, loan
 from .metadata import Metadata, pack_metadata
 from .outcomes import remote_error, send_error
 from .poller import FOREVER, Connection, Slot, check_timeout, nanoseconds_until
@@ -499,6 +499,37 @@ class Channel:
             if status in (_EPIPE, _EPROTO) and kind != lib.SHMRPC_NOTIFY:
                 return 0  # what became of it is told later: it may have run, its reply be here
         return status
+
+    # ---- memory for values ----
+
+    def empty(self, shape: Any, dtype: Any = "float64") -> Any:
+        """Return a numpy array in shared memory, with any content: sending it copies nothing.
+
+        ``shape`` is an int or a tuple. Write to it, then send it, or a contiguous part of it, by
+        this client: from then on the peer reads that memory, and the array is read-only. Views of
+        it that were made before stay writable; writing to them changes what the peer reads.
+        It may be sent again, goes back to the arena when it and all views of it are gone and the
+        peer has let go, and can be read also after ``close``. Sent by another client, or after
+        a reconnection, it is copied as any array; over unix and tcp its memory is ordinary.
+
+        Raises ValueError for an impossible shape, TypeError for a dtype of Python objects,
+        ``Overloaded`` when ``max_memory_bytes`` are in use and nothing comes back,
+        ``ConnectError``. Needs numpy: ``pip install 'shmrpc[numpy]'``.
+        """
+        return empty(self._connected(), shape, dtype)
+
+    def loan(self, nbytes: int) -> memoryview:
+        """Return ``nbytes`` of shared memory, with any content: sending them copies nothing.
+
+        As ``empty``, but that a memoryview can't be made read-only: don't write to it, nor to any
+        view of it, once it was sent, as long as the peer may read it.
+        """
+        return loan(self._connected(), nbytes)
+
+    def _connected(self) -> Connection:
+        slot = self._slot()
+        slot.connection.slots.append(slot)
+        return slot.connection
 
     # ---- views ----
 

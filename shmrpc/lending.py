@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import queue
 import threading
 import time
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from . import segments
 from ._native import ffi, lib
 from .buffers import Unwritten
 from .errors import ConnectError, ConnectionLost, DeadlineExceeded, MessageTooLarge, Overloaded
-from .poller import nanoseconds_until
+from .poller import FOREVER, nanoseconds_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,12 +30,13 @@ if TYPE_CHECKING:
     from .buffers import Source
     from .poller import Connection
 
-__all__ = ["MEMORY_BYTES", "arena_stats", "attach", "total_stats"]
+__all__ = ["MEMORY_BYTES", "arena_stats", "attach", "empty", "loan", "total_stats"]
 
 MEMORY_BYTES = 1 << 30  # of values under way on one connection, unless the user says otherwise
 PATIENCE = 10.0  # seconds in which something comes back, for a call that waits for ever
 QUIET = 5.0  # seconds after which memory that nothing is in goes back to the system
 
+_INLINE, _LOANED = 1, 2
 _GROW, _FULL, _STOPPED = lib.SHMRPC_GROW, lib.SHMRPC_FULL, lib.SHMRPC_STOPPED
 _ENDED = frozenset((-errno.EPIPE, -errno.EPROTO, _STOPPED))
 _OVER = frozenset((0, -errno.ETIMEDOUT, *_ENDED))
@@ -56,8 +59,11 @@ def attach(
                 _attach_unwritten(connection, slot, source, alive, deadline, what)
             else:
                 data = ffi.from_buffer(source)
-                if _attach(connection, slot, data, len(data), deadline, what):
+                status = _attach(connection, slot, data, len(data), deadline, what)
+                if status == _INLINE:
                     alive.append(data)
+                elif status == _LOANED and connection.loans:
+                    _freeze(connection, int(ffi.cast("uintptr_t", data)), len(data))
     except BaseException:
         lib.shmrpc_detach(slot)
         raise
@@ -67,7 +73,7 @@ def attach(
 def _attach(
     connection: Connection, slot: Any, data: Any, size: int, deadline: float, what: str
 ) -> int:
-    """1 if it goes with the body."""
+    """``_INLINE`` if it goes with the body, ``_LOANED`` if it lies in a loan."""
     status: int = lib.shmrpc_attach(slot, data, size)
     if status in (_GROW, _FULL):
         status = _find_room(
@@ -120,6 +126,63 @@ def _attach_unwritten(
     lib.shmrpc_attach_inline(slot, copy, size)
 
 
+# ---- loans ----
+
+
+def loan(connection: Connection, nbytes: int, deadline: float = FOREVER) -> memoryview:
+    """Writable memory in the arena, or of our own where there is no arena that could hold it.
+
+    Raises as ``attach``.
+    """
+    if isinstance(nbytes, bool) or not isinstance(nbytes, int) or nbytes < 0:
+        msg = f"nbytes must be a number of bytes from 0 on, not {nbytes!r}"
+        raise ValueError(msg)
+    made, data = ffi.new("shmrpc_loan **"), ffi.new("uint8_t **")
+    with connection.slotted() as slot:
+
+        def borrow() -> int:
+            status: int = lib.shmrpc_loan_new(slot, nbytes, made, data)
+            return status
+
+        status = borrow() if nbytes else -errno.EOPNOTSUPP
+        if status in (_GROW, _FULL):
+            status = _find_room(connection, nbytes, borrow, deadline, "a loan")
+    if status != 0:
+        return memoryview(bytearray(nbytes))
+    memory = ffi.gc(data[0], partial(lib.shmrpc_loan_free, made[0]), nbytes)
+    return memoryview(ffi.buffer(memory, nbytes))
+
+
+def empty(connection: Connection, shape: Any, dtype: Any, deadline: float = FOREVER) -> Any:
+    """A numpy array in such memory, with any content."""
+    import numpy as np
+
+    kind = np.dtype(dtype)
+    if kind.hasobject:
+        msg = f"an array of {kind} holds Python objects, not their bytes"
+        raise TypeError(msg)
+    shape = (shape,) if isinstance(shape, (int, np.integer)) else tuple(shape)
+    count = math.prod(int(length) for length in shape)
+    if any(length < 0 for length in shape):
+        msg = f"negative dimensions in {shape}"
+        raise ValueError(msg)
+    if not count or not kind.itemsize:
+        return np.empty(shape, kind)
+    memory = loan(connection, count * kind.itemsize, deadline)
+    array: Any = np.frombuffer(memory, kind, count).reshape(shape)
+    loans, address = connection.loans, array.ctypes.data
+    loans[address] = weakref.ref(array, lambda _: loans.pop(address, None))
+    return array
+
+
+def _freeze(connection: Connection, address: int, size: int) -> None:
+    """What is sent is read elsewhere from now on: its array can't be written any more."""
+    for start, ref in list(connection.loans.items()):
+        array = ref()
+        if array is not None and address < start + array.nbytes and start < address + size:
+            array.flags.writeable = False
+
+
 # ---- room ----
 
 
@@ -127,14 +190,16 @@ def _find_room(
     connection: Connection, size: int, attempt: Callable[[], int], deadline: float, what: str
 ) -> int:
     """Attempt again after growing, or waiting: its status, ``SHMRPC_GROW`` if growing failed."""
-    _look(connection, size)
+    blocks = connection.poller.blocks
+    if blocks:
+        _look(connection, size)
     patience = time.monotonic() + PATIENCE
     while True:
         status = attempt()
         if status == _GROW:
             if not _grow(connection, size):
                 return status
-        elif status == _FULL:
+        elif status == _FULL and blocks:
             waited = _wait(connection, size, min(deadline, patience))
             if waited in _ENDED:
                 return waited

@@ -6,6 +6,7 @@ whoever waits reads for all, and hands what is not for the core to the sessions 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -22,7 +23,7 @@ from .rendezvous import Credentials
 from .session import Body, Pending, Run, Session, Stream
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from .address import Address
     from .codec import Codec
@@ -137,6 +138,7 @@ class Connection:
         self.max_request_bytes = agreement.peer_max_message_bytes
         self.max_memory_bytes = agreement.max_memory_bytes
         self.backing = agreement.terms.backing
+        self.loans: dict[int, Any] = {}  # address -> weak reference to a numpy array there
         self.growing = threading.Lock()  # held while a segment is added to our arena
         self.session = Session()
         self.slots: list[Slot] = []
@@ -175,6 +177,13 @@ class Connection:
     def parcel(self, slot: Any, message: Any, body: bytes | memoryview) -> Parcel:
         """The message in this C slot, which has buffers. Of a peer whom we don't trust: copies."""
         return parcel_of(slot, message, body, untrusted=not self.trusted)
+
+    @contextlib.contextmanager
+    def slotted(self) -> Iterator[Any]:
+        """A free C slot for something short."""
+        slot = self.slot()
+        yield slot.c
+        self.slots.append(slot)
 
     def register(self, call_id: int, pending: Pending | Stream) -> None:
         """A call of ours is about to be sent: take frames for it."""
@@ -300,6 +309,8 @@ _pollers: weakref.WeakSet[Poller] = weakref.WeakSet()
 
 class Poller:
     """The core's poller, its connections, and its worker threads if it serves."""
+
+    blocks = True  # whether threads may wait on it
 
     def __init__(
         self,

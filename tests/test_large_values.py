@@ -481,3 +481,133 @@ def test_a_flood_of_notifications_waits_for_the_server(large, connect):
     assert client.call("add", 1, 2) == 3
     assert client.stats()["arena_bytes"] <= 8 * MIB
     wait_until(settled(client))
+
+
+# ---- loans ----
+
+
+def test_loans_are_sent_without_a_copy(shm_client):
+    array = shm_client.empty((1000, 100), "f4")
+    assert array.shape == (1000, 100)
+    assert array.dtype == np.float32
+    array[:] = 3
+    used = shm_client.stats()["arena_used_bytes"]
+    assert used >= array.nbytes
+    shm_client.call("keep", array)
+    assert shm_client.stats()["arena_used_bytes"] == used
+    with pytest.raises(ValueError, match="read-only"):
+        array[0, 0] = 1
+    shm_client.call("keep", array)  # again: the same block
+    shm_client.call("keep", array[500:])  # and a part of it
+    assert shm_client.stats()["arena_used_bytes"] == used
+    assert shm_client.call("kept_sums") == [300_000, 300_000, 150_000]
+    del array
+    gc.collect()
+    stats = shm_client.stats()
+    assert (stats["loans"], stats["arena_used_bytes"]) == (0, used)  # the server has it still
+    shm_client.call("drop", 2)
+    assert shm_client.call("kept_sums") == [150_000]
+    shm_client.call("drop")
+    wait_until(settled(shm_client))
+
+
+def test_loaned_bytes(shm_client):
+    view = shm_client.loan(200_000)
+    assert len(view) == 200_000
+    assert not view.readonly
+    view[:] = b"ab" * 100_000
+    used = shm_client.stats()["arena_used_bytes"]
+    shm_client.notify("keep", np.frombuffer(view, "u1"))
+    assert shm_client.call("echo", view[50_000:]) == view[50_000:]
+    assert shm_client.stats()["arena_used_bytes"] == used
+    shm_client.call("drop")
+    view.release()
+    wait_until(settled(shm_client))
+
+
+def test_a_loan_that_is_never_sent_goes_back(shm_client):
+    for _ in range(50):
+        shm_client.empty(10 * MIB, "u1")
+        shm_client.loan(10 * MIB)
+    assert shm_client.stats()["arena_bytes"] <= 64 * MIB
+    assert shm_client.stats()["loans"] == 0
+
+
+def test_loans_over_every_transport(client):
+    array = client.empty(50_000, "i4")
+    array[:] = np.arange(50_000)
+    assert same(array, client.call("echo", array))
+    view = client.loan(50_000)
+    view[:] = bytes(50_000)
+    assert client.call("echo", view) == bytes(50_000)
+    for shape in (0, (3, 0)):
+        assert client.empty(shape).size == 0
+    assert client.empty(()).shape == ()
+    assert len(client.loan(0)) == 0
+    for wrong in (-1, 1.5, True):
+        with pytest.raises(ValueError, match="nbytes"):
+            client.loan(wrong)
+    with pytest.raises(ValueError, match="negative"):
+        client.empty((3, -1))
+    with pytest.raises(TypeError, match="objects"):
+        client.empty(3, object)
+
+
+def test_loans_outlive_their_client(large, connect):
+    client = connect(large("shm").address)
+    array, view = client.empty(100_000, "u1"), client.loan(100_000)
+    array[:] = 7
+    client.close()
+    view[:] = array.data
+    assert view == b"\7" * 100_000
+    with pytest.raises(shmrpc.Cancelled):
+        client.empty(3)
+
+
+def test_a_loan_of_another_connection_is_copied(large, connect, common):
+    first, second = connect(large("shm").address), connect(common.addresses[0])
+    array = first.empty(100_000, "u1")
+    array[:] = 9
+    assert second.call("total", array) == 900_000
+    array[:] = 1  # it was not sent by its own client
+    first.close()
+    assert second.call("total", array) == 100_000
+
+
+def test_loans_in_handlers(directory, connect):
+    server = shmrpc.Server("here")
+    held = []
+
+    @server.method
+    def fill(count, number):
+        array = shmrpc.current_call().empty(count, "u1")
+        array[:] = number
+        held.append(array)
+        return array
+
+    @server.method
+    def stream(count):
+        for number in range(count):
+            view = shmrpc.current_call().loan(100_000)
+            view[:] = bytes([number]) * 100_000
+            yield view
+
+    with server:
+        client = connect("here")
+        result = client.call("fill", 100_000, 5)
+        assert result.sum() == 500_000
+        assert not held[0].flags.writeable
+        assert server.stats()["arena_used_bytes"] < 101_000  # one block for both
+        for number, item in enumerate(client.stream("stream", 10)):
+            assert item == bytes([number]) * 100_000
+        client.close()
+
+
+def test_loans_wait_for_room_and_say_who_has_it(large, connect, monkeypatch):
+    monkeypatch.setattr(lending, "PATIENCE", 0.2)
+    client = connect(large("shm").address, max_memory_bytes=4 * MIB)
+    first = client.loan(3 * MIB)
+    with pytest.raises(shmrpc.Overloaded, match="3145728 bytes are loans of this process"):
+        client.loan(2 * MIB)
+    first.release()
+    assert len(client.loan(2 * MIB)) == 2 * MIB

@@ -245,6 +245,8 @@ class LoopPoller(Poller):
                 return False
         return True
 
+    blocks = False
+
     def wait(self, _slot: Slot, _deadline: float, /) -> bool:
         """Threads don't wait on it."""
         msg = "this connection belongs to an event loop"
