@@ -64,11 +64,11 @@ int methods_add(struct methods *methods, const char *name, size_t bytes, int32_t
     return 0;
 }
 
-const struct method *methods_find(const struct methods *methods, const uint8_t *name, size_t bytes)
+struct method *methods_find(const struct methods *methods, const uint8_t *name, size_t bytes)
 {
     if (methods->capacity == 0 || bytes == 0 || bytes > SHMRPC_METHOD_MAX)
         return NULL;
-    const struct method *method = place(methods->table, methods->capacity, name, bytes);
+    struct method *method = place(methods->table, methods->capacity, name, bytes);
     return method->bytes != 0 ? method : NULL;
 }
 

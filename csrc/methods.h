@@ -13,6 +13,7 @@ struct method {
     uint8_t bytes;
     bool fast;
     int32_t index;
+    uint64_t calls; /* that were started */
 };
 
 struct methods {
@@ -23,8 +24,7 @@ struct methods {
 /* Add or replace. 0, -EINVAL, -ENOMEM. */
 int methods_add(struct methods *methods, const char *name, size_t bytes, int32_t index, bool fast);
 /* Null if unknown. */
-const struct method *methods_find(const struct methods *methods, const uint8_t *name,
-                                  size_t bytes);
+struct method *methods_find(const struct methods *methods, const uint8_t *name, size_t bytes);
 void methods_free(struct methods *methods);
 
 #endif

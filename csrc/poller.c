@@ -97,6 +97,7 @@ shmrpc_poller *shmrpc_poller_new(uint32_t workers, uint32_t max_concurrency, uin
     poller->max_concurrency = max_concurrency;
     poller->policy.mode = mode;
     poller->policy.budget_ns = spin_budget_ns != 0 ? spin_budget_ns : SPIN_BUDGET_NS;
+    poller->policy.alone_ns = spin_budget_ns != 0 ? spin_budget_ns : SPIN_ALONE_NS;
     return poller;
 }
 
@@ -136,6 +137,8 @@ static void destroy(struct shmrpc_poller *poller)
     free(poller->conn_uses);
     free(poller->slots);
     free(poller->hot);
+    free(poller->batch.briefs);
+    free(poller->batch.bytes);
     free(exchange_pointer(&poller->larger_hot, NULL));
     free(poller);
 }
@@ -197,6 +200,22 @@ void shmrpc_poller_stop(shmrpc_poller *poller)
     poller_kick(poller);
 }
 
+shmrpc_brief *shmrpc_poller_batch(shmrpc_poller *poller)
+{
+    struct batch *batch = &poller->batch;
+
+    if (batch->bytes == NULL)
+        batch->bytes = malloc(SHMRPC_BATCH_BYTES);
+    if (batch->bytes != NULL && batch->briefs == NULL)
+        batch->briefs = calloc(SHMRPC_BATCH_BRIEFS, sizeof *batch->briefs);
+    return batch->briefs;
+}
+
+uint8_t *shmrpc_poller_batch_bytes(shmrpc_poller *poller)
+{
+    return poller->batch.bytes;
+}
+
 int shmrpc_method_add(shmrpc_poller *poller, const char *name, size_t bytes, int32_t index,
                       int fast)
 {
@@ -204,6 +223,22 @@ int shmrpc_method_add(shmrpc_poller *poller, const char *name, size_t bytes, int
     int status = methods_add(&poller->methods, name, bytes, index, fast != 0);
     poller_unlock(poller);
     return status;
+}
+
+/* What is in the ring of `writer` for `reader`. One of the indexes is the peer's, and may be anything;
+ * both move meanwhile. */
+static void count_ring(shmrpc_stats *stats, const struct segment_shm *writer,
+                       const struct segment_shm *reader, uint64_t bytes)
+{
+    uint64_t head = load_relaxed(&reader->head), tail = load_relaxed(&writer->tail);
+    uint64_t used = tail - head > UINT64_MAX / 2 ? 0 : tail - head;
+
+    if (used > bytes)
+        used = bytes;
+    stats->ring_bytes += bytes;
+    stats->ring_used += used;
+    if (used * 100 / bytes > stats->fullest_ring_percent)
+        stats->fullest_ring_percent = used * 100 / bytes;
 }
 
 void shmrpc_poller_stats(shmrpc_poller *poller, shmrpc_stats *stats)
@@ -226,10 +261,32 @@ void shmrpc_poller_stats(shmrpc_poller *poller, shmrpc_stats *stats)
         .running = poller->running + poller->blocked,
         .queued = poller->queued,
         .conns = poller->conn_count,
+        .calls_queued = load_relaxed(&counters->calls_queued),
+        .queued_ns = load_relaxed(&counters->queued_ns),
     };
-    for (uint32_t i = 0; i < poller->conn_capacity; i++)
-        if (poller->conns[i] != NULL)
-            stats->outbox_bytes += load_relaxed(&poller->conns[i]->outbox_bytes);
+    if (poller->queue.first != NULL)
+        stats->oldest_queued_ns = clock_now_ns() - poller->queue.first->queued_ns;
+    for (uint32_t i = 0; i < poller->conn_capacity; i++) {
+        const struct conn *conn = poller->conns[i];
+        if (conn == NULL)
+            continue;
+        stats->outbox_bytes += load_relaxed(&conn->outbox_bytes);
+        if (conn->is_shm) {
+            count_ring(stats, conn->wake.own, conn->wake.peer, conn->own_ring_bytes);
+            count_ring(stats, conn->wake.peer, conn->wake.own, conn->peer_ring_bytes);
+        }
+    }
+    poller_unlock(poller);
+}
+
+void shmrpc_method_counts(shmrpc_poller *poller, uint64_t *counts, uint32_t count)
+{
+    poller_lock(poller);
+    for (uint32_t i = 0; i < poller->methods.capacity; i++) {
+        const struct method *method = &poller->methods.table[i];
+        if (method->bytes != 0 && method->index >= 0 && (uint32_t)method->index < count)
+            counts[method->index] = method->calls;
+    }
     poller_unlock(poller);
 }
 

@@ -67,6 +67,8 @@ struct shmrpc_slot {
     bool has_thread; /* worker: of its own, which is in shmrpc_next or runs a request */
     bool running;   /* worker: has a request */
     bool replied;   /* worker: its request needs no reply any more */
+    uint64_t since_ns; /* worker, lock: when its request was started, once that is known: a short one
+                        * costs no look at the clock. The standby notes it of one that takes long */
     uint64_t call_id;
     atomic_u64 position; /* of its request in the ring, see conn_outcome */
     uint64_t deadline_ns;
@@ -88,6 +90,7 @@ struct stored {
     shmrpc_message message;
     uint8_t *payload;
     uint32_t queued_index; /* in the segment's queued table */
+    uint64_t queued_ns;    /* when it was queued */
     uint32_t *ends;        /* ITEM: see message.ends */
     uint32_t end_capacity, payload_capacity;
     uint32_t total_bytes; /* queued: as poller->queued_bytes counts it */
@@ -101,6 +104,15 @@ struct counters {
     atomic_u64 spins_hit, spins_missed, yields, sleeps, wakeups_sent;
     atomic_u64 frames_received, frames_dropped, late_replies;
     atomic_u64 calls_started, calls_refused, calls_expired;
+    atomic_u64 calls_queued, queued_ns;
+};
+
+/* Plain messages for an event loop, of one shmrpc_poll: nothing is allocated for them. */
+struct batch {
+    shmrpc_brief *briefs; /* null: messages are events */
+    uint8_t *bytes;
+    uint32_t count, used;
+    bool open; /* leader: it is in shmrpc_poll */
 };
 
 struct hot_list {
@@ -134,6 +146,7 @@ struct shmrpc_poller {
     uint64_t spawned_ns;   /* lock: when one was asked for last */
     uint32_t blocked;      /* lock: requests whose thread waits for something on this poller */
     bool event_requests;   /* lock: requests are events */
+    struct batch batch;    /* leader */
     uint64_t armed_ns;     /* leader: when poller_arm armed, 0 if it did not spin before */
     bool retired;          /* lock: a client's conn has ended, its workers end */
     uint64_t queued_bytes;                    /* lock */
@@ -212,6 +225,10 @@ int events_note(struct shmrpc_poller *poller, const struct conn *conn, uint32_t 
 /* With the lock held: the message that conn_receive has found, for Python; not consumed. */
 int events_receive(struct shmrpc_poller *poller, struct conn *conn,
                    const struct frame_header *header);
+/* Put it into the batch if it is plain and no event is older: nothing happens otherwise. Not
+ * consumed. */
+bool events_add_brief(struct shmrpc_poller *poller, struct conn *conn,
+                      const struct frame_header *header);
 /* A frame of a stream has arrived. Consumes it. */
 int events_stream(struct shmrpc_poller *poller, struct conn *conn,
                   const struct frame_header *header);
@@ -292,7 +309,7 @@ void workers_read_again(struct shmrpc_poller *poller, struct conn *conn);
 void workers_resume(struct shmrpc_poller *poller);
 /* With the lock held: a worker's slot goes, whatever it was doing. */
 void workers_forget(struct shmrpc_poller *poller, struct shmrpc_slot *slot);
-/* With the lock held: whether a request of this conn runs. */
+/* With the lock held: whether a request of this conn runs, or has run and got no reply. */
 bool workers_run(const struct shmrpc_poller *poller, const struct conn *conn);
 /* With the lock held: tell all requests that run that nobody waits for them any more. */
 void workers_cancel_all(struct shmrpc_poller *poller);

@@ -101,11 +101,11 @@ static uint32_t admit(struct shmrpc_poller *poller, const struct frame_header *h
 static int find_method(struct shmrpc_poller *poller, struct shmrpc_slot *slot, bool *fast)
 {
     shmrpc_message *message = &slot->message;
-    const struct method *method =
-        methods_find(&poller->methods, message->head, message->method_bytes);
+    struct method *method = methods_find(&poller->methods, message->head, message->method_bytes);
 
     if (method == NULL)
         return -ENOENT;
+    method->calls++;
     message->method = method->index;
     *fast = method->fast && message->kind == SHMRPC_REQUEST && message->flags == 0 &&
             slot_in_view(slot);
@@ -116,6 +116,14 @@ static int find_method(struct shmrpc_poller *poller, struct shmrpc_slot *slot, b
 static bool serves_around(const struct shmrpc_poller *poller, const struct shmrpc_slot *slot)
 {
     return slot->serves != NULL && slot->serves->poller == poller && slot->serves->running;
+}
+
+/* With the lock held: the slot's request, if it has one, is one that takes long, and has run for (at
+ * least) so long already. */
+static void note_long(struct shmrpc_slot *slot, uint64_t ago_ns)
+{
+    if (slot->running && slot->since_ns == 0)
+        slot->since_ns = clock_now_ns() - ago_ns;
 }
 
 /* With the lock held. */
@@ -133,6 +141,7 @@ static void start(struct shmrpc_poller *poller, struct shmrpc_slot *slot, struct
     slot->running = true;
     slot->replied = slot->message.kind != SHMRPC_REQUEST;
     slot->call_id = slot->message.call_id;
+    slot->since_ns = 0;
     poller->running++;
     count_own(&poller->counters.calls_started, 1);
     slot_finish(slot, fast ? (int64_t)slot->message.body_bytes : SHMRPC_MESSAGE);
@@ -183,6 +192,7 @@ static int enqueue(struct shmrpc_poller *poller, struct conn *conn,
     conn->references++;
     stored->total_bytes = header->total_bytes;
     stored->queued_index = mark_queued(conn, header->call_id);
+    stored->queued_ns = clock_now_ns();
     poller->queued++;
     poller->queued_bytes += header->total_bytes;
     stored_append(&poller->queue, stored);
@@ -290,16 +300,23 @@ void workers_resume(struct shmrpc_poller *poller)
 static uint32_t pass_on(struct shmrpc_poller *poller, struct conn *conn,
                         const struct frame_header *header)
 {
-    int result = events_receive(poller, conn, header);
+    bool is_brief = events_add_brief(poller, conn, header);
+    int result = is_brief ? 0 : events_receive(poller, conn, header);
 
     conn_finish(conn, header->length, &poller->bells);
+    if (is_brief) {
+        count_own(&poller->counters.calls_started, 1);
+        return STATUS_OK;
+    }
     if (result < 0)
         return STATUS_RESOURCE_EXHAUSTED;
     /* `last` is the first member of the event that was just added. */
     struct stored *stored = (struct stored *)poller->events.last;
-    const struct method *method =
+    struct method *method =
         methods_find(&poller->methods, stored->payload, stored->message.method_bytes);
     stored->message.method = method != NULL ? method->index : -1;
+    if (method != NULL)
+        method->calls++;
     count_own(&poller->counters.calls_started, 1);
     return STATUS_OK;
 }
@@ -386,7 +403,7 @@ bool workers_run(const struct shmrpc_poller *poller, const struct conn *conn)
     for (uint32_t i = 0; i < poller->slot_capacity; i++)
         if (poller->slots[i] != NULL && poller->slots[i]->running && poller->slots[i]->conn == conn)
             return true;
-    return false;
+    return conn->unanswered;
 }
 
 void workers_cancel_all(struct shmrpc_poller *poller)
@@ -394,6 +411,27 @@ void workers_cancel_all(struct shmrpc_poller *poller)
     for (uint32_t i = 0; i < poller->slot_capacity; i++)
         if (poller->slots[i] != NULL && poller->slots[i]->running)
             store_release32((atomic_u32 *)&poller->slots[i]->message.cancelled, 1);
+}
+
+uint32_t shmrpc_poller_running(shmrpc_poller *poller, shmrpc_running *running, uint32_t count)
+{
+    uint32_t used = 0;
+
+    poller_lock(poller);
+    for (uint32_t i = 0; i < poller->slot_capacity && used < count; i++) {
+        const struct shmrpc_slot *slot = poller->slots[i];
+        if (slot == NULL || !slot->running)
+            continue;
+        running[used++] = (shmrpc_running){
+            .call_id = slot->call_id,
+            .conn_id = slot->message.conn_id,
+            .since_ns = slot->since_ns,
+            .deadline_ns = slot->message.deadline_ns,
+            .method = slot->message.method,
+        };
+    }
+    poller_unlock(poller);
+    return used;
 }
 
 /* ---- the queue ---- */
@@ -440,10 +478,13 @@ static bool start_queued(struct shmrpc_poller *poller, struct shmrpc_slot *slot,
         struct conn *conn = stored->conn;
         shmrpc_message *message = &stored->message;
         bool call = message->kind == SHMRPC_REQUEST;
-        bool late = message->deadline_ns != 0 && clock_now_ns() >= message->deadline_ns;
+        uint64_t now_ns = clock_now_ns();
+        bool late = message->deadline_ns != 0 && now_ns >= message->deadline_ns;
         bool gone = call && (load_relaxed(&conn->error) != 0 || message->cancelled != 0);
         bool fast;
 
+        count_own(&poller->counters.calls_queued, 1);
+        count_own(&poller->counters.queued_ns, now_ns - stored->queued_ns);
         poller->queued--;
         poller->queued_bytes -= stored->total_bytes;
         if (over_limits(conn, LAYOUT_QUEUED_MAX))
@@ -459,6 +500,7 @@ static bool start_queued(struct shmrpc_poller *poller, struct shmrpc_slot *slot,
         }
         if (status == STATUS_OK) {
             start(poller, slot, conn, false);
+            slot->since_ns = now_ns;
             find_runner_and_kick(poller); /* those behind it need not wait until it ends */
         } else if (call) {
             poller_unlock(poller); /* the reference in `stored` keeps the conn */
@@ -562,6 +604,8 @@ static void finish_request(struct shmrpc_poller *poller, struct shmrpc_slot *slo
     shmrpc_detach(slot); /* while it has a conn */
     slot_drop_blocks(slot);
     slot->running = false;
+    if (!slot->replied)
+        slot->conn->unanswered = true;
     slot->message.call_id = 0; /* who still knows that call learns that it is over */
     poller->running--;
     if (serves_around(poller, slot)) {
@@ -597,6 +641,7 @@ void workers_enter(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
 {
     if (serving != NULL && serving->poller == poller && serving->running) {
         slot->blocks = serving;
+        note_long(serving, 0);
         poller->running--;
         poller->blocked++;
     }
@@ -619,12 +664,14 @@ void workers_leave(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
 
 /* With the lock held: this worker leads, and goes out to Python. A caller that waits for the role
  * gets it: nobody knows how long that takes. */
-static void step_out(struct shmrpc_poller *poller, const struct shmrpc_slot *slot)
+static void step_out(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
 {
     if (load_relaxed(&poller->role_wanted) != 0)
         callers_promote(poller, slot);
     if (poller->leader == slot)
         workers_go_away(poller);
+    else
+        note_long(slot, 0); /* the standby does not watch who does not lead */
 }
 
 /* With the lock held: lead. What that ended with for the worker, or RESULT_QUEUED: to look again
@@ -692,6 +739,8 @@ static int64_t find_work(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
             if (must_end(poller))
                 continue;
             if (takes) {
+                if (poller->leader != NULL)
+                    note_long(poller->leader, TICK_NS);
                 poller->leader = slot;
                 poller->away = false;
             }
@@ -722,6 +771,8 @@ static void answer_if_nobody_has(struct shmrpc_slot *slot)
         load_acquire32((const atomic_u32 *)&message->cancelled) != 0)
         return;
     bool late = message->deadline_ns != 0 && clock_now_ns() >= message->deadline_ns;
+    if (!late && load_relaxed(&slot->poller->draining) != 0)
+        return; /* we stop, not the caller: it loses the connection, and may repeat the call */
     shmrpc_reply(slot, late ? STATUS_DEADLINE_EXCEEDED : STATUS_CANCELLED, NULL, 0);
 }
 

@@ -1,8 +1,9 @@
 """RPC between processes on one host over shared memory."""
 
 from .buffers import Buffer
-from .client import Client, connect
+from .client import Client
 from .codec import Codec, MsgpackCodec
+from .connecting import connect
 from .context import CallContext, current_call
 from .errors import (
     Abort,
@@ -18,6 +19,9 @@ from .errors import (
     ProtocolError,
     RemoteError,
 )
+from .inspector import Inspector, inspect
+from .logs import configure as _configure_logs
+from .pool import Pool
 from .server import Server
 
 __version__ = "0.1.0"
@@ -34,13 +38,18 @@ __all__ = [
     "DeadlineExceeded",
     "Error",
     "ForkedError",
+    "Inspector",
     "MessageTooLarge",
     "MethodNotFound",
     "MsgpackCodec",
     "Overloaded",
+    "Pool",
     "ProtocolError",
     "RemoteError",
     "Server",
     "connect",
     "current_call",
+    "inspect",
 ]
+
+_configure_logs()

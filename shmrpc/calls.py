@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ._native import lib
-from .codec import pack_split
+from .codec import PACKING_ERRORS
 from .errors import (
     Cancelled,
     ConnectionLost,
@@ -24,6 +24,8 @@ from .metadata import unpack_metadata, unpack_reply_metadata
 from .parcels import Parcel
 from .poller import FOREVER, Connection, Waiters, check_timeout
 from .session import Body, Stream
+from .values import LARGE as _LARGE
+from .values import NotPlain, encode, may_hold_large
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 __all__ = ["Call", "Receiver", "Requests"]
 
 _EPIPE, _EMSGSIZE, _ETIMEDOUT = errno.EPIPE, errno.EMSGSIZE, errno.ETIMEDOUT
+_FROM_CALLER = lib.SHMRPC_FLAG_CALLER
+_send_item = lib.shmrpc_send_item
 
 
 class Channel(Protocol):
@@ -147,6 +151,13 @@ class Requests:
 
     def __next__(self) -> Any:
         receiver = self._receiver
+        if not receiver.stream.cancelled:
+            for item in receiver._items:
+                return item
+        return self._next()
+
+    def _next(self) -> Any:
+        receiver = self._receiver
         stream = receiver.stream
         if stream.cancelled and not stream.lost_error:
             receiver.clear()
@@ -257,29 +268,39 @@ class Call:
         call if it has ended, ``Error`` after ``close_send`` and where the handler takes no more,
         TypeError or ValueError for what can't be sent, ``MessageTooLarge``, ``DeadlineExceeded``.
         """
-        self._check_fork()
+        connection, stream = self._connection, self._stream
+        if connection.poller.forked:
+            self._check_fork()
         with self._send_lock:
-            self._check_sending()
-            slot = self._connection.slot()
-            body, sources = self._pack(slot, item)
+            if stream.ended or self._closed or not self._sends:
+                self._refuse_send()
+            slot = connection.slot()
+            sources: Sequence[Source] = ()
             alive: Any = None  # what the message is made of, until it was sent
-            stream = self._stream
+            try:
+                body = slot.pack(item)
+                if len(body) >= _LARGE and connection.plain and may_hold_large(body):
+                    body, sources = encode(item)
+            except NotPlain:
+                body, sources = self._split(slot, item)
+            except PACKING_ERRORS as error:
+                raise self._unpackable(slot, item, error) from error
+            size = len(body)
             if not stream.may_send():
                 self._wait(lambda: stream.may_send() or stream.ended)
                 self._check_sending()
-            size = len(body)
             if sources:
                 alive = self._attach(slot, sources)
                 size += lib.shmrpc_attached_weight(slot.c)
-            stream.sent(size)
-            status = lib.shmrpc_send_item(
-                slot.c, lib.SHMRPC_FLAG_CALLER, self._call_id, body, len(body)
-            )
+            # Stream.sent written out, as _check_fork above: together 0.2 us of 1.3.
+            stream.sent_messages += 1
+            stream.sent_bytes += size
+            status = _send_item(slot.c, _FROM_CALLER, self._call_id, body, len(body))
             del alive
             if status > 0:
                 # Nobody but this thread may be there to see to the rest.
-                status = self._guard(lambda: self._connection.flush(slot, self.deadline))
-            self._connection.slots.append(slot)
+                status = self._guard(lambda: connection.flush(slot, self.deadline))
+            connection.slots.append(slot)
             if status == 0:
                 return
             if status == -errno.ENOMEM:
@@ -306,18 +327,21 @@ class Call:
             self._connection.slots.append(slot)
             raise
 
-    def _pack(self, slot: Slot, item: Any) -> tuple[bytes, Sequence[Source]]:
+    def _split(self, slot: Slot, item: Any) -> tuple[bytes, Sequence[Source]]:
         try:
-            return pack_split(self._connection.codec, slot.pack, item)
-        except Exception as error:
-            slot.pack = self._connection.codec.encoder()  # the old one may hold half a message
-            self._connection.slots.append(slot)
-            kind = type(item).__qualname__
-            msg = f"a message for {self.method!r} can't be sent: {error} (of type {kind})"
-            raise (TypeError if isinstance(error, TypeError) else ValueError)(msg) from error
+            return encode(item)
+        except PACKING_ERRORS as error:
+            raise self._unpackable(slot, item, error) from error
+
+    def _unpackable(self, slot: Slot, item: Any, error: Exception) -> Exception:
+        slot.pack = self._connection.codec.encoder()  # the old one may hold half a message
+        self._connection.slots.append(slot)
+        kind = type(item).__qualname__
+        msg = f"a message for {self.method!r} can't be sent: {error} (of type {kind})"
+        return (TypeError if isinstance(error, TypeError) else ValueError)(msg)
 
     def _check_sending(self) -> None:
-        if not self._sends or self._stream.ended or self._closed:
+        if self._stream.ended or self._closed:
             self._refuse_send()
 
     def _refuse_send(self) -> NoReturn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import threading
 import time
@@ -30,62 +31,16 @@ if TYPE_CHECKING:
     from .interceptors import Interceptor
     from .segments import Backing
 
-__all__ = ["Client", "connect"]
+__all__ = ["Client"]
 
 F = TypeVar("F", bound="Callable[..., Any]")
+
+_log = logging.getLogger("shmrpc.client")
 
 _BACKOFF_FIRST = 0.002
 _BACKOFF_MAX = 0.2
 _WORKERS = 16
 _MAX_CONCURRENCY = 1024
-
-
-def connect(
-    address: str,
-    *,
-    timeout: float = 5.0,
-    fallback: str | None = None,
-    max_message_bytes: int = 64 << 20,
-    max_memory_bytes: int = MEMORY_BYTES,
-    backing: Backing = "auto",
-    allow_uids: Iterable[int] = (),
-    wait: Wait = "auto",
-    spin_budget: float | None = None,
-    codec: Codec | None = None,
-    interceptors: Iterable[Interceptor] = (),
-    retries: int = 0,
-) -> Client:
-    """Connect to a server and return a client.
-
-    ``address`` is a service's name such as ``"calc"``, or ``shm://``, ``unix://`` or ``tcp://``;
-    ``fallback`` is tried when nobody can be reached there. ``timeout`` in seconds is for making
-    the connection, now and whenever it has to be made again; calls have their own.
-    ``max_message_bytes`` limits what the server may send. ``max_memory_bytes`` limits the shared
-    memory that large values under way may take, in each direction: the smaller limit of both
-    sides counts. ``backing`` is where our memory comes
-    from: ``"shm"``, ``"memfd"`` or ``"auto"``. ``allow_uids`` are the other users' servers that
-    may be talked to. ``wait`` is ``"auto"``, ``"spin"`` (lowest latency at any cost) or
-    ``"block"``; ``spin_budget`` in seconds is how long ``"auto"`` spins at most.
-    ``interceptors`` see every call, the first outermost (see ``shmrpc.interceptors``).
-    ``retries`` is how often a call is repeated whose connection was lost before it started, or
-    that may have run and is declared idempotent (see ``shmrpc.retries.Retries``).
-
-    Raises ``ConnectError``.
-    """
-    return Client(
-        address,
-        timeout=timeout,
-        fallback=fallback,
-        max_message_bytes=max_message_bytes,
-        max_memory_bytes=max_memory_bytes,
-        backing=backing,
-        allow_uids=allow_uids,
-        wait=wait,
-        spin_budget=spin_budget,
-        codec=codec,
-        interceptors=interceptors,
-        retries=retries,
-    )
 
 
 def _retries(attempts: Any) -> list[Interceptor]:
@@ -204,11 +159,13 @@ class Client(Channel):
             self._link = link
             self._slots = link.slots
             self._reconnects += 1
+        _log.debug("connected to %s", link.peer)
 
     def _drop(self, connection: Connection) -> None:
         """Stop using a connection that was lost; the next call makes a new one."""
         self._retire(connection)
         connection.shutdown()
+        _log.debug("hung up on %s", connection.peer)
 
     def _retire(self, connection: Connection) -> None:
         """Make the next call on a new connection; those under way on this one go on."""

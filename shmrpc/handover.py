@@ -6,6 +6,8 @@ are, ``LISTEN_PID`` whose (sd_listen_fds(3)). Who serves sends ``READY=1`` to ``
 
     shmrpc-own    a socket whose file the last server that has it removes
     shmrpc-lent   one that belongs to a supervisor, which looks after its file
+    shmrpc-shared (within this process) one that other workers of the same supervisor accept from,
+                  too: the supervisor has its file and lock. See sharing.py
     shmrpc-lock   the lock of the socket before it. A lock of flock(2) belongs to the open file, so
                   that both processes have it, and it is free when both have ended
 
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from .address import Address
+    from .sharing import Sharing
 
 __all__ = [
     "LENT",
@@ -46,13 +49,15 @@ __all__ = [
     "give_back",
     "notify",
     "predecessor_waits",
+    "share",
     "start_successor",
     "tell_ready",
 ]
 
-_log = logging.getLogger("shmrpc.server")
+_log = logging.getLogger("shmrpc.handover")
 
 OWN, LENT, LOCK = "shmrpc-own", "shmrpc-lent", "shmrpc-lock"
+_SHARED = "shmrpc-shared"
 _FIRST_FD = 3
 # The supervisor of the predecessor, for the successor to talk to once it serves.
 _SUPERVISOR = "SHMRPC_SUPERVISOR"
@@ -69,6 +74,7 @@ class Inherited:
     name: str = ""
     lock_fd: int = -1
     reported: bool = False  # in the log, that it is nobody's
+    sharing: Sharing | None = None  # with whom
 
     @property
     def handed_over(self) -> bool:
@@ -166,6 +172,12 @@ def give_back(inherited: Inherited) -> None:
     """Keep a supervisor's socket for the next server of this process."""
     with _lock:
         _unclaimed.append(inherited)
+
+
+def share(fds: Sequence[int], sharing: Sharing) -> None:
+    """Let servers of this process listen at these sockets, which other workers have as well."""
+    with _lock:
+        _unclaimed.extend(Inherited(fd, _SHARED, sharing=sharing) for fd in fds)
 
 
 def check_claimed(addresses: Sequence[str]) -> None:

@@ -8,7 +8,12 @@
                                          <-    READY    (shm only)
     anything the other can't accept      <->   REFUSE   with a sentence why
 
-Each message is 64 bytes, little-endian (docs/protocol.md), REFUSE followed by its text. Both sides
+    in place of HELLO, to ask about the server without making a connection:
+    INSPECT  worker, a request           ->
+                                         <-    REPORT   the answer; then perhaps the next INSPECT
+
+Each message is 64 bytes, little-endian (docs/protocol.md), REFUSE, INSPECT and REPORT followed by
+their text. Both sides
 are generators that yield whenever they need the socket to be readable: whoever runs them decides
 how to wait and for how long, so that a silent peer holds up nobody.
 """
@@ -32,13 +37,29 @@ from .rendezvous import Credentials, peer_credentials
 if TYPE_CHECKING:
     from .address import Address
 
-__all__ = ["MESSAGE_BYTES_MAX", "VERSION", "Agreement", "Terms", "client_side", "server_side"]
+__all__ = [
+    "INSPECT",
+    "MESSAGE_BYTES_MAX",
+    "REPORT",
+    "VERSION",
+    "Agreement",
+    "Inquiry",
+    "ServerSteps",
+    "Steps",
+    "Terms",
+    "client_side",
+    "pack_inspection",
+    "read",
+    "receive",
+    "refuse",
+    "server_side",
+]
 
 VERSION = 1
 MESSAGE_BYTES_MAX = 0xFFFF_FFFF
 _MAGIC = b"shmrpc\r\n"
 _FORMAT = struct.Struct("<8sHBBIIIIQ28x")
-_HELLO, _WELCOME, _ATTACH, _READY, _REFUSE = range(1, 6)
+_HELLO, _WELCOME, _ATTACH, _READY, _REFUSE, INSPECT, REPORT = range(1, 8)
 _TRANSPORTS: dict[str, int] = {"shm": 1, "unix": 2, "tcp": 3}
 _TRANSPORT_NAMES = {number: name for name, number in _TRANSPORTS.items()}
 _RING_BYTES_MIN = 4096
@@ -47,6 +68,7 @@ _REASON_BYTES_MAX = 1024
 _FDS_MAX = 2
 
 Steps = Generator[None, None, "Agreement"]
+ServerSteps = Generator[None, None, "Agreement | Inquiry"]
 
 
 @dataclass(frozen=True)
@@ -174,7 +196,7 @@ class Agreement:
         conn_id: int = lib.shmrpc_conn_add(poller, options)
         if conn_id < 0:
             msg = f"can't use the peer's memory: {os.strerror(-conn_id)}"
-            _refuse(self.socket, _TRANSPORTS[self.terms.address.transport], msg)
+            refuse(self.socket, _TRANSPORTS[self.terms.address.transport], msg)
             raise ConnectError(msg)
         self._own_segment = ffi.NULL
         self._own_bell = self._peer_bell = -1
@@ -201,6 +223,15 @@ class Agreement:
             lib.shmrpc_segment_unmap(self._own_segment, self.own_ring_bytes)
             self._own_segment = ffi.NULL
         self.socket.close()
+
+
+@dataclass
+class Inquiry:
+    """A client that asks about the server. Whoever has it owns its socket."""
+
+    socket: socket.socket
+    worker: int  # the pid of the process that is to answer; 0: whichever took it
+    request_bytes: int  # that follow
 
 
 _EVENTFD_LINK = "anon_inode:[eventfd]"
@@ -234,7 +265,7 @@ def _send_closing(sock: socket.socket, message: _Message, fds: list[int]) -> Non
             os.close(fd)
 
 
-def _refuse(sock: socket.socket, transport: int, reason: str) -> None:
+def refuse(sock: socket.socket, transport: int, reason: str) -> None:
     """Tell the peer why there will be no connection, as far as it still listens."""
     text = reason.encode()[:_REASON_BYTES_MAX]
     with contextlib.suppress(OSError, ConnectError):
@@ -242,7 +273,7 @@ def _refuse(sock: socket.socket, transport: int, reason: str) -> None:
         sock.send(text, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
 
 
-def _read(sock: socket.socket, count: int, fds: list[int]) -> Generator[None, None, bytes]:
+def read(sock: socket.socket, count: int, fds: list[int]) -> Generator[None, None, bytes]:
     """Read exactly ``count`` bytes and the descriptors that come with them."""
     data = b""
     space = socket.CMSG_SPACE(struct.calcsize(f"{_FDS_MAX}i"))
@@ -272,11 +303,16 @@ def _read(sock: socket.socket, count: int, fds: list[int]) -> Generator[None, No
     return data
 
 
-def _receive(sock: socket.socket, transport: str, expected: int) -> Generator[None, None, _Message]:
-    """Receive the message of this kind, or raise with what came instead."""
+def pack_inspection(kind: int, body: bytes, worker: int = 0) -> bytes:
+    """An INSPECT or REPORT; which transport the address has does not matter to them."""
+    return _Message(kind, 0, worker, reason_bytes=len(body)).pack() + body
+
+
+def receive(sock: socket.socket, transport: str, *expected: int) -> Generator[None, None, _Message]:
+    """Receive a message of one of these kinds, or raise with what came instead."""
     fds: list[int] = []
     try:
-        data = yield from _read(sock, _FORMAT.size, fds)
+        data = yield from read(sock, _FORMAT.size, fds)
         magic, version, kind, number, pid, ring, max_message, reason_bytes, memory = _FORMAT.unpack(
             data
         )
@@ -284,18 +320,18 @@ def _receive(sock: socket.socket, transport: str, expected: int) -> Generator[No
             msg = "what is on this socket does not speak shmrpc"
             raise ConnectError(msg)
         if kind == _REFUSE:
-            text = yield from _read(sock, min(reason_bytes, _REASON_BYTES_MAX), fds)
+            text = yield from read(sock, min(reason_bytes, _REASON_BYTES_MAX), fds)
             msg = f"refused by the peer: {text.decode('utf-8', 'replace')}"
             raise ConnectError(msg)
         if version != VERSION:
             msg = f"the peer speaks protocol version {version}, this side version {VERSION}"
             raise ConnectError(msg)
-        if number != _TRANSPORTS[transport]:
+        if kind not in (INSPECT, REPORT) and number != _TRANSPORTS[transport]:
             other = _TRANSPORT_NAMES.get(number, "unknown")
             msg = f"this address serves {transport}://, not {other}://"
             raise ConnectError(msg)
-        if kind != expected:
-            msg = f"the peer sent handshake message {kind} instead of {expected}"
+        if kind not in expected:
+            msg = f"the peer sent handshake message {kind} instead of {expected[0]}"
             raise ConnectError(msg)
     except BaseException:
         for fd in fds:
@@ -317,6 +353,18 @@ def _check_uid(agreement: Agreement) -> None:
         raise ConnectError(msg + str(os.geteuid()))
 
 
+def _is_child(pid: int, parent: int) -> bool:
+    """Whether the one is a child of the other: a worker of the process that listens for it.
+
+    For messages alone: what is allowed depends on the uid.
+    """
+    if pid == parent or min(pid, parent) <= 0:
+        return False
+    with contextlib.suppress(OSError, ValueError, IndexError), open(f"/proc/{pid}/stat") as file:
+        return int(file.read().rpartition(")")[2].split()[1]) == parent
+    return False
+
+
 # ---- the two sides ----
 
 
@@ -332,16 +380,16 @@ def client_side(sock: socket.socket, terms: Terms) -> Steps:
         with contextlib.suppress(ConnectError):
             # A server that refuses us does not wait for this; what it says comes next.
             _send(sock, ours)
-        welcome = yield from _receive(sock, transport, _WELCOME)
+        welcome = yield from receive(sock, transport, _WELCOME)
         try:
             agreement.peer_max_message_bytes = welcome.max_message_bytes
-            if transport == "tcp":
+            if transport == "tcp" or _is_child(welcome.pid, agreement.peer_pid):
                 agreement.peer_pid = welcome.pid
             if transport == "shm":
                 agreement.accept(welcome)
                 ours.kind = _ATTACH
                 _send_closing(sock, ours, agreement.offer())
-                ready = yield from _receive(sock, transport, _READY)
+                ready = yield from receive(sock, transport, _READY)
                 _drop(ready)
         finally:
             _drop(welcome)
@@ -351,16 +399,21 @@ def client_side(sock: socket.socket, terms: Terms) -> Steps:
     return agreement
 
 
-def server_side(sock: socket.socket, terms: Terms) -> Steps:
-    """Agree with a client, or tell it why not. Owns the socket like ``client_side``."""
+def server_side(sock: socket.socket, terms: Terms) -> ServerSteps:
+    """Agree with a client, or tell it why not. Owns the socket like ``client_side``.
+
+    A client that only asks about the server is left to the caller.
+    """
     transport = terms.address.transport
     number = _TRANSPORTS[transport]
     agreement = Agreement(sock, terms)
     try:
         try:
             _check_uid(agreement)
-            hello = yield from _receive(sock, transport, _HELLO)
+            hello = yield from receive(sock, transport, _HELLO, INSPECT)
             _drop(hello)
+            if hello.kind == INSPECT:
+                return Inquiry(sock, hello.pid, hello.reason_bytes)
             agreement.peer_max_message_bytes = hello.max_message_bytes
             if transport == "tcp":
                 agreement.peer_pid = hello.pid
@@ -370,14 +423,14 @@ def server_side(sock: socket.socket, terms: Terms) -> Steps:
             ours.max_memory_bytes = terms.max_memory_bytes
             if transport == "shm":
                 _send_closing(sock, ours, agreement.offer())
-                attach = yield from _receive(sock, transport, _ATTACH)
+                attach = yield from receive(sock, transport, _ATTACH)
                 try:
                     agreement.accept(attach)
                 finally:
                     _drop(attach)
                 ours.kind = _READY
         except ConnectError as error:
-            _refuse(sock, number, str(error))
+            refuse(sock, number, str(error))
             raise
     except BaseException:
         agreement.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
 
 __all__ = [
+    "AccessLog",
     "AsyncInterceptor",
     "CallInfo",
     "Interceptor",
@@ -26,7 +28,8 @@ __all__ = [
     "when_done",
 ]
 
-_log = logging.getLogger("shmrpc")
+_log = logging.getLogger("shmrpc.interceptors")
+_access = logging.getLogger("shmrpc.access")
 
 
 def status_of(error: BaseException | None) -> str:
@@ -166,6 +169,67 @@ def _error_of(future: Any) -> BaseException | None:
         return CancelledError()
     error: BaseException | None = future.exception()
     return error
+
+
+class AccessLog:
+    """Interceptor for clients and servers that logs each call when it has ended, at INFO.
+
+    The logger is ``shmrpc.access``; records also have the attributes ``side``, ``method``,
+    ``kind``, ``peer``, ``code`` and ``seconds``. Arguments and results are not logged. Where that
+    logger is not enabled for INFO a call costs next to nothing.
+    """
+
+    def intercept(self, call: CallInfo, proceed: Callable[[CallInfo], Any]) -> Any:
+        """See ``Interceptor``."""
+        if not _access.isEnabledFor(logging.INFO):
+            return proceed(call)
+        started = time.perf_counter()
+        try:
+            result = proceed(call)
+        except BaseException as error:
+            _log_access(call, started, error)
+            raise
+        when_done(call, result, lambda error: _log_access(call, started, error))
+        return result
+
+    async def intercept_async(
+        self, call: CallInfo, proceed: Callable[[CallInfo], Awaitable[Any]]
+    ) -> Any:
+        """See ``AsyncInterceptor``."""
+        if not _access.isEnabledFor(logging.INFO):
+            return await proceed(call)
+        started = time.perf_counter()
+        try:
+            result = await proceed(call)
+        except BaseException as error:
+            _log_access(call, started, error)
+            raise
+        when_done(call, result, lambda error: _log_access(call, started, error))
+        return result
+
+
+def _log_access(call: CallInfo, started: float, error: BaseException | None) -> None:
+    seconds = time.perf_counter() - started
+    code = status_of(error)
+    fields = {
+        "side": call.side,
+        "method": call.method,
+        "kind": call.kind,
+        "peer": call.peer,
+        "code": code,
+        "seconds": seconds,
+    }
+    _access.info(
+        "%s %s %r %s %s %s %.3f ms",
+        call.side,
+        call.kind,
+        call.method,
+        "from" if call.side == "server" else "to",
+        call.peer,
+        code,
+        seconds * 1e3,
+        extra=fields,
+    )
 
 
 class Interceptor(Protocol):

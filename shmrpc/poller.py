@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import logging
 import os
 import threading
 import time
 import weakref
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from ._native import ffi, lib
 from .codec import MsgpackCodec
@@ -33,6 +34,7 @@ __all__ = [
     "FOREVER",
     "Connection",
     "Poller",
+    "Running",
     "Slot",
     "Wait",
     "Waiters",
@@ -42,7 +44,7 @@ __all__ = [
     "nanoseconds_until",
 ]
 
-_log = logging.getLogger("shmrpc")
+_log = logging.getLogger("shmrpc.poller")
 
 Wait = Literal["auto", "spin", "block"]
 WAIT_MODES: dict[str, int] = {"auto": 0, "spin": 1, "block": 2}
@@ -68,6 +70,15 @@ def nanoseconds_until(deadline: float) -> int:
     if deadline > _SECONDS_MAX:
         return -1
     return max(0, int((deadline - time.monotonic()) * 1e9))
+
+
+class Running(NamedTuple):
+    """A call under way at a server."""
+
+    method: str
+    since: float | None  # time.monotonic() seconds; None of one that has just begun, or not known
+    peer_pid: int
+    key: tuple[int, int]  # connection and call id
 
 
 class Freed(Protocol):
@@ -130,6 +141,7 @@ class Connection:
         self.poller = poller
         self.address = address
         self.codec = poller.codec
+        self.plain = type(poller.codec) is MsgpackCodec
         self.credentials: Credentials = agreement.credentials
         if self.credentials.pid < 0:
             self.credentials = Credentials(agreement.peer_pid)
@@ -148,6 +160,7 @@ class Connection:
         self.caller: Any = None  # what handlers call their caller with, once one has asked
         self.reader: Any = None  # the thread that reads for futures, once one has to
         self._probe: Slot | None = None  # keeps the core's knowledge of a lost connection
+        self.control_fd = agreement.socket.fileno()  # the rendezvous socket: the core's from now on
         self.conn_id = agreement.add(poller.c)
 
     @property
@@ -188,11 +201,15 @@ class Connection:
     def register(self, call_id: int, pending: Pending | Stream) -> None:
         """A call of ours is about to be sent: take frames for it."""
         if self._probe is None:
-            self._probe = self.slot()
+            self.watch()
         self.session.calls[call_id] = pending
         if self.retired and not self.closed:
             # Another thread hangs up just now, and may have forgotten us: our end has to be told.
             self.poller.connections[self.conn_id] = self
+
+    def watch(self) -> None:
+        """Keep what tells the outcome of calls after the connection's end."""
+        self._probe = self.slot()
 
     def outcome(self, call_id: int, position: int) -> int:
         """What became of a registered call whose connection was lost."""
@@ -341,6 +358,7 @@ class Poller:
         self._unfinished: Any = None  # what has been made of the message that was taken last
         self._run_worker: Callable[[Poller], None] | None = None
         self._serve_queued: Callable[[], None] | None = None
+        self.ended: Callable[[], None] = _nothing  # called for each connection that has ended
         _pollers.add(self)
 
     # ---- connections ----
@@ -437,9 +455,12 @@ class Poller:
             self._take_room(connection)
         elif kind == lib.SHMRPC_CLOSED:
             later += connection.end(message.status)
+            if _log.isEnabledFor(logging.DEBUG):
+                later.append(functools.partial(_log.debug, "%s has gone", connection.peer))
             self._take_end(connection, later)
             self._dropped += session.dropped
             self.connections.pop(connection.conn_id, None)
+            self.ended()
 
     def _take_request(
         self, connection: Connection, message: Any, _later: list[Callable[[], None]]
@@ -635,6 +656,30 @@ class Poller:
         stats["frames_dropped"] += self._dropped + dropped
         return stats
 
+    def running(self, names: Sequence[str]) -> list[Running]:
+        """The requests that run in workers, whose methods have these names by number."""
+        count = int(lib.SHMRPC_RUNNING_MAX)
+        found = ffi.new("shmrpc_running[]", count)
+        used = lib.shmrpc_poller_running(self.c, found, count)
+        calls = []
+        for call in found[0:used]:
+            connection = self.connection(call.conn_id)
+            calls.append(
+                Running(
+                    names[call.method] if 0 <= call.method < len(names) else "",
+                    call.since_ns / 1e9 if call.since_ns else None,
+                    -1 if connection is None else connection.peer_pid,
+                    (call.conn_id, call.call_id),
+                )
+            )
+        return calls
+
+    def method_counts(self, count: int) -> list[int]:
+        """How many requests were started for each of the first ``count`` methods."""
+        counts = ffi.new("uint64_t[]", count)
+        lib.shmrpc_method_counts(self.c, counts, count)
+        return list(counts)
+
     def forget(self) -> None:
         """In a forked child: give up what is the parent's.
 
@@ -659,6 +704,10 @@ def body_of(message: Any) -> bytes:
     """A copy of a message's body."""
     size = message.body_bytes
     return bytes(ffi.buffer(message.body, size)) if size else b""
+
+
+def _nothing() -> None:
+    pass
 
 
 def _after_fork_in_child() -> None:

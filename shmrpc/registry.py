@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from .poller import Poller
 
+    Around = Callable[["Method", Callable[..., Any]], Callable[..., Any]]
+
 __all__ = ["Method", "Registry", "make_name"]
 
 
@@ -35,6 +37,7 @@ class Method(NamedTuple):
     idempotent: bool
     is_async: bool = False  # a coroutine function or an asynchronous generator function
     inline: bool = False  # a plain function that an event loop may call itself
+    direct: bool = False  # an event loop may call it itself, and it has one result
 
     @property
     def streams(self) -> bool:
@@ -64,6 +67,8 @@ class Registry:
         self._wrap = wrap
         self.functions: list[Callable[..., Any]] = []  # what is called, by number
         self.methods: list[Method] = []
+        self._added: list[tuple[Method, Callable[..., Any]]] = []  # the same, without `around`
+        self._around: Around | None = None
         self._indexes: dict[str, int] = {}
         self._poller: Poller | None = None
 
@@ -96,14 +101,44 @@ class Registry:
             raise TypeError(msg)
         make_name(name)
         generator = streams_async or _unwrapped(function, inspect.isgeneratorfunction)
-        method = Method(name, function, requests, generator, idempotent, is_async, inline)
+        direct = (is_async or inline) and not requests and not generator
+        method = Method(name, function, requests, generator, idempotent, is_async, inline, direct)
         with self._lock:
             index = len(self.methods)
+            called = self._wrap(method) if self._wrap is not None else function
+            self._added.append((method, called))
             self.methods.append(method)
-            self.functions.append(self._wrap(method) if self._wrap is not None else function)
+            self.functions.append(called)
+            self._set(index)
             self._indexes[name] = index
             if self._poller is not None:
                 self._add_to_core(self._poller, name, index)
+
+    def surround(self, around: Around | None) -> None:
+        """Call ``around(method, function)`` in each function's place; None calls it itself again.
+
+        From the next call on; workers go on using the same lists. What begins with ``shmrpc.`` is
+        left alone.
+        """
+        with self._lock:
+            self._around = around
+            for index in range(len(self._added)):
+                self._set(index)
+
+    def _set(self, index: int) -> None:
+        """With the lock held: what is called for this number."""
+        method, called = self._added[index]
+        around = None if method.name.startswith("shmrpc.") else self._around
+        if self._takes_async:  # which calls what is in the method
+            function = method.function if around is None else around(method, method.function)
+            self.methods[index] = method._replace(function=function)
+        else:
+            self.functions[index] = called if around is None else around(method, called)
+
+    def names(self) -> dict[str, int]:
+        """The number of each name."""
+        with self._lock:
+            return dict(self._indexes)
 
     def bind(self, poller: Poller | None) -> None:
         """Offer the methods on this poller, those that are added later, too."""

@@ -17,10 +17,14 @@ import stat
 import struct
 import time
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from . import handover
 from .address import Address, rendezvous_directory
 from .errors import ConnectError
+
+if TYPE_CHECKING:
+    from .sharing import Sharing
 
 __all__ = ["Credentials", "Listener", "open_socket", "peer_credentials"]
 
@@ -109,6 +113,7 @@ class Listener:
         self._mode = 0o666 if for_others else 0o600
         self._lock_fd = -1
         self._inherited: handover.Inherited | None = None
+        self.sharing: Sharing | None = None  # with workers of the same supervisor
         try:
             self._inherited = handover.claim(address)
             if self._inherited is not None:
@@ -160,10 +165,11 @@ class Listener:
 
     def _take_over(self, inherited: handover.Inherited) -> None:
         self._lock_fd, inherited.lock_fd = inherited.lock_fd, -1
+        self.sharing = inherited.sharing
         try:
             if self.address.transport == "tcp":
                 self.address = replace(self.address, port=self.socket.getsockname()[1])
-            else:
+            elif self.sharing is None:
                 self._take_over_lock(f"{self.address.path}.lock", lent=inherited.lent)
                 self.announce()
         except BaseException:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 import random
 import threading
 import time
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from .interceptors import CallInfo
 
 __all__ = ["Retries"]
+
+_log = logging.getLogger("shmrpc.retries")
 
 # An attempt blocks its thread while it connects, and the futures of a server that is away may come
 # by the thousand: few threads, so that they leave the others of the program alone.
@@ -132,6 +135,7 @@ class _Attempts:
         self._failures += 1
         pause = self._pause()
         if self._repeatable(error) and self._failures < self._policy.attempts and pause is not None:
+            _log.debug("%r is repeated in %.3f s: %s", self.call.method, pause, error)
             return pause
         # Neither a failed question nor an attempt that has not run says that none has.
         hides = self.asking or isinstance(error, (ConnectError, ConnectionLost))

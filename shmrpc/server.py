@@ -23,6 +23,7 @@ from .acceptor import Acceptor
 from .caller import Caller
 from .codec import Codec, MsgpackCodec
 from .errors import Error, ForkedError
+from .inspection import Inspection
 from .intercepted import intercept_handlers
 from .lending import MEMORY_BYTES, total_stats
 from .link import check_options
@@ -105,7 +106,7 @@ class Server:
         self._changing = threading.RLock()
         self._stopping = False
         self.registry = Registry(intercept_handlers(interceptors))
-        self.registry.add(self._describe, "shmrpc.describe", idempotent=True)
+        self._inspection = Inspection(self.registry)
         self._forked = False
         self._poller: Poller | None = None
         self._acceptor: Acceptor | None = None
@@ -170,9 +171,12 @@ class Server:
             poller.serve(
                 self._run_worker, workers=self._workers, max_concurrency=self._max_concurrency
             )
+            self._inspection.started(poller, acceptor.addresses, acceptor.workers)
+            poller.ended = acceptor.connection_ended
             # Before it accepts: a successor that does not get so far leaves all to who does.
             handover.tell_ready()
             acceptor.start()
+            _log.info("serving at %s", ", ".join(acceptor.addresses))
 
     def _listen(self) -> tuple[Poller, Acceptor]:
         with self._lock:
@@ -180,7 +184,7 @@ class Server:
                 msg = "the server is running already"
                 raise Error(msg)
             segments.sweep()
-            acceptor = Acceptor(self, self._terms)
+            acceptor = Acceptor(self, self._terms, self._inspection)
             try:
                 poller = Poller(
                     self.codec, server=True, wait=self._wait, spin_budget=self._spin_budget
@@ -220,10 +224,11 @@ class Server:
             self._acceptor = None
         if not acceptor.succeeded:
             handover.notify("STOPPING=1")
+        self._inspection.draining()
+        _log.info("stopping: calls under way have %g s", grace)
         acceptor.retire(min(grace, _HANDSHAKES_SECONDS))
-        acceptor.close()
         with self._lock:
-            self._poller = None
+            self._poller = None  # connections that are made now are hung up
         poller.drain()
         deadline = time.monotonic() + grace
         while poller.busy and time.monotonic() < deadline:
@@ -232,8 +237,11 @@ class Server:
         stuck = poller.stop(patience=1.0)
         if stuck:
             _log.warning("handlers still run after the grace of %g s: %s", grace, stuck)
+        acceptor.close()  # until here it has answered who asked how far we are
         poller.hang_up()
+        self._inspection.stopped()
         self.registry.bind(None)
+        _log.info("stopped")
 
     def hand_over(
         self,
@@ -321,18 +329,6 @@ class Server:
         if poller is None:
             return {}
         return {**poller.stats(), **total_stats(list(poller.connections.values()))}
-
-    def _describe(self, name: str) -> dict[str, Any] | None:
-        """What clients may ask of a method: ``shmrpc.describe``. None if there is none."""
-        method = self.registry.find(name)
-        if method is None:
-            return None
-        return {
-            "name": name,
-            "requests": method.requests,
-            "streams": method.generator,
-            "idempotent": method.idempotent,
-        }
 
     # ---- what workers and the acceptor need ----
 

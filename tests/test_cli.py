@@ -15,11 +15,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from command import Place, assert_complains
 from conftest import short_directory, wait_until
 
 import shmrpc
-
-COMMAND = [sys.executable, "-m", "shmrpc.cli"]
 
 CALC = """
 import os, time
@@ -82,68 +81,17 @@ MODULES = {
 }
 
 
-class Place:
-    """A directory with modules to serve, another for sockets, and the command run there."""
-
-    def __init__(self, directory):
-        self.sockets = f"{directory}/sockets"
-        self.modules = f"{directory}/modules"
-        self.temporary = f"{directory}/tmp"
-        for path in (self.sockets, self.modules, self.temporary):
-            os.mkdir(path, 0o700)
-        for name, text in MODULES.items():
-            Path(self.modules, f"{name}.py").write_text(text)
-        self.env = {
-            **os.environ,
-            "SHMRPC_DIR": self.sockets,
-            "TMPDIR": self.temporary,
-            "PYTHONDONTWRITEBYTECODE": "1",
-        }
-
-    def popen(self, *args, **options):
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-        return subprocess.Popen(
-            [*COMMAND, *args],
-            cwd=self.modules,
-            env={**self.env, **options.pop("env", {})},
-            text=True,
-            **options,
-        )
-
-    def run(self, *args, **options):
-        """Run it to its end; gives its exit status and what it printed."""
-        with self.popen(*args, **options) as process:
-            try:
-                out, err = process.communicate(timeout=40)
-            except BaseException:
-                process.kill()
-                raise
-        assert "Traceback" not in (out or "")
-        return subprocess.CompletedProcess(args, process.returncode, out, err)
-
-    @contextlib.contextmanager
-    def serving(self, target, *options):
-        """``shmrpc serve``, from when it listens; gives the process, which has .banner."""
-        with self.popen("serve", target, *options) as process:
-            try:
-                process.banner = process.stderr.readline()
-                assert process.banner.startswith("serving "), process.banner
-                yield process
-            finally:
-                process.kill()
-
-
 @pytest.fixture(scope="module")
 def place():
     with short_directory() as directory:
-        yield Place(directory)
+        yield Place(directory, MODULES)
 
 
 @pytest.fixture
 def fresh():
     """A place of its own for a test that starts and kills servers."""
     with short_directory() as directory:
-        yield Place(directory)
+        yield Place(directory, MODULES)
 
 
 @pytest.fixture(scope="module")
@@ -158,17 +106,6 @@ def address_in(banner, transport):
     return re.search(rf"{transport}://[^ ,]+", banner)[0]
 
 
-def assert_complains(result, status, *texts):
-    """Exactly one line on stderr, that says all of these; nothing on stdout."""
-    assert result.returncode == status, result
-    assert result.stdout == ""
-    assert result.stderr.startswith("shmrpc")
-    assert result.stderr.endswith("\n")
-    assert len(result.stderr.splitlines()) == 1, result.stderr
-    for text in texts:
-        assert text in result.stderr
-
-
 # ---- the command itself ----
 
 
@@ -180,11 +117,13 @@ def test_version(place):
 def test_without_a_command_it_shows_its_help(place):
     result = place.run()
     assert (result.returncode, result.stderr) == (0, "")
-    for command in ("demo", "serve", "call", "ping", "ls"):
+    for command in ("demo", "serve", "call", "ping", "ls", "top", "completion"):
         assert re.search(rf"^  {command} ", result.stdout, re.MULTILINE)
 
 
-@pytest.mark.parametrize("command", ["", "demo", "serve", "call", "ping", "ls"])
+@pytest.mark.parametrize(
+    "command", ["", "demo", "serve", "call", "ping", "ls", "top", "completion"]
+)
 def test_help(place, command):
     result = place.run(*filter(None, [command, "--help"]))
     assert place.run(*filter(None, [command, "-h"])).stdout == result.stdout
@@ -556,25 +495,33 @@ def test_ls(place, calc):
     result = place.run("ls")
     assert (result.returncode, result.stderr) == (0, "")
     rows = [line.split() for line in result.stdout.splitlines() if line.strip()]
-    assert rows[0] == ["name", "pid", "uid", "address", "ping"]
+    titles = ["name", "pid", "uid", "uptime", "connections", "calls/s", "address", "ping"]
+    assert rows[0] == titles
     who = [str(calc.pid), str(os.getuid())]
-    assert rows[2][:4] == ["calc", *who, "shm://calc"]
-    assert rows[3][:4] == ["plain", *who, f"unix://{place.sockets}/plain.sock"]
+    assert rows[2][:3] == ["calc", *who]
+    assert rows[2][6] == "shm://calc"
+    assert rows[3][:3] == ["plain", *who]
+    assert rows[3][6] == f"unix://{place.sockets}/plain.sock"
     for row in rows[2:]:
-        assert re.fullmatch(r"[\d,.]+", row[4])
-        assert row[5:] == ["us"]
+        assert re.fullmatch(r"(\d+m)?\d+s", row[3])
+        assert all(re.fullmatch(r"[\d,.]+", cell) for cell in (*row[4:6], row[7]))
+        assert row[8:] == ["us"]
     assert len(rows) == 4
 
 
 def test_ls_json(place, calc):
     entry = json.loads(place.run("ls", "--json").stdout)[0]
     assert 0 < entry.pop("ping_seconds") < 60
+    assert entry.pop("uptime_seconds") > 0
+    assert entry.pop("connections") >= 0
+    assert entry.pop("calls_per_second") >= 0
     assert entry == {
         "name": "calc",
         "alive": True,
         "pid": calc.pid,
         "uid": os.getuid(),
         "address": "shm://calc",
+        "status": "serving",
         "problem": None,
     }
 
@@ -603,7 +550,7 @@ def test_ls_shows_the_dead_only_when_asked(fresh):
     assert fresh.run("ls").stdout == ""
     assert json.loads(fresh.run("ls", "--json").stdout) == []
     rows = fresh.run("ls", "--all").stdout.split()
-    assert rows[-5:] == ["made", "-", str(os.getuid()), "shm://made", "dead"]
+    assert rows[-8:] == ["made", "-", str(os.getuid()), "-", "-", "-", "shm://made", "dead"]
     [entry] = json.loads(fresh.run("ls", "--all", "--json").stdout)
     assert (entry["name"], entry["alive"], entry["ping_seconds"]) == ("made", False, None)
     assert "nobody listens" in entry["problem"]
@@ -616,7 +563,8 @@ def test_ls_shows_a_server_that_does_not_answer(fresh):
     with fresh.serving("calc:make") as server:
         server.send_signal(signal.SIGSTOP)
         rows = fresh.run("ls").stdout.split()
-        assert rows[-6:-2] == ["made", str(server.pid), str(os.getuid()), "shm://made"]
+        assert rows[-9:-6] == ["made", str(server.pid), str(os.getuid())]
+        assert rows[-3] == "shm://made"
         assert rows[-2:] == ["no", "answer"]
         [entry] = json.loads(fresh.run("ls", "--json").stdout)
         assert (entry["alive"], entry["ping_seconds"]) == (True, None)

@@ -17,21 +17,25 @@ FENCE_REGISTER = ROOT / "docs" / "memory-model.md"
 # Low to high. A module imports from its own row and from rows above it, never from one below.
 LAYERS = [
     ["_native"],
-    ["errors", "buffers"],
+    ["errors", "logs", "buffers"],
     ["arrays", "tables"],
     ["values"],
     ["address", "codec", "metadata", "parcels", "scheduler", "session"],
-    ["segments", "handover", "rendezvous", "interceptors"],
+    ["segments", "sharing", "handover", "rendezvous", "interceptors"],
     ["otel", "prometheus", "retries"],
     ["handshake"],
-    ["poller"],
-    ["lending", "link", "registry", "context"],
-    ["outcomes", "failures", "calls", "futures", "proxy", "acceptor"],
-    ["channel", "worker"],
-    ["caller", "intercepted"],
+    ["poller", "inquiries"],
+    ["lending", "link", "registry", "context", "inspector"],
+    ["timing", "supervisor"],
+    ["outcomes", "failures", "calls", "futures", "proxy", "acceptor", "bytestream", "reflection"],
+    ["channel", "worker", "inspection"],
+    ["caller", "intercepted", "pool"],
     ["client", "server"],
+    ["connecting"],
     ["aio"],
+    ["httpx"],
     ["__init__"],
+    ["bench"],
     ["cli", "__main__"],
 ]
 LEVEL = {module: level for level, row in enumerate(LAYERS) for module in row}
@@ -83,6 +87,13 @@ def without_comments(text: str) -> str:
 def test_every_module_has_a_layer():
     unknown = {module_of(path) for path in python_files()} - LEVEL.keys()
     assert not unknown, f"add {sorted(unknown)} to LAYERS in {Path(__file__).name}, at their level"
+
+
+def test_every_package_is_packaged():
+    settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    said = re.search(r"^packages = \[(.*)\]$", settings, re.MULTILINE)[1]
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in PACKAGE.rglob("__init__.py")}
+    assert set(re.findall(r'"([\w.]+)"', said)) == found
 
 
 @pytest.mark.parametrize("path", python_files(), ids=lambda path: str(path.relative_to(ROOT)))

@@ -475,6 +475,77 @@ TEST(waiting_handlers_are_limited)
     scene_close(&scene);
 }
 
+/* What runs is told with its start, though no clock was looked at then; what waits with its age. */
+TEST(requests_that_run_are_told)
+{
+    struct duo duo;
+    struct thread blocked[3];
+    shmrpc_running running[4];
+    shmrpc_stats stats;
+    uint64_t counts[8] = {0};
+    uint32_t known = 0, used = 0;
+
+    duo_open(&duo, SHM, 2, 0);
+    CHECK_EQUAL(shmrpc_poller_running(duo.server.poller, running, 4), 0);
+    uint64_t before_ns = clock_now_ns();
+    for (int i = 0; i < 3; i++)
+        start(&blocked[i], &duo.client, duo.client_conn, "block", 0, 1);
+    party_await(&duo.server, &duo.server.blocked, 2);
+    while (known < 2) { /* the standby takes a tick or two */
+        known = 0;
+        used = shmrpc_poller_running(duo.server.poller, running, 4);
+        for (uint32_t i = 0; i < used; i++)
+            known += running[i].since_ns != 0;
+        sleep_us(200);
+    }
+    CHECK_EQUAL(used, 2);
+    for (uint32_t i = 0; i < used; i++) {
+        CHECK_EQUAL(running[i].method, PARTY_BLOCK);
+        CHECK_EQUAL(running[i].conn_id, duo.server_conn);
+        CHECK(running[i].call_id != 0);
+        /* It is noted as one tick ago: a request that began later than that seems older by less. */
+        CHECK(running[i].since_ns + 2 * (uint64_t)MS >= before_ns);
+        CHECK(running[i].since_ns <= clock_now_ns());
+    }
+    CHECK_EQUAL(shmrpc_poller_running(duo.server.poller, running, 1), 1);
+    do
+        shmrpc_poller_stats(duo.server.poller, &stats);
+    while (stats.queued == 0);
+    CHECK(stats.oldest_queued_ns > 0);
+    CHECK_EQUAL(stats.calls_queued, 0);
+    CHECK_EQUAL(stats.ring_bytes, 2 * 65536);
+    party_gate(&duo.server, true);
+    for (int i = 0; i < 3; i++)
+        CHECK_EQUAL(end(&blocked[i]), 0);
+    await_running(&duo.server, 0);
+    shmrpc_poller_stats(duo.server.poller, &stats);
+    CHECK_EQUAL(stats.calls_queued, 1);
+    CHECK(stats.queued_ns > 0);
+    CHECK_EQUAL(stats.oldest_queued_ns, 0);
+    shmrpc_method_counts(duo.server.poller, counts, 8);
+    CHECK_EQUAL(counts[PARTY_BLOCK], 3);
+    shmrpc_method_counts(duo.server.poller, counts, 0); /* no room: nothing is written */
+    duo_close(&duo);
+}
+
+/* Our ring's fill is computed from the peer's words: whatever they are, it is one of a ring. */
+TEST(ring_use_of_a_peer_that_lies)
+{
+    static const uint64_t lies[] = {1, 0xffff, 65536, 65537, UINT64_MAX / 2, UINT64_MAX};
+    struct scene scene;
+    shmrpc_stats stats;
+
+    scene_open(&scene, 2, 8);
+    for (size_t i = 0; i < sizeof lies / sizeof *lies; i++) {
+        store_release(&scene.hand.own->head, lies[i]);
+        shmrpc_poller_stats(scene.server.poller, &stats);
+        CHECK(stats.ring_used <= stats.ring_bytes);
+        CHECK(stats.fullest_ring_percent <= 100);
+    }
+    store_release(&scene.hand.own->head, 0);
+    scene_close(&scene);
+}
+
 /* ---- serving in threads that wait ---- */
 
 /* However many workers there are for such threads, none of them is a thread of its own. */

@@ -1,7 +1,24 @@
 """shmrpc for asyncio: the same names, awaitable, on the standard loop and on uvloop."""
 
 from .calls import Call
-from .client import Client, connect
+from .client import Client
+from .connecting import connect
+from .install import install, new_event_loop, socket_path
+from .pool import Pool
 from .server import Server
+from .streams import create_connection, create_server, open_connection, start_server
 
-__all__ = ["Call", "Client", "Server", "connect"]
+__all__ = [
+    "Call",
+    "Client",
+    "Pool",
+    "Server",
+    "connect",
+    "create_connection",
+    "create_server",
+    "install",
+    "new_event_loop",
+    "open_connection",
+    "socket_path",
+    "start_server",
+]

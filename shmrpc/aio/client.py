@@ -5,18 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import os
 import time
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-from shmrpc import address as addresses
 from shmrpc._native import lib
-from shmrpc.codec import Codec, MsgpackCodec
 from shmrpc.errors import Cancelled, ConnectError, ForkedError
-from shmrpc.handshake import Agreement, Terms
-from shmrpc.lending import MEMORY_BYTES
-from shmrpc.link import check_options, shake_hands
-from shmrpc.poller import Connection, Wait, check_timeout
+from shmrpc.link import shake_hands
 from shmrpc.registry import Registry
 
 from .channel import Channel
@@ -25,96 +21,22 @@ from .intercepted import Intercepted
 from .loop import LoopPoller, check_loop
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable
-    from types import TracebackType
+    from collections.abc import Callable
 
+    from shmrpc.codec import Codec
+    from shmrpc.handshake import Agreement, Terms
     from shmrpc.interceptors import AsyncInterceptor
-    from shmrpc.segments import Backing
+    from shmrpc.poller import Connection, Wait
 
-__all__ = ["Client", "connect"]
+__all__ = ["Client"]
 
 F = TypeVar("F", bound="Callable[..., Any]")
+
+_log = logging.getLogger("shmrpc.client")
 
 _BACKOFF_FIRST = 0.002
 _BACKOFF_MAX = 0.2
 _MAX_CONCURRENCY = 1024
-
-
-class connect:  # noqa: N801 - it is used as a function
-    """``client = await connect("calc")``, or ``async with connect("calc") as client``.
-
-    Parameters and errors are those of ``shmrpc.connect``; interceptors are asynchronous ones.
-    """
-
-    def __init__(
-        self,
-        address: str,
-        *,
-        timeout: float = 5.0,
-        fallback: str | None = None,
-        max_message_bytes: int = 64 << 20,
-        max_memory_bytes: int = MEMORY_BYTES,
-        backing: Backing = "auto",
-        allow_uids: Iterable[int] = (),
-        wait: Wait = "auto",
-        spin_budget: float | None = None,
-        codec: Codec | None = None,
-        interceptors: Iterable[AsyncInterceptor] = (),
-        retries: int = 0,
-    ) -> None:
-        check_options(max_message_bytes, backing, wait, spin_budget, max_memory_bytes)
-        check_timeout(timeout)
-        uids = frozenset(allow_uids)
-        self._terms = [
-            Terms(
-                addresses.parse(text),
-                max_message_bytes,
-                backing=backing,
-                max_memory_bytes=max_memory_bytes,
-                allow_uids=uids,
-            )
-            for text in ([address] if fallback is None else [address, fallback])
-        ]
-        self._timeout = timeout
-        self._wait: Wait = wait
-        self._spin_budget = spin_budget
-        self._codec = codec if codec is not None else MsgpackCodec()
-        self._interceptors = list(interceptors)
-        self._retries = retries
-        self._client: Client | None = None
-
-    async def _connect(self) -> Client:
-        client = Client(
-            self._terms,
-            self._codec,
-            self._timeout,
-            wait=self._wait,
-            spin_budget=self._spin_budget,
-            interceptors=self._interceptors,
-            retries=self._retries,
-        )
-        try:
-            await client.connect_first()
-        except BaseException:
-            await client.close()
-            raise
-        return client
-
-    def __await__(self) -> Generator[Any, None, Client]:
-        return self._connect().__await__()
-
-    async def __aenter__(self) -> Client:
-        self._client = await self._connect()
-        return self._client
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._client is not None:
-            await self._client.close()
 
 
 class Client(Channel):
@@ -200,12 +122,14 @@ class Client(Channel):
         self._handlers.serve(poller)
         self._link = link
         self._reconnects += 1
+        _log.debug("connected to %s", link.peer)
         return link
 
     def _drop(self, connection: Connection, /) -> None:
         self._retire(connection)
         connection.shutdown()
         connection.poller.dispatch()
+        _log.debug("hung up on %s", connection.peer)
         connection.poller.close()  # type: ignore[attr-defined]
 
     def _retire(self, connection: Connection, /) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import os
 import signal
 import time
@@ -15,6 +16,7 @@ from shmrpc import handover, handshake, segments
 from shmrpc.acceptor import Acceptor
 from shmrpc.codec import Codec, MsgpackCodec
 from shmrpc.errors import Error, ForkedError
+from shmrpc.inspection import Inspection
 from shmrpc.lending import MEMORY_BYTES
 from shmrpc.link import check_options
 from shmrpc.proxy import public_methods
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 __all__ = ["Server"]
 
 F = TypeVar("F", bound="Callable[..., Any]")
+
+_log = logging.getLogger("shmrpc.server")
 
 _HANDSHAKES_SECONDS = 1.0  # that connections just being made get to end
 
@@ -90,7 +94,7 @@ class Server:
         self._chain = intercept_handlers(interceptors)
         self._pid = os.getpid()
         self.registry = Registry(takes_async=True)
-        self.registry.add(self._describe, "shmrpc.describe", idempotent=True, inline=True)
+        self._inspection = Inspection(self.registry)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._poller: LoopPoller | None = None
         self._acceptor: Acceptor | None = None
@@ -161,7 +165,7 @@ class Server:
             raise Error(msg)
         self._loop = asyncio.get_running_loop()
         segments.sweep()
-        acceptor = Acceptor(self, self._terms)
+        acceptor = Acceptor(self, self._terms, self._inspection)
         try:
             poller = LoopPoller(
                 self.codec, server=True, wait=self._wait, spin_budget=self._spin_budget
@@ -172,9 +176,13 @@ class Server:
             acceptor.close()
             raise
         self._poller, self._acceptor, self._handlers = poller, acceptor, handlers
+        running = handlers.under_way
+        self._inspection.started(poller, acceptor.addresses, acceptor.workers, running)
+        poller.ended = acceptor.connection_ended
         # Before it accepts: a successor that does not get so far leaves all to who does.
         handover.tell_ready()
         acceptor.start()
+        _log.info("serving at %s", ", ".join(acceptor.addresses))
 
     async def stop(self, grace: float = 5.0) -> None:
         """Stop: refuse new calls, let those under way end within ``grace`` seconds, hang up.
@@ -187,15 +195,21 @@ class Server:
         check_loop(poller.loop, "this server")
         self._acceptor = None
         handover.notify("STOPPING=1")
+        self._inspection.draining()
+        _log.info("stopping: calls under way have %g s", grace)
+        try:
+            # The acceptor's thread may have a connection on its way into the loop.
+            patience = min(grace, _HANDSHAKES_SECONDS)
+            await poller.loop.run_in_executor(None, acceptor.retire, patience)
+            await asyncio.sleep(0)
+            self._poller = self._handlers = None  # connections that are made now are hung up
+            await self._drain(poller, handlers, grace)
+        finally:
+            acceptor.close()  # until here it has answered who asked how far we are
+            self._inspection.stopped()
+            _log.info("stopped")
 
-        def stop_accepting() -> None:
-            acceptor.retire(min(grace, _HANDSHAKES_SECONDS))
-            acceptor.close()
-
-        # The acceptor's thread may have a connection on its way into the loop.
-        await poller.loop.run_in_executor(None, stop_accepting)
-        await asyncio.sleep(0)
-        self._poller = self._handlers = None
+    async def _drain(self, poller: LoopPoller, handlers: Handlers, grace: float) -> None:
         poller.drain()
         until = time.monotonic() + grace
         await handlers.stop(grace)
@@ -248,18 +262,6 @@ class Server:
         if self._poller is None or self._handlers is None:
             return {}
         return {**self._poller.stats(), "running": self._handlers.running}
-
-    def _describe(self, name: str) -> dict[str, Any] | None:
-        """What clients may ask of a method: ``shmrpc.describe``. None if there is none."""
-        method = self.registry.find(name)
-        if method is None:
-            return None
-        return {
-            "name": name,
-            "requests": method.requests,
-            "streams": method.generator,
-            "idempotent": method.idempotent,
-        }
 
     # ---- what the acceptor and handlers need ----
 

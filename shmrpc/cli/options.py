@@ -9,7 +9,7 @@ import click
 import shmrpc
 from shmrpc import address as addresses
 
-__all__ = ["check_address", "check_interval", "check_seconds"]
+__all__ = ["check_address", "check_addresses", "check_interval", "check_seconds"]
 
 
 def check_address(context: click.Context, param: click.Parameter, value: str) -> str:
@@ -20,6 +20,13 @@ def check_address(context: click.Context, param: click.Parameter, value: str) ->
     except shmrpc.ConnectError as error:
         raise click.BadParameter(str(error)) from error
     return value
+
+
+def check_addresses(
+    context: click.Context, param: click.Parameter, values: tuple[str, ...]
+) -> tuple[str, ...]:
+    """The same for any number of them."""
+    return tuple(check_address(context, param, value) for value in values)
 
 
 def check_seconds(

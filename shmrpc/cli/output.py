@@ -6,7 +6,7 @@ import sys
 
 from rich.console import Console
 
-__all__ = ["console", "microseconds"]
+__all__ = ["console", "count", "duration", "microseconds", "seconds_text"]
 
 _PIPE_COLUMNS = 250  # no table is that wide; in a pipe nothing may be cut off or wrapped
 
@@ -25,3 +25,35 @@ def microseconds(seconds: float) -> str:
     """Return a duration in microseconds with three digits that mean something."""
     value = seconds * 1e6
     return f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def count(value: float | None, *, grouped: bool = True) -> str:
+    """Return a whole number, or a dash for what is not known."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if grouped else f"{value:.0f}"
+
+
+def duration(seconds: float | None) -> str:
+    """Return a time of seconds to days as people say it: 12s, 3m20s, 5h07m, 2d04h."""
+    if seconds is None:
+        return "-"
+    whole = int(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02}h"
+
+
+def seconds_text(seconds: float | None) -> str:
+    """Return a time of microseconds to seconds with its unit."""
+    if seconds is None:
+        return "-"
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.3g} us"
+    if seconds < 1:
+        return f"{seconds * 1e3:.3g} ms"
+    return f"{seconds:.3g} s" if seconds < 60 else duration(seconds)

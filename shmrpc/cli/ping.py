@@ -11,6 +11,7 @@ import click
 import shmrpc
 from shmrpc import address as addresses
 
+from .completing import complete_address
 from .errors import CallFailed, explain, one_line
 from .options import check_address, check_interval, check_seconds
 from .output import microseconds
@@ -31,7 +32,7 @@ class _Statistics:
 
 
 @click.command(name="ping")
-@click.argument("address", callback=check_address)
+@click.argument("address", callback=check_address, shell_complete=complete_address)
 @click.option("-c", "--count", type=click.IntRange(min=1), help="Stop after so many pings.")
 @click.option(
     "-i",

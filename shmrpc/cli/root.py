@@ -12,12 +12,15 @@ import click
 
 import shmrpc
 
+from .bench import bench
 from .call import call
+from .completion import completion
 from .demo import demo
 from .errors import Ended, failure_of, one_line
 from .ls import ls
 from .ping import ping
 from .serve import serve
+from .top import top
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,9 +56,11 @@ def shmrpc_command(context: click.Context) -> None:
     \b
     Examples:
       shmrpc demo                      compare shared memory, Unix sockets and TCP, here
+      shmrpc bench --quick             the same with pipes, on one CPU, at a steady rate
       shmrpc serve calc:server         run the server that calc.py defines
       shmrpc call calc add 1 2         call a method of it
       shmrpc ls                        which servers are alive
+      shmrpc top                       what they do just now
       shmrpc ping calc -c 5            how long a round trip takes
 
     Exit status: 0 done; 1 the call failed at the server; 2 wrong usage or input, or no
@@ -65,7 +70,7 @@ def shmrpc_command(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for _command in (demo, serve, call, ping, ls):
+for _command in (demo, bench, serve, call, ping, ls, top, completion):
     shmrpc_command.add_command(_command)
 
 

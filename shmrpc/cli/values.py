@@ -14,9 +14,12 @@ import base64
 import binascii
 import json
 import math
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-__all__ = ["parse_json", "show_json"]
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+__all__ = ["parse_json", "read_json", "show_json"]
 
 _FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -36,6 +39,55 @@ def parse_json(text: str) -> Any:
     except RecursionError:
         msg = "nested too deeply"
         raise ValueError(msg) from None
+
+
+def read_json(lines: Iterable[str]) -> Iterator[Any]:
+    """The values of a text, one after the other; each as soon as the line that it ends on is there.
+
+    ``ValueError`` says what is wrong, and in which value.
+    """
+    text = ""
+    number = 0
+    for line in lines:
+        text += line
+        while text := text.lstrip():
+            number += 1
+            try:
+                value, text = _take_value(text)
+            except _IncompleteError:
+                number -= 1
+                break
+            except ValueError as error:
+                msg = f"value {number} is not valid JSON: {error}"
+                raise ValueError(msg) from error
+            yield value
+    if text.strip():
+        try:
+            parse_json(text)
+        except ValueError as error:
+            msg = f"value {number + 1} is not valid JSON: {error}"
+            raise ValueError(msg) from error
+
+
+class _IncompleteError(Exception):
+    """There may be more of this value on the lines that follow."""
+
+
+def _take_value(text: str) -> tuple[Any, str]:
+    """The first value of a text, and what follows it."""
+    decoder = json.JSONDecoder(object_hook=_from_object, parse_constant=_refuse_constant)
+    try:
+        value, end = decoder.raw_decode(text)
+    except json.JSONDecodeError as error:
+        # Wrong where the text goes on; unfinished where it ends, or in an unfinished string.
+        if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string"):
+            raise _IncompleteError from error
+        msg = f"{error.msg[:1].lower()}{error.msg[1:]} at character {error.pos + 1}"
+        raise ValueError(msg) from error
+    except RecursionError:
+        msg = "nested too deeply"
+        raise ValueError(msg) from None
+    return value, text[end:]
 
 
 def _to_json(value: Any) -> Any:

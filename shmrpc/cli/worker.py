@@ -1,0 +1,51 @@
+"""A worker of ``shmrpc serve --processes``: ``python -m shmrpc.cli.worker TARGET GRACE FD PID``.
+
+FD is a socket to the supervisor, PID the supervisor's.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+
+import click
+
+import shmrpc
+from shmrpc.supervisor import die_with_parent, join_supervisor
+
+from .errors import failure_of, one_line
+from .running import run_server
+from .targets import find_server
+
+__all__ = ["main"]
+
+
+def main(target: str, grace: str, fd: str, supervisor: str) -> int:
+    """Serve until the supervisor says SIGTERM; returns the exit status."""
+    die_with_parent(int(supervisor))
+    # Ctrl-C and a terminal's end come to the whole group: the supervisor decides what they mean.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        server = find_server(target)
+        shared, tell_ready = join_supervisor(int(fd), server)
+        threading.Thread(target=shared.attend, name="shmrpc-supervised", daemon=True).start()
+        run_server(server, float(grace), lambda _where: tell_ready(), [signal.SIGTERM])
+    except click.ClickException as error:
+        return _complain(error)
+    except shmrpc.Error as error:
+        return _complain(failure_of(error))
+    except KeyboardInterrupt:  # a second SIGTERM
+        return 128 + signal.SIGTERM
+    return 0
+
+
+def _complain(error: click.ClickException) -> int:
+    text = one_line(error.format_message()).rstrip(".")
+    click.echo(f"shmrpc serve: {text}", err=True)
+    return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
