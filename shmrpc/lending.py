@@ -129,7 +129,7 @@ def _attach_unwritten(
 # ---- loans ----
 
 
-def loan(connection: Connection, nbytes: int, deadline: float = FOREVER) -> memoryview:
+def loan(connection: Connection, nbytes: Any, deadline: float = FOREVER) -> memoryview:
     """Writable memory in the arena, or of our own where there is no arena that could hold it.
 
     Raises as ``attach``.

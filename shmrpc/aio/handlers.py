@@ -72,7 +72,7 @@ class Incoming:
     flags = 0
     deadline_ns = 0
     packed_metadata = b""
-    body: bytes | memoryview = b""
+    body: bytes | memoryview | Parcel = b""
     stream: Stream | None = None
     task: asyncio.Task[None] | None = None
     call_context: CallContext | None = None
