@@ -48,10 +48,23 @@ static int ring_if_asleep(struct wake *wake)
     return 1;
 }
 
+/* After our tail was stored. */
+static void published_fence(void)
+{
+    full_fence(); /* fence E, pairs with F: our tail before the peer's arm, and its wants */
+}
+
 int wake_peer_for_data(struct wake *wake)
 {
-    full_fence(); /* fence E, pairs with F: our tail before the peer's arm */
+    published_fence();
     return ring_if_asleep(wake);
+}
+
+void wake_peer_for_blocks(struct wake *wake)
+{
+    published_fence();
+    if (load_relaxed(&wake->peer->wants) != 0)
+        ring_if_asleep(wake);
 }
 
 int wake_peer_for_space(struct wake *wake, uint64_t head, uint64_t slack)

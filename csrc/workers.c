@@ -65,8 +65,7 @@ bool workers_full(const struct shmrpc_poller *poller, const struct conn *conn)
     return over_limits(conn, poller->caller_leads ? UINT64_MAX : LAYOUT_QUEUED_MAX);
 }
 
-/* With the lock held: have the leader look at it again. */
-static void read_again(struct shmrpc_poller *poller, struct conn *conn)
+void workers_read_again(struct shmrpc_poller *poller, struct conn *conn)
 {
     conn->resumed = true;
     poller->resumes = true;
@@ -191,6 +190,7 @@ static int enqueue(struct shmrpc_poller *poller, struct conn *conn,
     message_from_header(&stored->message, conn, header);
     stored->conn = conn;
     conn->references++;
+    stored->total_bytes = header->total_bytes;
     stored->queued_index = mark_queued(conn, header->call_id);
     stored->queued_ns = clock_now_ns();
     poller->queued++;
@@ -502,10 +502,9 @@ static bool start_queued(struct shmrpc_poller *poller, struct shmrpc_slot *slot,
         count_own(&poller->counters.calls_queued, 1);
         count_own(&poller->counters.queued_ns, now_ns - stored->queued_ns);
         poller->queued--;
-        poller->queued_bytes -=
-            message->body_bytes + message->method_bytes + message->metadata_bytes;
+        poller->queued_bytes -= stored->total_bytes;
         if (over_limits(conn, LAYOUT_QUEUED_MAX))
-            read_again(poller, conn);
+            workers_read_again(poller, conn);
         unmark_queued(conn, stored->queued_index);
         slot_take(slot, stored);
         uint32_t status = STATUS_OK;
@@ -618,6 +617,8 @@ static void finish_request(struct shmrpc_poller *poller, struct shmrpc_slot *slo
 {
     if (!slot->running)
         return;
+    shmrpc_detach(slot); /* while it has a conn */
+    slot_drop_blocks(slot);
     slot->running = false;
     if (!slot->replied)
         slot->conn->unanswered = true;
@@ -663,7 +664,7 @@ void workers_enter(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
     if (slot->blocks != NULL || poller->client)
         find_runner_and_kick(poller); /* there is one more to run it, or that may */
     if (!poller->client && slot->conn != NULL && over_limits(slot->conn, LAYOUT_QUEUED_MAX))
-        read_again(poller, slot->conn);
+        workers_read_again(poller, slot->conn);
 }
 
 void workers_leave(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
@@ -891,9 +892,11 @@ int shmrpc_reply(shmrpc_slot *slot, uint32_t status, const char *body, size_t bo
     };
     atomic_u64 position;
 
+    if (!slot->running || slot->replied || status != STATUS_OK)
+        shmrpc_detach(slot);
     if (!slot->running || slot->replied)
         return 0;
-    int result = poller_send(slot->poller, slot->conn, &message, &position);
+    int result = slot_send(slot, &message, 1, &position);
     if (result == -EMSGSIZE && status != STATUS_OK && slot->reply_metadata_bytes != 0) {
         drop_reply_metadata(slot);
         return shmrpc_reply(slot, status, body, body_bytes);

@@ -1,5 +1,6 @@
 """RPC between processes on one host over shared memory."""
 
+from .buffers import Buffer
 from .client import Client
 from .codec import Codec, MsgpackCodec
 from .connecting import connect
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Abort",
+    "Buffer",
     "CallContext",
     "Cancelled",
     "Client",

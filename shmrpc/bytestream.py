@@ -19,7 +19,7 @@ from .handshake import Terms
 from .link import connect_link
 from .poller import FOREVER, Waiters, check_timeout
 from .registry import make_name
-from .session import Stream
+from .session import Body, Stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -66,7 +66,7 @@ class Flow(Stream):
 
     window_bytes = _WINDOW_BYTES
 
-    def replied(self, status: int, metadata: bytes, body: bytes) -> Callable[[], None] | None:
+    def replied(self, status: int, metadata: bytes, body: Body) -> Callable[[], None] | None:
         """As ``Pending.replied``."""
         super().replied(status, metadata, body)
         return _nothing
@@ -157,6 +157,8 @@ class Wire:
         """What came next; IndexError if there is nothing now."""
         stream = self.stream
         data, _ = stream.take()
+        if not isinstance(data, bytes):  # with buffers, as no byte stream sends them
+            data = b""
         if not stream.ended:
             self.return_credit()
         return data

@@ -14,15 +14,18 @@ import msgpack
 
 from ._native import ffi, lib
 from .calls import Call
-from .codec import PACKING_ERRORS, Codec, MsgpackCodec, explain_arguments
+from .codec import PACKING_ERRORS, Codec, MsgpackCodec, explain_arguments, pack_split
 from .errors import Cancelled, Error, ProtocolError
 from .futures import CallFuture
+from .lending import attach, empty, loan
 from .metadata import Metadata, pack_metadata
 from .outcomes import remote_error, send_error
 from .poller import FOREVER, Connection, Slot, check_timeout, nanoseconds_until
 from .proxy import Proxy, make_proxy
 from .registry import make_name
-from .session import NOT_SENT
+from .session import NOT_SENT, Body
+from .values import LARGE as _LARGE
+from .values import NotPlain, may_hold_large, unpack_extension
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -39,9 +42,16 @@ _STREAM_ENDED = lib.SHMRPC_FLAG_STREAM | lib.SHMRPC_FLAG_ENDED
 _call = lib.shmrpc_call
 _unpackb = msgpack.unpackb
 _MESSAGE = lib.SHMRPC_MESSAGE
+_BLOCKS = lib.SHMRPC_FLAG_BLOCKS
 _EINTR, _EAGAIN, _ETIMEDOUT = -errno.EINTR, -errno.EAGAIN, -errno.ETIMEDOUT
 _EPIPE, _EPROTO, _ENOTCONN = -errno.EPIPE, -errno.EPROTO, -errno.ENOTCONN
 _GOES_ON = frozenset((_EAGAIN, _EINTR, lib.SHMRPC_EVENTS, lib.SHMRPC_SPAWN, lib.SHMRPC_QUEUED))
+
+
+def _inherit(deadline: float) -> float:
+    """Not later than that of the call which this thread serves."""
+    inherited_ns = lib.shmrpc_inherited_deadline()
+    return min(deadline, inherited_ns / 1e9) if inherited_ns else deadline
 
 
 class Registered(Protocol):
@@ -95,10 +105,8 @@ class Channel:
         try:
             return self._slots.pop()
         except IndexError:
-            inherited_ns = lib.shmrpc_inherited_deadline()
-            if inherited_ns:  # connecting is part of the call that the handler makes
-                deadline = min(deadline, inherited_ns / 1e9)
-            return Slot(self._connection(deadline))
+            # Connecting is part of the call that a handler makes.
+            return Slot(self._connection(_inherit(deadline)))
 
     def _name(self, method: Any) -> Any:
         if not isinstance(method, str):
@@ -144,10 +152,15 @@ class Channel:
             name = self._name(method)
         try:
             body = slot.pack(args)
+        except NotPlain:  # it holds what travels beside the body
+            return self._call_beside(slot, method, args)
         except PACKING_ERRORS as error:
             raise self._unpackable(slot, method, args, kwargs, error) from error
+        size = len(body)
+        if size >= _LARGE and self._plain and may_hold_large(body):
+            return self._call_beside(slot, method, args)
         try:
-            count = _call(slot.c, name, body, len(body), -1)
+            count = _call(slot.c, name, body, size, -1)
         except BaseException:  # a signal's handler ran as it returned; somebody may keep our frame
             lib.shmrpc_abandon(slot.c)
             raise
@@ -158,13 +171,19 @@ class Channel:
             return self._finish(slot, method, count)
         try:
             if self._plain:  # MsgpackCodec.decode written out: 0.1 us less
-                result = _unpackb(slot.view[:count], strict_map_key=False)
+                result = _unpackb(
+                    slot.view[:count], strict_map_key=False, ext_hook=unpack_extension
+                )
             else:
                 result = self._decode(slot.view[:count])
         except (ValueError, TypeError) as error:
             raise self._undecodable(slot, method, error) from error
         slot.connection.slots.append(slot)
         return result
+
+    def _call_beside(self, slot: Slot, method: str, args: tuple[Any, ...]) -> Any:
+        slot.connection.slots.append(slot)
+        return self._call_with(method, args, {}, None, None)
 
     def _call_with(
         self,
@@ -181,10 +200,7 @@ class Channel:
         while True:
             slot = self._slot(deadline)
             name = self._names.get(method) or self._name(method)
-            try:
-                body = slot.pack([args, kwargs] if kwargs else args)
-            except PACKING_ERRORS as error:
-                raise self._unpackable(slot, method, args, kwargs, error) from error
+            body, alive = self._pack(slot, method, args, kwargs, deadline)
             left_ns = nanoseconds_until(deadline)
             flags = lib.SHMRPC_FLAG_KEYWORDS if kwargs else 0
             try:
@@ -194,9 +210,35 @@ class Channel:
             except BaseException:
                 lib.shmrpc_abandon(slot.c)
                 raise
+            del alive
             if status != _ENOTCONN:
                 return self._finish(slot, method, status, reply_metadata)
             self._drop(slot.connection)
+
+    def _pack(
+        self,
+        slot: Slot,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        deadline: float,
+    ) -> tuple[bytes, Any]:
+        """The body of a request, and what has to live until it was sent with this slot."""
+        values = [args, kwargs] if kwargs else args
+        try:
+            body, sources = pack_split(self._codec, slot.pack, values)
+        except PACKING_ERRORS as error:
+            raise self._unpackable(slot, method, args, kwargs, error) from error
+        if not sources:
+            return body, None
+        connection = slot.connection
+        try:
+            what = f"the request of {method!r}"
+            alive = attach(connection, slot.c, sources, _inherit(deadline), what)
+        except BaseException:
+            connection.slots.append(slot)
+            raise
+        return body, alive
 
     def _unpackable(
         self,
@@ -242,7 +284,10 @@ class Channel:
                 connection.slots.append(slot)
                 raise failure
         try:
-            result = self._decode(body)
+            if slot.message.flags & _BLOCKS:
+                result = connection.decode(connection.parcel(slot.c, slot.message, body))
+            else:
+                result = self._decode(body)
         except (ValueError, TypeError) as error:
             raise self._undecodable(slot, method, error) from error
         connection.slots.append(slot)
@@ -250,7 +295,7 @@ class Channel:
 
     # ---- errors ----
 
-    def _remote_error(self, connection: Connection, method: str, status: int, body: bytes) -> Error:
+    def _remote_error(self, connection: Connection, method: str, status: int, body: Body) -> Error:
         error = remote_error(connection, method, status, body)
         if connection.refuses:
             self._retire(connection)
@@ -383,20 +428,15 @@ class Channel:
         """Send a request whose reply is Python's, over a new connection if the old one is gone."""
         beside = b"" if metadata is None else pack_metadata(metadata)
         deadline = FOREVER if timeout is None else time.monotonic() + check_timeout(timeout)
-        inherited_ns = lib.shmrpc_inherited_deadline()
-        if inherited_ns:
-            deadline = min(deadline, inherited_ns / 1e9)
+        deadline = _inherit(deadline)
         while True:
             slot = self._slot(deadline)
             connection = slot.connection
             pending = make(connection, deadline)
-            body, name = b"", ffi.NULL
+            body, name, alive = b"", ffi.NULL, None
             if kind != lib.SHMRPC_PING:
                 name = self._names.get(method) or self._name(method)
-                try:
-                    body = slot.pack([args, kwargs] if kwargs else args)
-                except PACKING_ERRORS as error:
-                    raise self._unpackable(slot, method, args, kwargs, error) from error
+                body, alive = self._pack(slot, method, args, kwargs, deadline)
                 if kwargs:
                     flags |= lib.SHMRPC_FLAG_KEYWORDS
             try:
@@ -407,6 +447,7 @@ class Channel:
                 if kind == lib.SHMRPC_REQUEST:
                     connection.send_now(lib.SHMRPC_CANCEL, pending.call_id)
                 raise
+            del alive
             if status == 0:
                 connection.slots.append(slot)
                 return pending
@@ -458,6 +499,37 @@ class Channel:
             if status in (_EPIPE, _EPROTO) and kind != lib.SHMRPC_NOTIFY:
                 return 0  # what became of it is told later: it may have run, its reply be here
         return status
+
+    # ---- memory for values ----
+
+    def empty(self, shape: Any, dtype: Any = "float64") -> Any:
+        """Return a numpy array in shared memory, with any content: sending it copies nothing.
+
+        ``shape`` is an int or a tuple. Write to it, then send it, or a contiguous part of it, by
+        this client: from then on the peer reads that memory, and the array is read-only. Views of
+        it that were made before stay writable; writing to them changes what the peer reads.
+        It may be sent again, goes back to the arena when it and all views of it are gone and the
+        peer has let go, and can be read also after ``close``. Sent by another client, or after
+        a reconnection, it is copied as any array; over unix and tcp its memory is ordinary.
+
+        Raises ValueError for an impossible shape, TypeError for a dtype of Python objects,
+        ``Overloaded`` when ``max_memory_bytes`` are in use and nothing comes back,
+        ``ConnectError``. Needs numpy: ``pip install 'shmrpc[numpy]'``.
+        """
+        return empty(self._connected(), shape, dtype)
+
+    def loan(self, nbytes: int) -> memoryview:
+        """Return ``nbytes`` of shared memory, with any content: sending them copies nothing.
+
+        As ``empty``, but that a memoryview can't be made read-only: don't write to it, nor to any
+        view of it, once it was sent, as long as the peer may read it.
+        """
+        return loan(self._connected(), nbytes)
+
+    def _connected(self) -> Connection:
+        slot = self._slot()
+        slot.connection.slots.append(slot)
+        return slot.connection
 
     # ---- views ----
 

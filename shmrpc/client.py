@@ -17,6 +17,7 @@ from .errors import Cancelled, ConnectError, ForkedError
 from .futures import CallFuture
 from .handshake import Terms
 from .intercepted import Intercepted
+from .lending import MEMORY_BYTES, arena_stats
 from .link import check_options, connect_link
 from .poller import Connection, Poller, Wait, check_timeout
 from .registry import Registry
@@ -63,6 +64,7 @@ class Client(Channel):
         timeout: float = 5.0,
         fallback: str | None = None,
         max_message_bytes: int = 64 << 20,
+        max_memory_bytes: int = MEMORY_BYTES,
         backing: Backing = "auto",
         allow_uids: Iterable[int] = (),
         wait: Wait = "auto",
@@ -72,11 +74,17 @@ class Client(Channel):
         retries: int = 0,
     ) -> None:
         """Connect; see ``connect`` for the parameters."""
-        check_options(max_message_bytes, backing, wait, spin_budget)
+        check_options(max_message_bytes, backing, wait, spin_budget, max_memory_bytes)
         timeout = check_timeout(timeout)
         uids = frozenset(allow_uids)
         self._terms = [
-            Terms(addresses.parse(text), max_message_bytes, backing=backing, allow_uids=uids)
+            Terms(
+                addresses.parse(text),
+                max_message_bytes,
+                backing=backing,
+                max_memory_bytes=max_memory_bytes,
+                allow_uids=uids,
+            )
             for text in ([address] if fallback is None else [address, fallback])
         ]
         super().__init__(codec if codec is not None else MsgpackCodec(), timeout)
@@ -260,8 +268,14 @@ class Client(Channel):
 
     # ---- the rest ----
 
-    def stats(self) -> dict[str, int]:
-        """Counters of the current connection: spins, sleeps, wake-ups, frames, late replies."""
+    def stats(self) -> dict[str, int | float]:
+        """Counters of the current connection, and what large values take.
+
+        Spins, sleeps, wake-ups, frames, late replies; ``arena_bytes`` of shared memory there are
+        for what we send, ``lent_blocks`` and ``lent_bytes`` of them the server holds, the oldest
+        for ``lent_oldest_s`` seconds, ``loans`` are ours; ``pinned_blocks`` and ``pinned_bytes``
+        of the server's are held here by values that were received.
+        """
         link = self._connection(time.monotonic() + self._timeout)
         counters = link.poller.stats()
         shown = (
@@ -275,7 +289,11 @@ class Client(Channel):
             "late_replies",
             "outbox_bytes",
         )
-        return {name: counters[name] for name in shown} | {"reconnects": self._reconnects}
+        return {
+            **{name: counters[name] for name in shown},
+            **arena_stats(link),
+            "reconnects": self._reconnects,
+        }
 
     def close(self) -> None:
         """Hang up. Calls under way in other threads end with an error. Safe to repeat."""

@@ -6,6 +6,7 @@ import random
 from typing import TYPE_CHECKING, Any, overload
 
 from .client import Client
+from .lending import MEMORY_BYTES
 from .pool import Pool, check_connections
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def connect(
     timeout: float = 5.0,
     fallback: str | None = None,
     max_message_bytes: int = 64 << 20,
+    max_memory_bytes: int = MEMORY_BYTES,
     backing: Backing = "auto",
     allow_uids: Iterable[int] = (),
     wait: Wait = "auto",
@@ -42,6 +44,7 @@ def connect(
     timeout: float = 5.0,
     fallback: str | None = None,
     max_message_bytes: int = 64 << 20,
+    max_memory_bytes: int = MEMORY_BYTES,
     backing: Backing = "auto",
     allow_uids: Iterable[int] = (),
     wait: Wait = "auto",
@@ -57,6 +60,7 @@ def connect(
     timeout: float = 5.0,
     fallback: str | None = None,
     max_message_bytes: int = 64 << 20,
+    max_memory_bytes: int = MEMORY_BYTES,
     backing: Backing = "auto",
     allow_uids: Iterable[int] = (),
     wait: Wait = "auto",
@@ -71,8 +75,10 @@ def connect(
     ``address`` is a service's name such as ``"calc"``, or ``shm://``, ``unix://`` or ``tcp://``;
     ``fallback`` is tried when nobody can be reached there. ``timeout`` in seconds is for making
     the connection, now and whenever it has to be made again; calls have their own.
-    ``max_message_bytes`` limits what the server may send. ``backing`` is where our memory comes
-    from: ``"shm"``, ``"memfd"`` or ``"auto"``. ``allow_uids`` are the other users' servers that
+    ``max_message_bytes`` limits what the server may send. ``max_memory_bytes`` limits the shared
+    memory that large values under way may take, in each direction: the smaller limit of both
+    sides counts. ``backing`` is where our memory comes from: ``"shm"``, ``"memfd"`` or
+    ``"auto"``. ``allow_uids`` are the other users' servers that
     may be talked to. ``wait`` is ``"auto"``, ``"spin"`` (lowest latency at any cost) or
     ``"block"``; ``spin_budget`` in seconds is how long ``"auto"`` spins at most.
     ``interceptors`` see every call, the first outermost (see ``shmrpc.interceptors``).
@@ -88,6 +94,7 @@ def connect(
         "timeout": timeout,
         "fallback": fallback,
         "max_message_bytes": max_message_bytes,
+        "max_memory_bytes": max_memory_bytes,
         "backing": backing,
         "allow_uids": list(allow_uids),
         "wait": wait,

@@ -7,7 +7,9 @@ import time
 from contextvars import ContextVar, Token
 from typing import TYPE_CHECKING, Any, Protocol
 
+from .lending import empty, loan
 from .metadata import Metadata, check_metadata
+from .poller import FOREVER
 
 if TYPE_CHECKING:
     from .poller import Connection
@@ -103,6 +105,29 @@ class CallContext:
         may be kept: it works in any thread until that connection ends.
         """
         return self._source.caller(self)
+
+    def empty(self, shape: Any, dtype: Any = "float64") -> Any:
+        """Return a numpy array in shared memory for the result, or an item: as ``Client.empty``.
+
+        RuntimeError when the caller is gone.
+        """
+        return empty(self._connected(), shape, dtype, self._until())
+
+    def loan(self, nbytes: int) -> memoryview:
+        """Return writable shared memory for the result, or an item: as ``Client.loan``.
+
+        RuntimeError when the caller is gone.
+        """
+        return loan(self._connected(), nbytes, self._until())
+
+    def _until(self) -> float:
+        return FOREVER if self.deadline is None else self.deadline
+
+    def _connected(self) -> Connection:
+        if self.connection is None:
+            msg = f"the caller of {self.method!r} is gone, or the call is over"
+            raise RuntimeError(msg)
+        return self.connection
 
     def set_trailing_metadata(self, metadata: Metadata) -> None:
         """Add to what goes to the caller with the end of this call.

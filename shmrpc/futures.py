@@ -25,6 +25,8 @@ from .session import NOT_SENT
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from .session import Body
+
 __all__ = ["CallFuture"]
 
 
@@ -32,7 +34,7 @@ class Channel(Protocol):
     """The client, as far as its futures need it."""
 
     def _remote_error(
-        self, connection: Connection, method: str, status: int, body: bytes
+        self, connection: Connection, method: str, status: int, body: Body
     ) -> Error: ...
 
 
@@ -145,7 +147,7 @@ class CallFuture(Future[Any]):
 
     # ---- for who reads the connection ----
 
-    def replied(self, status: int, metadata: bytes, body: bytes) -> Callable[[], None]:
+    def replied(self, status: int, metadata: bytes, body: Body) -> Callable[[], None]:
         """Take the reply; finishing the future runs its callbacks, which may do anything."""
         self._metadata = metadata
 
@@ -161,14 +163,14 @@ class CallFuture(Future[Any]):
         outcome = self._connection.outcome(self.call_id, self.position[0])
         return lambda: self.finish(None, self._connection.lost(error, outcome, self.method))
 
-    def _settle(self, status: int, body: bytes) -> None:
+    def _settle(self, status: int, body: Body) -> None:
         connection = self._connection
         if status != 0:
             error = self._channel._remote_error(connection, self.method, status, body)
             self.finish(None, error)
             return
         try:
-            result = connection.codec.decode(body) if body else None
+            result = connection.decode(body) if body else None
         except (ValueError, TypeError) as reason:
             msg = f"{connection.peer} sent a result of {self.method!r} that is none: {reason}"
             self.finish(None, ProtocolError(msg))

@@ -25,6 +25,7 @@ from .codec import Codec, MsgpackCodec
 from .errors import Error, ForkedError
 from .inspection import Inspection
 from .intercepted import intercept_handlers
+from .lending import MEMORY_BYTES, total_stats
 from .link import check_options
 from .poller import Connection, Poller, Wait, check_timeout
 from .proxy import public_methods
@@ -68,6 +69,7 @@ class Server:
         workers: int = 16,
         max_concurrency: int = 1024,
         max_message_bytes: int = 64 << 20,
+        max_memory_bytes: int = MEMORY_BYTES,
         backing: Backing = "auto",
         allow_uids: Iterable[int] = (),
         allow_remote: bool = False,
@@ -78,7 +80,7 @@ class Server:
         interceptors: Iterable[Interceptor] = (),
     ) -> None:
         """Make a server that listens from ``start`` on; ``ConnectError`` for a bad address."""
-        check_options(max_message_bytes, backing, wait, spin_budget)
+        check_options(max_message_bytes, backing, wait, spin_budget, max_memory_bytes)
         if not address:
             msg = "Server() needs at least one address, such as Server('calc')"
             raise ValueError(msg)
@@ -91,6 +93,7 @@ class Server:
                 addresses.parse(text),
                 max_message_bytes,
                 backing=backing,
+                max_memory_bytes=max_memory_bytes,
                 allow_uids=uids,
                 allow_remote=allow_remote,
             )
@@ -320,11 +323,16 @@ class Server:
     ) -> None:
         self.stop()
 
-    def stats(self) -> dict[str, int]:
-        """Counters of the server: calls, connections, spins, sleeps, wake-ups sent."""
+    def stats(self) -> dict[str, int | float]:
+        """Counters of the server: calls, connections, spins, sleeps, wake-ups sent.
+
+        And what large values take, over all connections: as ``Client.stats``.
+        """
         self._check_usable()
         poller = self._poller
-        return poller.stats() if poller is not None else {}
+        if poller is None:
+            return {}
+        return {**poller.stats(), **total_stats(list(poller.connections.values()))}
 
     # ---- what workers and the acceptor need ----
 

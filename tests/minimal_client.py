@@ -19,6 +19,10 @@ HELLO, WELCOME, ATTACH, READY, REFUSE = range(1, 6)
 FRAME = struct.Struct("<IBBHQQII")  # length kind flags method_bytes call_id deadline metadata total
 REQUEST, REPLY, NOTIFY, CONTINUE, CANCEL, PING = range(1, 7)
 MORE, KEYWORDS, SHM, VERSION, MAX_MESSAGE = 1, 2, 1, 1, 64 << 20
+BLOCKS, ENTRY, INLINE = 32, struct.Struct("<QQIIII"), 0xFFFFFFFF
+BYTES_BESIDE = (
+    b"\x80\0\0\0\0"  # of a value: its kind is bytes, which are the buffer with this number
+)
 RING, SEGMENT_MAGIC = 4096, struct.pack("<II", 0x31637072, 1)
 TAIL, HEAD, ARM, SPACE = 128 // 8, 256 // 8, 384 // 8, 392 // 8  # as 64-bit words
 
@@ -26,6 +30,23 @@ TAIL, HEAD, ARM, SPACE = 128 // 8, 256 // 8, 384 // 8, 392 // 8  # as 64-bit wor
 def need(condition, what):
     if not condition:
         raise ConnectionError(what)
+
+
+def unpack_beside(data):
+    """A body with buffers behind it, for we take none in shared memory."""
+    count, _ = struct.unpack_from("<II", data)
+    end = 8 + ENTRY.size * count
+    entries = list(ENTRY.iter_unpack(data[8:end]))
+    need(all(entry[2] == INLINE for entry in entries), "a block that we can't have")
+    start = len(data) - sum(entry[1] for entry in entries)
+    ends = itertools.accumulate((entry[1] for entry in entries), initial=start)
+    buffers = [data[a:b] for a, b in itertools.pairwise(ends)]
+
+    def value(code, content):
+        need((code, content[:5]) == (83, BYTES_BESIDE), "a value of a kind that we don't know")
+        return buffers[int.from_bytes(content[5:], "little")]
+
+    return msgpack.unpackb(data[end:start], ext_hook=value)
 
 
 class Side:
@@ -136,13 +157,14 @@ class MinimalClient:
     def wait(self, call_id):
         while True:
             kind, flags, status, answered, _, metadata, total, payload = self._receive_frame()
+            decode = unpack_beside if flags & BLOCKS else msgpack.unpackb
             while flags & MORE:
                 piece_kind, flags, _, piece_id, _, _, _, piece = self._receive_frame()
                 need((piece_kind, piece_id) == (CONTINUE, answered), "not the next piece")
                 payload += piece
             need(len(payload) == total, "a message of the wrong length")
             if (kind, answered) == (REPLY, call_id):
-                return status, msgpack.unpackb(payload[metadata:]) if payload else None
+                return status, decode(payload[metadata:]) if payload else None
 
     def call(self, kind, method="", *args, timeout=None, **kwargs):
         call_id, flags = next(self.ids), KEYWORDS if kwargs else 0

@@ -17,13 +17,15 @@ FENCE_REGISTER = ROOT / "docs" / "memory-model.md"
 # Low to high. A module imports from its own row and from rows above it, never from one below.
 LAYERS = [
     ["_native"],
-    ["errors", "logs"],
-    ["address", "codec", "metadata", "scheduler", "session"],
+    ["errors", "logs", "buffers"],
+    ["arrays", "tables"],
+    ["values"],
+    ["address", "codec", "metadata", "parcels", "scheduler", "session"],
     ["segments", "sharing", "handover", "rendezvous", "interceptors"],
     ["otel", "prometheus", "retries"],
     ["handshake"],
     ["poller", "inquiries"],
-    ["link", "registry", "context", "inspector"],
+    ["lending", "link", "registry", "context", "inspector"],
     ["timing", "supervisor"],
     ["outcomes", "failures", "calls", "futures", "proxy", "acceptor", "bytestream", "reflection"],
     ["channel", "worker", "inspection"],
@@ -151,7 +153,7 @@ def test_fences_are_those_of_the_register():
 
 def test_import_is_light():
     """``import shmrpc`` loads nothing that only some users need."""
-    heavy = {"numpy", "click", "rich", "asyncio", "opentelemetry", "prometheus_client"}
+    heavy = {"numpy", "pyarrow", "click", "rich", "asyncio", "opentelemetry", "prometheus_client"}
     code = f"import sys, shmrpc; print(*{heavy} & sys.modules.keys())"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not run.stdout.split()

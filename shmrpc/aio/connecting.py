@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 from shmrpc import address as addresses
 from shmrpc.codec import Codec, MsgpackCodec
 from shmrpc.handshake import Terms
+from shmrpc.lending import MEMORY_BYTES
 from shmrpc.link import check_options
 from shmrpc.poller import Wait, check_timeout
 from shmrpc.pool import check_connections
@@ -59,6 +60,7 @@ def connect(
     timeout: float = 5.0,
     fallback: str | None = None,
     max_message_bytes: int = 64 << 20,
+    max_memory_bytes: int = MEMORY_BYTES,
     backing: Backing = "auto",
     allow_uids: Iterable[int] = (),
     wait: Wait = "auto",
@@ -75,6 +77,7 @@ def connect(
     timeout: float = 5.0,
     fallback: str | None = None,
     max_message_bytes: int = 64 << 20,
+    max_memory_bytes: int = MEMORY_BYTES,
     backing: Backing = "auto",
     allow_uids: Iterable[int] = (),
     wait: Wait = "auto",
@@ -90,6 +93,7 @@ def connect(
     timeout: float = 5.0,
     fallback: str | None = None,
     max_message_bytes: int = 64 << 20,
+    max_memory_bytes: int = MEMORY_BYTES,
     backing: Backing = "auto",
     allow_uids: Iterable[int] = (),
     wait: Wait = "auto",
@@ -103,11 +107,17 @@ def connect(
 
     Parameters and errors are those of ``shmrpc.connect``; interceptors are asynchronous ones.
     """
-    check_options(max_message_bytes, backing, wait, spin_budget)
+    check_options(max_message_bytes, backing, wait, spin_budget, max_memory_bytes)
     check_timeout(timeout)
     uids = frozenset(allow_uids)
     terms = [
-        Terms(addresses.parse(text), max_message_bytes, backing=backing, allow_uids=uids)
+        Terms(
+            addresses.parse(text),
+            max_message_bytes,
+            backing=backing,
+            max_memory_bytes=max_memory_bytes,
+            allow_uids=uids,
+        )
         for text in ([address] if fallback is None else [address, fallback])
     ]
     around = list(interceptors)

@@ -25,7 +25,7 @@ from shmrpc.errors import (
 )
 from shmrpc.failures import Failure, call_checked
 from shmrpc.metadata import pack_metadata, pack_reply_metadata, unpack_metadata
-from shmrpc.poller import FOREVER, Connection, Running, body_of, metadata_of
+from shmrpc.poller import FOREVER, Connection, Running, metadata_of
 from shmrpc.session import Stream
 
 from .calls import AsyncReceiver, send_item
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from shmrpc.codec import Codec
     from shmrpc.failures import Stage
+    from shmrpc.parcels import Parcel
     from shmrpc.registry import Method, Registry
 
 __all__ = ["Handlers"]
@@ -71,7 +72,7 @@ class Incoming:
     flags = 0
     deadline_ns = 0
     packed_metadata = b""
-    body: bytes | memoryview = b""
+    body: bytes | memoryview | Parcel = b""
     stream: Stream | None = None
     task: asyncio.Task[None] | None = None
     call_context: CallContext | None = None
@@ -245,14 +246,16 @@ class Handlers:
 
     # ---- what comes ----
 
-    def _take(self, connection: Connection, message: Any) -> Callable[[], None]:
+    def _take(
+        self, connection: Connection, message: Any, body: bytes | Parcel
+    ) -> Callable[[], None]:
         """A request is there (the poller's lock is held)."""
         index = message.method
         method = self.registry.methods[index] if index >= 0 else None
         call = Incoming(self, connection, message.call_id, method)
         call.kind, call.flags, call.deadline_ns = message.kind, message.flags, message.deadline_ns
         call.packed_metadata = metadata_of(message)
-        call.body = body_of(message)
+        call.body = body
         if call.flags & _STREAM:
             ended = bool(call.flags & lib.SHMRPC_FLAG_ENDED)
             call.stream = Stream(LoopWaiters(self._loop), ended=ended)
@@ -432,7 +435,7 @@ class Handlers:
             self._forget(call)
 
     def _arguments(self, call: Incoming) -> tuple[Any, dict[str, Any]]:
-        args = self._decode(call.body)
+        args = call.connection.decode(call.body)
         call.body = b""
         if call.flags & _KEYWORDS:
             return args[0], args[1]

@@ -22,6 +22,7 @@ from shmrpc._native import ffi, lib
 from shmrpc.codec import MsgpackCodec
 from shmrpc.errors import Error
 from shmrpc.poller import Connection, Poller, Slot, Wait
+from shmrpc.values import unpack_extension
 
 from .pending import Pending
 
@@ -101,7 +102,7 @@ class LoopWaiters:
 def decoder_of(codec: Codec) -> Callable[[memoryview | bytes], Any]:
     """Its ``decode``, without a Python call around msgpack where that is all."""
     if type(codec) is MsgpackCodec:
-        return functools.partial(msgpack.unpackb, strict_map_key=False)
+        return functools.partial(msgpack.unpackb, strict_map_key=False, ext_hook=unpack_extension)
     return codec.decode
 
 
@@ -128,7 +129,7 @@ class LoopPoller(Poller):
         super().__init__(codec, server=server, wait=wait, spin_budget=spin_budget)
         self.loop = get_running_loop()
         self.active = True
-        self._requests: Callable[[Connection, Any], Callable[[], None] | None] | None = None
+        self._requests: Callable[[Connection, Any, Any], Callable[[], None] | None] | None = None
         self._plain_requests: Callable[..., None] = _refuse_none
         self._cancels: Callable[[Connection, int], None] | None = None
         self._closes: Callable[[Connection], None] | None = None
@@ -166,7 +167,7 @@ class LoopPoller(Poller):
 
     def serve_requests(
         self,
-        requests: Callable[[Connection, Any], Callable[[], None] | None],
+        requests: Callable[[Connection, Any, Any], Callable[[], None] | None],
         plain_requests: Callable[[Connection, int, int, int, int, memoryview], None],
         cancels: Callable[[Connection, int], None],
         closes: Callable[[Connection], None],
@@ -287,7 +288,7 @@ class LoopPoller(Poller):
         self, connection: Connection, message: Any, later: list[Callable[[], None]]
     ) -> None:
         if self._requests is not None:
-            run = self._requests(connection, message)
+            run = self._requests(connection, message, self._body(connection))
             if run is not None:
                 later.append(run)
 
@@ -335,6 +336,8 @@ class LoopPoller(Poller):
             self._room_tellers[connection.conn_id] = waiting
             self.schedule()
         return waits
+
+    blocks = False
 
     def wait(self, _slot: Slot, _deadline: float, /) -> bool:
         """Threads don't wait on it."""

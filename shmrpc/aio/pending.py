@@ -6,7 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from shmrpc._native import lib
-from shmrpc.session import NOT_SENT
+from shmrpc.session import NOT_SENT, Body
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -32,7 +32,7 @@ class Pending:
     status = -1  # gRPC status number, once it is there
     error: int | Exception = 0  # errno that ended the connection; why it is no result
     result_value: Any = None
-    body: bytes | None = None  # of a reply that was not decoded when it came
+    body: Body | None = None  # of a reply that was not decoded when it came
     metadata = b""
     _callback: Callable[[Any], None] | None = None
     _context: Context | None = None
@@ -53,7 +53,7 @@ class Pending:
 
     # ---- what becomes of it ----
 
-    def replied(self, status: int, metadata: bytes, body: bytes) -> None:
+    def replied(self, status: int, metadata: bytes, body: Body) -> None:
         """The reply is there."""
         self.status, self.metadata, self.body = status, metadata, body
         self.wake()

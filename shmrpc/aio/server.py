@@ -17,6 +17,7 @@ from shmrpc.acceptor import Acceptor
 from shmrpc.codec import Codec, MsgpackCodec
 from shmrpc.errors import Error, ForkedError
 from shmrpc.inspection import Inspection
+from shmrpc.lending import MEMORY_BYTES
 from shmrpc.link import check_options
 from shmrpc.proxy import public_methods
 from shmrpc.registry import Registry
@@ -57,6 +58,7 @@ class Server:
         *address: str,
         max_concurrency: int = 1024,
         max_message_bytes: int = 64 << 20,
+        max_memory_bytes: int = MEMORY_BYTES,
         backing: Backing = "auto",
         allow_uids: Iterable[int] = (),
         allow_remote: bool = False,
@@ -67,7 +69,7 @@ class Server:
         interceptors: Iterable[AsyncInterceptor] = (),
     ) -> None:
         """Make a server that listens from ``start`` on; ``ConnectError`` for a bad address."""
-        check_options(max_message_bytes, backing, wait, spin_budget)
+        check_options(max_message_bytes, backing, wait, spin_budget, max_memory_bytes)
         if not address:
             msg = "Server() needs at least one address, such as Server('calc')"
             raise ValueError(msg)
@@ -80,6 +82,7 @@ class Server:
                 addresses.parse(text),
                 max_message_bytes,
                 backing=backing,
+                max_memory_bytes=max_memory_bytes,
                 allow_uids=uids,
                 allow_remote=allow_remote,
             )

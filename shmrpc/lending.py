@@ -1,0 +1,365 @@
+"""Buffers beside messages, as they are sent: in blocks of this side's arena.
+
+The arena is the core's; here is what it can't do by itself: make a further segment when it needs
+one, wait for what the peer gives back when it may not grow, say who holds what when nothing comes
+back, and give memory back to the system that nothing was in for a while.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import os
+import queue
+import threading
+import time
+import weakref
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from . import segments
+from ._native import ffi, lib
+from .buffers import Unwritten
+from .errors import ConnectError, ConnectionLost, DeadlineExceeded, MessageTooLarge, Overloaded
+from .poller import FOREVER, nanoseconds_until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from .buffers import Source
+    from .poller import Connection
+
+__all__ = ["MEMORY_BYTES", "arena_stats", "attach", "empty", "loan", "total_stats"]
+
+MEMORY_BYTES = 1 << 30  # of values under way on one connection, unless the user says otherwise
+PATIENCE = 10.0  # seconds in which something comes back, for a call that waits for ever
+QUIET = 5.0  # seconds after which memory that nothing is in goes back to the system
+
+_INLINE, _LOANED = 1, 2
+_GROW, _FULL, _STOPPED = lib.SHMRPC_GROW, lib.SHMRPC_FULL, lib.SHMRPC_STOPPED
+_ENDED = frozenset((-errno.EPIPE, -errno.EPROTO, _STOPPED))
+_OVER = frozenset((0, -errno.ETIMEDOUT, *_ENDED))
+
+
+def attach(
+    connection: Connection, slot: Any, sources: Sequence[Source], deadline: float, what: str
+) -> list[Any]:
+    """Have the next message of this C slot carry these buffers.
+
+    Waits for room until ``deadline``. Returns what has to live until the message was sent.
+    Raises ``DeadlineExceeded`` or ``Overloaded`` if there is no room for ``what``, naming who holds
+    it, ``MessageTooLarge``, MemoryError. On a lost connection sending fails, and says how.
+    """
+    alive: list[Any] = []
+    lib.shmrpc_attach(slot, ffi.NULL, 0)
+    try:
+        for source in sources:
+            if isinstance(source, Unwritten):
+                _attach_unwritten(connection, slot, source, alive, deadline, what)
+            else:
+                data = ffi.from_buffer(source)
+                status = _attach(connection, slot, data, len(data), deadline, what)
+                if status == _INLINE:
+                    alive.append(data)
+                elif status == _LOANED and connection.loans:
+                    _freeze(connection, int(ffi.cast("uintptr_t", data)), len(data))
+    except BaseException:
+        lib.shmrpc_detach(slot)
+        raise
+    return alive
+
+
+def _attach(
+    connection: Connection, slot: Any, data: Any, size: int, deadline: float, what: str
+) -> int:
+    """``_INLINE`` if it goes with the body, ``_LOANED`` if it lies in a loan."""
+    status: int = lib.shmrpc_attach(slot, data, size)
+    if status in (_GROW, _FULL):
+        status = _find_room(
+            connection, size, lambda: lib.shmrpc_attach(slot, data, size), deadline, what
+        )
+        if status in _ENDED or status in (_GROW, _FULL):
+            status = lib.shmrpc_attach_inline(slot, data, size)
+    if status == -errno.EMSGSIZE:
+        msg = f"{what} has more buffers than a message can: 65536, or 4 GiB outside of an arena"
+        raise MessageTooLarge(msg)
+    if status == -errno.ENOMEM:
+        msg = f"no memory for {what}, with a buffer of {size} bytes"
+        raise MemoryError(msg)
+    return status
+
+
+def _attach_unwritten(
+    connection: Connection,
+    slot: Any,
+    source: Unwritten,
+    alive: list[Any],
+    deadline: float,
+    what: str,
+) -> None:
+    """Write it where it is to lie, if that is in the arena."""
+    size = source.nbytes
+    loan, data = ffi.new("shmrpc_loan **"), ffi.new("uint8_t **")
+
+    def borrow() -> int:
+        status: int = lib.shmrpc_loan_new(slot, size, loan, data)
+        return status
+
+    status = borrow()
+    if status in (_GROW, _FULL):
+        status = _find_room(connection, size, borrow, deadline, what)
+    if status == 0:
+        try:
+            source.write(memoryview(ffi.buffer(data[0], size)))
+            _attach(connection, slot, data[0], size, deadline, what)
+        finally:
+            lib.shmrpc_loan_free(loan[0], ffi.NULL)
+        return
+    if status == -errno.ENOMEM:
+        msg = f"no memory for {what}, with a buffer of {size} bytes"
+        raise MemoryError(msg)
+    room = bytearray(size)
+    source.write(memoryview(room))
+    copy = ffi.from_buffer(room)
+    alive.append(copy)
+    lib.shmrpc_attach_inline(slot, copy, size)
+
+
+# ---- loans ----
+
+
+def loan(connection: Connection, nbytes: Any, deadline: float = FOREVER) -> memoryview:
+    """Writable memory in the arena, or of our own where there is no arena that could hold it.
+
+    Raises as ``attach``.
+    """
+    if isinstance(nbytes, bool) or not isinstance(nbytes, int) or nbytes < 0:
+        msg = f"nbytes must be a number of bytes from 0 on, not {nbytes!r}"
+        raise ValueError(msg)
+    made, data = ffi.new("shmrpc_loan **"), ffi.new("uint8_t **")
+    with connection.slotted() as slot:
+
+        def borrow() -> int:
+            status: int = lib.shmrpc_loan_new(slot, nbytes, made, data)
+            return status
+
+        status = borrow() if nbytes else -errno.EOPNOTSUPP
+        if status in (_GROW, _FULL):
+            status = _find_room(connection, nbytes, borrow, deadline, "a loan")
+    if status != 0:
+        return memoryview(bytearray(nbytes))
+    memory = ffi.gc(data[0], partial(lib.shmrpc_loan_free, made[0]), nbytes)
+    return memoryview(ffi.buffer(memory, nbytes))
+
+
+def empty(connection: Connection, shape: Any, dtype: Any, deadline: float = FOREVER) -> Any:
+    """A numpy array in such memory, with any content."""
+    import numpy as np
+
+    kind = np.dtype(dtype)
+    if kind.hasobject:
+        msg = f"an array of {kind} holds Python objects, not their bytes"
+        raise TypeError(msg)
+    shape = (shape,) if isinstance(shape, (int, np.integer)) else tuple(shape)
+    count = math.prod(int(length) for length in shape)
+    if any(length < 0 for length in shape):
+        msg = f"negative dimensions in {shape}"
+        raise ValueError(msg)
+    if not count or not kind.itemsize:
+        return np.empty(shape, kind)
+    memory = loan(connection, count * kind.itemsize, deadline)
+    array: Any = np.frombuffer(memory, kind, count).reshape(shape)
+    loans, address = connection.loans, array.ctypes.data
+    loans[address] = weakref.ref(array, lambda _: loans.pop(address, None))
+    return array
+
+
+def _freeze(connection: Connection, address: int, size: int) -> None:
+    """What is sent is read elsewhere from now on: its array can't be written any more."""
+    for start, ref in list(connection.loans.items()):
+        array = ref()
+        if array is not None and address < start + array.nbytes and start < address + size:
+            array.flags.writeable = False
+
+
+# ---- room ----
+
+
+def _find_room(
+    connection: Connection, size: int, attempt: Callable[[], int], deadline: float, what: str
+) -> int:
+    """Attempt again after growing, or waiting: its status, ``SHMRPC_GROW`` if growing failed."""
+    blocks = connection.poller.blocks
+    if blocks:
+        _look(connection, size)
+    patience = time.monotonic() + PATIENCE
+    while True:
+        status = attempt()
+        if status == _GROW:
+            if not _grow(connection, size):
+                return status
+        elif status == _FULL and blocks:
+            waited = _wait(connection, size, min(deadline, patience))
+            if waited in _ENDED:
+                return waited
+            if waited == 0:
+                patience = time.monotonic() + PATIENCE
+            elif time.monotonic() >= deadline:
+                raise DeadlineExceeded(_full(connection, size, what))
+            elif time.monotonic() >= patience:
+                raise Overloaded(_full(connection, size, what))
+        else:
+            return status
+
+
+def _wait(connection: Connection, size: int, deadline: float) -> int:
+    try:
+        slot = connection.slot()
+    except ConnectionLost:
+        return -errno.EPIPE
+    try:
+        status: int = lib.shmrpc_wait_blocks(slot.c, size, nanoseconds_until(deadline))
+        while status not in _OVER:
+            connection.poller.attend(status)
+            status = lib.shmrpc_wait(slot.c)
+    except BaseException:
+        lib.shmrpc_abandon(slot.c)
+        raise
+    connection.slots.append(slot)
+    return status
+
+
+def _look(connection: Connection, size: int) -> None:
+    """Take in what the peer has given back without ringing."""
+    _wait(connection, size, 0)
+
+
+def _grow(connection: Connection, size: int) -> bool:
+    """Add a segment to the arena; False if there is no memory, or the peer can't take it."""
+    try:
+        slot = connection.slot()
+        with connection.growing:
+            wants = lib.shmrpc_arena_wants(slot.c, size)
+            if wants:  # else another thread has been faster
+                _add_segment(connection, slot.c, wants)
+    except (ConnectError, ConnectionLost, OSError):
+        return False
+    connection.slots.append(slot)
+    _trimmer.watch(connection)
+    return True
+
+
+def _add_segment(connection: Connection, slot: Any, nbytes: int) -> None:
+    segment = segments.create(nbytes, connection.backing, trusted=connection.trusted)
+    try:
+        memory = lib.shmrpc_memory_map(segment.own_fd, nbytes)
+        if memory == ffi.NULL:
+            raise OSError(ffi.errno, os.strerror(ffi.errno))
+        status = -errno.EPERM
+        try:
+            segment.seal()
+            status = lib.shmrpc_arena_add(slot, memory, segment.peer_fd)
+        finally:
+            if status < 0:
+                lib.shmrpc_memory_unmap(memory)
+        if status < 0 and status != -errno.ENOSPC:
+            raise OSError(-status, os.strerror(-status))
+    finally:
+        segment.close()
+
+
+# ---- who holds what ----
+
+
+def arena_stats(connection: Connection) -> dict[str, int | float]:
+    """What of both arenas is there, in use, lent and pinned; bytes, numbers and seconds."""
+    stats = ffi.new("shmrpc_arena_stats *")
+    lib.shmrpc_arena_stats_of(connection.poller.c, connection.conn_id, stats)
+    return {
+        "arena_bytes": int(stats.bytes),
+        "arena_used_bytes": int(stats.used_bytes),
+        "lent_blocks": int(stats.lent_blocks),
+        "lent_bytes": int(stats.lent_bytes),
+        "lent_oldest_s": stats.oldest_ns / 1e9,
+        "loans": int(stats.loans),
+        "loan_bytes": int(stats.loan_bytes),
+        "peer_arena_bytes": int(stats.peer_bytes),
+        "pinned_blocks": int(stats.leases),
+        "pinned_bytes": int(stats.leased_bytes),
+    }
+
+
+def total_stats(connections: Sequence[Connection]) -> dict[str, int | float]:
+    """The same over all of them; the oldest block of any."""
+    total: dict[str, int | float] = {}
+    for stats in map(arena_stats, connections):
+        for name, value in stats.items():
+            before = total.get(name, 0)
+            total[name] = max(before, value) if name == "lent_oldest_s" else before + value
+    return total
+
+
+def _full(connection: Connection, size: int, what: str) -> str:
+    stats = arena_stats(connection)
+    return (
+        f"{what} needs a block of {size} bytes, and the {connection.max_memory_bytes} bytes of "
+        f"shared memory for values to {connection.peer} are in use: that holds "
+        f"{stats['lent_blocks']} blocks of {stats['lent_bytes']} bytes, the oldest for "
+        f"{stats['lent_oldest_s']:.1f} s; {stats['loan_bytes']} bytes are loans of this process. "
+        "Let go of received values earlier, or raise max_memory_bytes on both sides"
+    )
+
+
+# ---- giving memory back ----
+
+
+class _Trimmer:
+    """A thread that is there as long as some arena has memory, and looks for what is idle."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._watched: set[weakref.ref[Connection]] = set()
+        self._ends: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._running = False
+
+    def watch(self, connection: Connection) -> None:
+        """This connection's arena has grown."""
+        ends = self._ends
+        with self._lock:
+            # In a finalizer: what takes no lock, as this queue does not.
+            self._watched.add(weakref.ref(connection, lambda _: ends.put(None)))
+            if not self._running:
+                self._running = True
+                threading.Thread(target=self._run, name="shmrpc-trimmer", daemon=True).start()
+
+    def _run(self) -> None:
+        while self._trim():
+            with contextlib.suppress(queue.Empty):
+                self._ends.get(timeout=QUIET / 2)
+
+    def _trim(self) -> bool:
+        """Whether there is anything left to look after."""
+        quiet_ns = int(QUIET * 1e9)
+        with self._lock:
+            self._watched = {ref for ref in self._watched if _trim(ref(), quiet_ns)}
+            self._running = bool(self._watched)
+            return self._running
+
+
+def _trim(connection: Connection | None, quiet_ns: int) -> bool:
+    if connection is None or connection.closed:
+        return False
+    left: int = lib.shmrpc_arena_trim(connection.poller.c, connection.conn_id, quiet_ns)
+    return left > 0
+
+
+_trimmer = _Trimmer()
+
+
+def _after_fork_in_child() -> None:
+    """Nothing of it is ours, the thread least of all."""
+    _trimmer.__init__()  # type: ignore[misc]
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
