@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks import topics
+from benchmarks import bench_bytes, topics
 from benchmarks.figures import as_json
 from benchmarks.harness import Effort
 from benchmarks.report import machine, table, verdict_table
@@ -54,12 +54,17 @@ def _places() -> list[str]:
     return [place for place in topics.PLACES if topics.cpus_wanted(place) <= cpus]
 
 
+def _bytes(effort: Effort) -> Iterator[Comparison]:
+    yield bench_bytes.compare(effort)
+
+
 _TOPICS: dict[str, Callable[[Effort], Iterator[Comparison]]] = {
     "unary": _unary,
     "layer": _layer,
     "threads": _threads,
     "pairs": _pairs,
     "streams": _streams,
+    "bytes": _bytes,
     "idle": _idle,
 }
 

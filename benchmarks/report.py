@@ -23,6 +23,7 @@ _COLUMNS = {
     "client_cpu_us": ("client CPU us/call", "{:,.1f}"),
     "server_cpu_us": ("server CPU us/call", "{:,.1f}"),
     "items_per_s": ("items/s", "{:,.0f}"),
+    "bytes_per_s": ("bytes/s", "{:,.0f}"),
     "client_item_us": ("client CPU us/item", "{:,.2f}"),
     "server_item_us": ("server CPU us/item", "{:,.2f}"),
     "cpu_ms": ("CPU ms together", "{:,.2f}"),

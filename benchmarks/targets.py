@@ -50,6 +50,7 @@ TARGETS = (
     Target("streams", None, "shm stream", "items_per_s", "shm stream", "shm 64 calls", ">=", 2),
     Target("streams", None, "shm stream", "items_per_s", "shm stream", "shm 512 calls", ">=", 2),
     Target("streams", None, "shm stream", "items_per_s", "shm stream", "unix stream", ">=", 3),
+    Target("bytes", None, "shm", "bytes_per_s", "shm", "raw-uds", ">=", 2),
 )
 """`cases` None: every case of the topic. `subject` is whose speed it is about."""
 

@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ._native import lib
+from .codec import PACKING_ERRORS
 from .errors import (
     Cancelled,
     ConnectionLost,
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 __all__ = ["Call", "Receiver", "Requests"]
 
 _EPIPE, _EMSGSIZE, _ETIMEDOUT = errno.EPIPE, errno.EMSGSIZE, errno.ETIMEDOUT
+_FROM_CALLER = lib.SHMRPC_FLAG_CALLER
+_send_item = lib.shmrpc_send_item
 
 
 class Channel(Protocol):
@@ -140,6 +143,13 @@ class Requests:
         return self
 
     def __next__(self) -> Any:
+        receiver = self._receiver
+        if not receiver.stream.cancelled:
+            for item in receiver._items:
+                return item
+        return self._next()
+
+    def _next(self) -> Any:
         receiver = self._receiver
         stream = receiver.stream
         if stream.cancelled and not stream.lost_error:
@@ -251,22 +261,30 @@ class Call:
         call if it has ended, ``Error`` after ``close_send`` and where the handler takes no more,
         TypeError or ValueError for what can't be sent, ``MessageTooLarge``, ``DeadlineExceeded``.
         """
-        self._check_fork()
+        connection, stream = self._connection, self._stream
+        if connection.poller.forked:
+            self._check_fork()
         with self._send_lock:
-            self._check_sending()
-            slot = self._connection.slot()
-            body = self._pack(slot, item)
+            if stream.ended or self._closed or not self._sends:
+                self._refuse_send()
+            slot = connection.slot()
+            try:
+                body = slot.pack(item)
+            except PACKING_ERRORS as error:
+                raise self._unpackable(slot, item, error) from error
             size = len(body)
-            stream = self._stream
             if not stream.may_send():
                 self._wait(lambda: stream.may_send() or stream.ended)
-                self._check_sending()
-            stream.sent(size)
-            status = lib.shmrpc_send_item(slot.c, lib.SHMRPC_FLAG_CALLER, self._call_id, body, size)
+                if stream.ended or self._closed:
+                    self._refuse_send()
+            # Stream.sent written out, as _check_fork above: together 0.2 us of 1.3.
+            stream.sent_messages += 1
+            stream.sent_bytes += size
+            status = _send_item(slot.c, _FROM_CALLER, self._call_id, body, size)
             if status > 0:
                 # Nobody but this thread may be there to see to the rest.
-                status = self._guard(lambda: self._connection.flush(slot, self.deadline))
-            self._connection.slots.append(slot)
+                status = self._guard(lambda: connection.flush(slot, self.deadline))
+            connection.slots.append(slot)
             if status == 0:
                 return
             if status == -errno.ENOMEM:
@@ -283,19 +301,12 @@ class Call:
         self._wait(lambda: stream.over)  # the connection has ended: learn how
         self._refuse_send()
 
-    def _pack(self, slot: Slot, item: Any) -> bytes:
-        try:
-            return slot.pack(item)
-        except Exception as error:
-            slot.pack = self._connection.codec.encoder()  # the old one may hold half a message
-            self._connection.slots.append(slot)
-            kind = type(item).__qualname__
-            msg = f"a message for {self.method!r} can't be sent: {error} (of type {kind})"
-            raise (TypeError if isinstance(error, TypeError) else ValueError)(msg) from error
-
-    def _check_sending(self) -> None:
-        if not self._sends or self._stream.ended or self._closed:
-            self._refuse_send()
+    def _unpackable(self, slot: Slot, item: Any, error: Exception) -> Exception:
+        slot.pack = self._connection.codec.encoder()  # the old one may hold half a message
+        self._connection.slots.append(slot)
+        kind = type(item).__qualname__
+        msg = f"a message for {self.method!r} can't be sent: {error} (of type {kind})"
+        return (TypeError if isinstance(error, TypeError) else ValueError)(msg)
 
     def _refuse_send(self) -> NoReturn:
         error = self._outcome() if self._stream.over else self._error

@@ -141,6 +141,7 @@ class Connection:
         self.caller: Any = None  # what handlers call their caller with, once one has asked
         self.reader: Any = None  # the thread that reads for futures, once one has to
         self._probe: Slot | None = None  # keeps the core's knowledge of a lost connection
+        self.control_fd = agreement.socket.fileno()  # the rendezvous socket: the core's from now on
         self.conn_id = agreement.add(poller.c)
 
     @property

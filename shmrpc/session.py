@@ -111,6 +111,10 @@ class Stream:
     and ``returned_*``. What the reader does may be repeated with the same result.
     """
 
+    # Both sides of a kind of stream have to agree on these.
+    window_messages = WINDOW_MESSAGES
+    window_bytes = WINDOW_BYTES
+
     __slots__ = (
         "cancelled",
         "ended",
@@ -145,7 +149,7 @@ class Stream:
         self.lost_error = 0  # errno that ended the connection
         self.position: Sequence[int] = NOT_SENT  # caller: of the request
         self.outcome = 0  # caller: what became of the call when the connection ended
-        self.granted_messages, self.granted_bytes = WINDOW_MESSAGES, WINDOW_BYTES
+        self.granted_messages, self.granted_bytes = self.window_messages, self.window_bytes
         self.sent_messages = self.sent_bytes = 0
         self.taken_messages = self.taken_bytes = 0
         self.returned_messages = self.returned_bytes = 0
@@ -182,7 +186,7 @@ class Stream:
         """The body of a CREDIT frame to be sent now, or nothing."""
         messages = self.taken_messages - self.returned_messages
         size = min(self.taken_bytes - self.returned_bytes, _CREDIT_MAX)
-        if messages < WINDOW_MESSAGES // 2 and size < WINDOW_BYTES // 2:
+        if messages < self.window_messages // 2 and size < self.window_bytes // 2:
             return b""
         self.returned_messages += messages
         self.returned_bytes += size
@@ -208,8 +212,8 @@ class Stream:
             run.received_messages = before.received_messages + len(ends)
             run.received_bytes = before.received_bytes + len(run.data)
             if (
-                run.received_messages > WINDOW_MESSAGES + self.returned_messages
-                or run.received_bytes - last >= WINDOW_BYTES + self.returned_bytes
+                run.received_messages > self.window_messages + self.returned_messages
+                or run.received_bytes - last >= self.window_bytes + self.returned_bytes
             ):
                 self.overrun = True
         if self.ended or self.overrun:
@@ -231,8 +235,8 @@ class Stream:
         granted_messages = self.granted_messages + messages
         granted_bytes = self.granted_bytes + size
         if (
-            granted_messages > self.sent_messages + WINDOW_MESSAGES
-            or granted_bytes > self.sent_bytes + WINDOW_BYTES
+            granted_messages > self.sent_messages + self.window_messages
+            or granted_bytes > self.sent_bytes + self.window_bytes
         ):
             return None
         return granted_messages, granted_bytes
@@ -256,11 +260,12 @@ class Stream:
         self.waiters.wake()
         return before is None
 
-    def replied(self, status: int, metadata: bytes, body: bytes) -> None:
+    def replied(self, status: int, metadata: bytes, body: bytes) -> Callable[[], None] | None:
         """As ``Pending.replied``."""
         self.reply = (status, metadata, body)
         self.ended = True
         self.waiters.wake()
+        return None
 
     def lost(self, error: int) -> None:
         """As ``Pending.lost``, and for a stream that the peer called."""

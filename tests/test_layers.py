@@ -26,11 +26,12 @@ LAYERS = [
     ["handshake"],
     ["poller"],
     ["link", "registry", "context"],
-    ["outcomes", "failures", "calls", "futures", "proxy", "acceptor"],
+    ["outcomes", "failures", "calls", "futures", "proxy", "acceptor", "bytestream"],
     ["channel", "worker"],
     ["caller", "intercepted"],
     ["client", "server"],
     ["aio"],
+    ["httpx"],
     ["__init__"],
     ["cli", "__main__"],
 ]
@@ -83,6 +84,13 @@ def without_comments(text: str) -> str:
 def test_every_module_has_a_layer():
     unknown = {module_of(path) for path in python_files()} - LEVEL.keys()
     assert not unknown, f"add {sorted(unknown)} to LAYERS in {Path(__file__).name}, at their level"
+
+
+def test_every_package_is_packaged():
+    settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    said = re.search(r"^packages = \[(.*)\]$", settings, re.MULTILINE)[1]
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in PACKAGE.rglob("__init__.py")}
+    assert set(re.findall(r'"([\w.]+)"', said)) == found
 
 
 @pytest.mark.parametrize("path", python_files(), ids=lambda path: str(path.relative_to(ROOT)))

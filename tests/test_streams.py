@@ -449,18 +449,18 @@ def test_result_with_a_timeout_of_its_own(client, tag):
 def test_result_does_not_wait_for_a_sender(client, tag):
     """For longer than it may, that is."""
     call = client.open("reluctant", tag)
-    blocked = threading.Event()
+    begun = []
 
     def send():
         with pytest.raises(shmrpc.Cancelled):
-            for _ in range(10_000):
+            for number in range(10_000):
+                begun.append(number)
                 call.send(bytes(100_000))
-                blocked.set()
 
     sender = threading.Thread(target=send, daemon=True)
     sender.start()
-    assert blocked.wait(10)
-    wait_until(lambda: not call._stream.may_send())
+    # Three are more than the window: the fourth waits, holding the lock.
+    wait_until(lambda: len(begun) == 4 and call._send_lock.locked())
     with pytest.raises(TimeoutError, match="no result yet"):
         call.result(timeout=0.05)
     call.cancel()

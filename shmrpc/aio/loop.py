@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from shmrpc.address import Address
     from shmrpc.codec import Codec
     from shmrpc.handshake import Agreement
+    from shmrpc.session import Waiting
 
 __all__ = ["LoopPoller", "LoopWaiters", "check_loop"]
 
@@ -110,6 +111,8 @@ class LoopPoller(Poller):
         self._cancels: Callable[[Connection, int], None] | None = None
         self._closes: Callable[[Connection], None] | None = None
         self._rooms: dict[int, LoopWaiters] = {}
+        self._room_tellers: dict[int, Waiting] = {}
+        self._after: list[Callable[[], None]] = []
         self._slot: Slot | None = None
         self._poll_slot = self._taker
         self._scheduled = False
@@ -184,6 +187,21 @@ class LoopPoller(Poller):
             return len(self._ready) > self._scheduled
         return time.monotonic() - self._last_poll > _BUSY_SECONDS
 
+    def dispatch(self) -> None:
+        """Take what the core has for us, tell those concerned, then run what they asked for."""
+        super().dispatch()
+        while self._after:
+            after, self._after = self._after, []
+            for run in after:
+                run()
+
+    def after_dispatch(self, run: Callable[[], None]) -> None:
+        """Run this when all that is there has been taken: without the lock, in this iteration.
+
+        For those that are told under the lock (``Waiting.wake``) and run other people's code.
+        """
+        self._after.append(run)
+
     def poll_inline(self) -> None:
         """Look for replies at once, if nothing else is ready: a task need not be suspended then.
 
@@ -225,6 +243,9 @@ class LoopPoller(Poller):
         waiters = self._rooms.pop(connection.conn_id, None)
         if waiters is not None:
             waiters.wake()
+        teller = self._room_tellers.pop(connection.conn_id, None)
+        if teller is not None:
+            teller.wake()
 
     def _take_end(self, connection: Connection, later: list[Callable[[], None]]) -> None:
         self._take_room(connection)
@@ -244,6 +265,16 @@ class LoopPoller(Poller):
             if not await waiters.wait(gone, deadline):
                 return False
         return True
+
+    def tell_room(self, connection: Connection, waiting: Waiting) -> bool:
+        """Wake this when all that was sent has left this process; False if it has already."""
+        slot = connection.slot()
+        waits = not connection.closed and bool(lib.shmrpc_want_room(slot.c))
+        connection.slots.append(slot)
+        if waits:
+            self._room_tellers[connection.conn_id] = waiting
+            self.schedule()
+        return waits
 
     def wait(self, _slot: Slot, _deadline: float, /) -> bool:
         """Threads don't wait on it."""
