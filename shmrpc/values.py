@@ -320,7 +320,7 @@ class _Decoder:
         """A buffer, once: copying the same one out over and over would take memory without end."""
         if len(packed) != _NUMBER.size:
             raise ValueError(_DAMAGED)
-        (number,) = _NUMBER.unpack(packed)
+        number: int = _NUMBER.unpack(packed)[0]
         buffer = self._buffers[number] if number < len(self._buffers) else None
         if buffer is None:
             msg = f"a value has buffer {number}, which the message has not, or no more"
@@ -356,11 +356,11 @@ def _bytes(memory: memoryview | bytes) -> bytes:
     return bytes(memory)
 
 
-def _view(memory: memoryview | bytes, code: Any, shape: Any) -> memoryview:
+def _view(memory: memoryview | bytes, code: Any, shape: Any) -> Any:
     if code not in _FORMATS or type(shape) is not list:
         raise ValueError(_DAMAGED)
     try:
-        view: memoryview = memoryview(memory).cast(code)
+        view = memoryview(memory).cast(code)
         if list(view.shape or ()) != shape:
             view = view.cast("B").cast(code, shape)
         return view
