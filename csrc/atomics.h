@@ -58,6 +58,22 @@ static inline void count_add(atomic_u64 *word, uint64_t value)
         atomic_fetch_add_explicit(word, value, memory_order_relaxed);
 }
 
+static inline void count_subtract(atomic_u64 *word, uint64_t value)
+{
+    atomic_fetch_sub_explicit(word, value, memory_order_relaxed);
+}
+
+/* References to what the last one to let go frees. */
+static inline void reference_take(atomic_u64 *count)
+{
+    atomic_fetch_add_explicit(count, 1, memory_order_relaxed);
+}
+
+static inline int reference_drop(atomic_u64 *count)
+{
+    return atomic_fetch_sub_explicit(count, 1, memory_order_acq_rel) == 1;
+}
+
 static inline uint32_t load_acquire32(const atomic_u32 *word)
 {
     return atomic_load_explicit((atomic_u32 *)word, memory_order_acquire);

@@ -74,11 +74,22 @@ shmrpc_slot *shmrpc_slot_new(shmrpc_poller *poller, uint64_t conn_id)
     return slot_new(poller, conn_id, false);
 }
 
+/* What the slot's last message had is given up. */
+static void drop_blocks(struct shmrpc_slot *slot)
+{
+    if (slot->message.blocks == NULL)
+        return;
+    blocks_free(slot->message.blocks, slot->message.block_count);
+    slot->message.blocks = NULL;
+    slot->message.block_count = 0;
+}
+
 void shmrpc_slot_free(shmrpc_slot *slot)
 {
     shmrpc_abandon(slot); /* an interrupted call may still be registered */
     if (slot->worker)
         shmrpc_finish(slot);
+    blocks_forget(slot);
     poller_lock(slot->poller);
     slot->poller->slots[slot->index] = NULL;
     if (slot->worker)
@@ -87,6 +98,7 @@ void shmrpc_slot_free(shmrpc_slot *slot)
         conn_release(slot->conn);
     poller_unlock(slot->poller);
     poller_unref(slot->poller);
+    drop_blocks(slot);
     free(slot->reply_metadata);
     free(slot->ends);
     free(slot->large);
@@ -125,7 +137,7 @@ uint64_t deadline_after(int64_t timeout_ns)
     return deadline != 0 ? deadline : 1;
 }
 
-void message_from_header(shmrpc_message *message, const struct conn *conn,
+void message_from_header(shmrpc_message *message, struct conn *conn,
                          const struct frame_header *header)
 {
     bool named = header->kind == SHMRPC_REQUEST || header->kind == SHMRPC_NOTIFY;
@@ -146,24 +158,35 @@ void message_from_header(shmrpc_message *message, const struct conn *conn,
         .metadata_bytes = header->metadata_bytes,
         .method = -1,
     };
+    if ((header->flags & SHMRPC_FLAG_BLOCKS) != 0)
+        conn_take_blocks(conn, message);
 }
 
 static void set_payload(shmrpc_message *message, const uint8_t *payload)
 {
     message->head = payload;
-    message->body =
-        payload == NULL ? NULL : payload + message->method_bytes + message->metadata_bytes;
+    message->body = payload == NULL ? NULL
+                                    : payload + message->method_bytes + message->metadata_bytes +
+                                          message->table_bytes;
+    const uint8_t *beside = payload == NULL ? NULL : message->body + message->body_bytes;
+    for (uint32_t i = 0; i < message->block_count; i++) {
+        if (message->blocks[i].lease != NULL)
+            continue;
+        message->blocks[i].data = beside;
+        beside += message->blocks[i].bytes;
+    }
 }
 
 int slot_receive(struct shmrpc_slot *slot, struct conn *conn, const struct frame_header *header)
 {
+    drop_blocks(slot);
     message_from_header(&slot->message, conn, header);
     free(slot->large);
     slot->large = NULL;
-    uint64_t head_bytes =
-        (uint64_t)slot->message.method_bytes + slot->message.metadata_bytes;
+    uint64_t head_bytes = (uint64_t)slot->message.method_bytes + slot->message.metadata_bytes +
+                          slot->message.table_bytes;
 
-    if (head_bytes <= SLOT_HEAD_BYTES && slot->message.body_bytes <= STREAM_FRAME_MAX) {
+    if (head_bytes <= SLOT_HEAD_BYTES && header->total_bytes - head_bytes <= STREAM_FRAME_MAX) {
         uint8_t *payload = slot->base + SLOT_HEAD_BYTES - head_bytes;
         conn_read(conn, header->total_bytes, payload);
         set_payload(&slot->message, payload);
@@ -182,6 +205,7 @@ int slot_receive(struct shmrpc_slot *slot, struct conn *conn, const struct frame
 
 void slot_take(struct shmrpc_slot *slot, struct stored *stored)
 {
+    drop_blocks(slot);
     free(slot->large);
     free(slot->ends);
     slot->large = stored->payload;
@@ -189,6 +213,8 @@ void slot_take(struct shmrpc_slot *slot, struct stored *stored)
     stored->payload = NULL;
     stored->ends = NULL;
     slot->message = stored->message;
+    stored->message.blocks = NULL;
+    stored->message.block_count = 0;
     slot->message.ends = slot->ends;
     set_payload(&slot->message, slot->large);
 }
@@ -235,7 +261,8 @@ static int64_t reply_result(const struct shmrpc_slot *slot)
 {
     const shmrpc_message *message = &slot->message;
 
-    if (message->status == STATUS_OK && message->metadata_bytes == 0 && slot_in_view(slot))
+    if (message->status == STATUS_OK && message->metadata_bytes == 0 && message->blocks == NULL &&
+        slot_in_view(slot))
         return (int64_t)message->body_bytes;
     return SHMRPC_MESSAGE;
 }
@@ -279,7 +306,8 @@ void callers_lost(struct shmrpc_poller *poller, struct conn *conn, int error)
     for (uint32_t i = 0; i < poller->slot_capacity; i++) {
         struct shmrpc_slot *slot = poller->slots[i];
         if (slot == NULL || slot->conn != conn ||
-            (slot->goal != GOAL_ROOM && (slot->goal != GOAL_REPLY || slot->call_id == 0)))
+            (slot->goal != GOAL_ROOM && slot->goal != GOAL_BLOCKS &&
+             (slot->goal != GOAL_REPLY || slot->call_id == 0)))
             continue;
         slot->message.outcome = conn_outcome(conn, slot->call_id, load_relaxed(&slot->position));
         slot->call_id = 0;
@@ -304,9 +332,9 @@ void callers_room(struct shmrpc_poller *poller, struct conn *conn)
 
 /* ---- leading and following ---- */
 
-/* With the lock held: come in, and take the role if nobody is using it. A worker that only waits
- * for requests is asked for it: a reply should not have to go through another thread. */
-static bool enter(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
+/* A worker that only waits for requests is asked for the role: a reply should not have to go
+ * through another thread. */
+bool slot_enter(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
 {
     slot->inside = true;
     slot->alone = poller->client && poller->workers == 0;
@@ -454,8 +482,7 @@ static bool goes_on(int64_t result)
            result == SHMRPC_SPAWN || result == SHMRPC_QUEUED;
 }
 
-/* Wait until the slot's goal is met. */
-static int64_t wait_goal(struct shmrpc_poller *poller, struct shmrpc_slot *slot, bool leads)
+int64_t slot_wait(struct shmrpc_poller *poller, struct shmrpc_slot *slot, bool leads)
 {
     int64_t result = wait_inside(poller, slot, leads);
     struct outgoing cancel = {.header = {.kind = SHMRPC_CANCEL}};
@@ -485,8 +512,7 @@ static uint64_t earlier(uint64_t a, uint64_t b)
     return a == 0 || (b != 0 && b < a) ? b : a;
 }
 
-/* With the lock held: the slot waits from now on. */
-static void begin(struct shmrpc_slot *slot, enum slot_goal goal, uint64_t deadline_ns)
+void slot_begin(struct shmrpc_slot *slot, enum slot_goal goal, uint64_t deadline_ns)
 {
     slot->goal = goal;
     slot->deadline_ns = deadline_ns;
@@ -512,6 +538,13 @@ int poller_send(struct shmrpc_poller *poller, struct conn *conn, struct outgoing
         shutdown(conn->control_fd, SHUT_RDWR); /* the leader will see it and end the conn */
     }
     return status;
+}
+
+int slot_send(struct shmrpc_slot *slot, struct outgoing *message, int body, atomic_u64 *position)
+{
+    if (slot->attaches)
+        return blocks_send(slot, message, body, position);
+    return poller_send(slot->poller, slot->conn, message, position);
 }
 
 static void set_deadline(struct outgoing *message, const struct conn *conn, uint64_t deadline_ns)
@@ -541,18 +574,18 @@ int64_t shmrpc_call_with(shmrpc_slot *slot, const shmrpc_name *name, uint32_t fl
     if (conn_hung_up(slot->conn))
         return -ENOTCONN;
     poller_lock(poller);
-    begin(slot, GOAL_REPLY, earlier(deadline_after(timeout_ns), shmrpc_inherited_deadline()));
+    slot_begin(slot, GOAL_REPLY, earlier(deadline_after(timeout_ns), shmrpc_inherited_deadline()));
     store_relaxed(&slot->position, UINT64_MAX); /* not sent */
     slot->call_id = ++poller->call_sequence << 16 | slot->index;
     message.header.call_id = slot->call_id;
-    bool leads = enter(poller, slot);
+    bool leads = slot_enter(poller, slot);
     poller_unlock(poller);
 
     if (slot->deadline_ns != 0)
         set_deadline(&message, slot->conn, slot->deadline_ns);
-    int status = poller_send(poller, slot->conn, &message, &slot->position);
+    int status = slot_send(slot, &message, 2, &slot->position);
     if (status >= 0)
-        return wait_goal(poller, slot, leads);
+        return slot_wait(poller, slot, leads);
 
     poller_lock(poller);
     leave(poller, slot);
@@ -575,9 +608,9 @@ int64_t shmrpc_wait(shmrpc_slot *slot)
 
     poller_lock(poller);
     slot->may_sleep = true;
-    bool leads = enter(poller, slot);
+    bool leads = slot_enter(poller, slot);
     poller_unlock(poller);
-    return wait_goal(poller, slot, leads);
+    return slot_wait(poller, slot, leads);
 }
 
 void shmrpc_abandon(shmrpc_slot *slot)
@@ -617,7 +650,7 @@ int shmrpc_send(shmrpc_slot *slot, uint32_t kind, uint32_t flags, uint64_t call_
     if (!slot->worker && conn_hung_up(slot->conn))
         return -ENOTCONN;
     set_deadline(&message, slot->conn, deadline_ns);
-    return poller_send(slot->poller, slot->conn, &message, (atomic_u64 *)position);
+    return slot_send(slot, &message, 2, (atomic_u64 *)position);
 }
 
 int shmrpc_send_item(shmrpc_slot *slot, uint32_t flags, uint64_t call_id, const char *body,
@@ -629,7 +662,7 @@ int shmrpc_send_item(shmrpc_slot *slot, uint32_t flags, uint64_t call_id, const 
     };
     atomic_u64 position;
 
-    return poller_send(slot->poller, slot->conn, &message, &position);
+    return slot_send(slot, &message, 0, &position);
 }
 
 int64_t shmrpc_flush(shmrpc_slot *slot, int64_t timeout_ns)
@@ -637,9 +670,9 @@ int64_t shmrpc_flush(shmrpc_slot *slot, int64_t timeout_ns)
     struct shmrpc_poller *poller = slot->poller;
 
     poller_lock(poller);
-    begin(slot, GOAL_ROOM, deadline_after(timeout_ns));
+    slot_begin(slot, GOAL_ROOM, deadline_after(timeout_ns));
     store_relaxed(&poller->room_waiters, 1); /* stays set: flushing is rare, asking is not */
-    bool leads = enter(poller, slot);
+    bool leads = slot_enter(poller, slot);
     poller_unlock(poller);
     full_fence(); /* room_waiters before outbox_bytes, see poller_send */
     int64_t error = (int64_t)load_relaxed(&slot->conn->error);
@@ -648,7 +681,7 @@ int64_t shmrpc_flush(shmrpc_slot *slot, int64_t timeout_ns)
         slot_finish(slot, -error);
         poller_unlock(poller);
     }
-    return wait_goal(poller, slot, leads);
+    return slot_wait(poller, slot, leads);
 }
 
 int64_t shmrpc_wait_events(shmrpc_slot *slot, int64_t timeout_ns)
@@ -661,12 +694,12 @@ int64_t shmrpc_wait_events(shmrpc_slot *slot, int64_t timeout_ns)
         poller_unlock(poller);
         return 0;
     }
-    begin(slot, GOAL_EVENTS, deadline_after(timeout_ns));
+    slot_begin(slot, GOAL_EVENTS, deadline_after(timeout_ns));
     slot->may_sleep = slot->checked_signals;
     slot->checked_signals = false;
-    bool leads = enter(poller, slot);
+    bool leads = slot_enter(poller, slot);
     poller_unlock(poller);
-    int64_t result = wait_goal(poller, slot, leads);
+    int64_t result = slot_wait(poller, slot, leads);
     slot->checked_signals = result == -EAGAIN;
     return result;
 }
@@ -694,8 +727,8 @@ int64_t shmrpc_poll(shmrpc_slot *slot, uint32_t spin_ns)
     struct shmrpc_poller *poller = slot->poller;
 
     poller_lock(poller);
-    begin(slot, GOAL_EVENTS, 0);
-    bool leads = enter(poller, slot);
+    slot_begin(slot, GOAL_EVENTS, 0);
+    bool leads = slot_enter(poller, slot);
     poller_unlock(poller);
     if (leads && slot->conn != NULL && spin_ns != 0 && load_relaxed(&slot->conn->error) == 0)
         poller_heat(poller, slot->conn); /* a reply is on its way: poll from the start */
@@ -712,8 +745,8 @@ int shmrpc_arm(shmrpc_slot *slot)
     struct shmrpc_poller *poller = slot->poller;
 
     poller_lock(poller);
-    begin(slot, GOAL_EVENTS, 0);
-    bool leads = enter(poller, slot);
+    slot_begin(slot, GOAL_EVENTS, 0);
+    bool leads = slot_enter(poller, slot);
     poller_unlock(poller);
     bool armed = leads && poller_arm(poller, slot);
     poller_lock(poller);

@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 #include "segment.h"
@@ -88,6 +89,14 @@ int conn_init(struct conn *conn, const shmrpc_conn_options *options, int epoll_f
     } else {
         status = stream_init(&conn->stream, options->control_fd);
     }
+    if (status == 0 && conn->is_shm) {
+        conn->lending = lending_new(conn, options->arena_max_bytes, options->peer_arena_max_bytes,
+                                    options->peer_trusted != 0);
+        if (conn->lending == NULL) {
+            segment_unmap(conn->wake.peer, conn->peer_ring_bytes);
+            status = -ENOMEM;
+        }
+    }
     if (status < 0)
         return status;
     pthread_mutex_init(&conn->send_lock, NULL);
@@ -97,6 +106,9 @@ int conn_init(struct conn *conn, const shmrpc_conn_options *options, int epoll_f
 void conn_destroy(struct conn *conn)
 {
     conn->destroyed = true;
+    if (conn->lending != NULL)
+        lending_end(conn->lending); /* from here on no finalizer comes here */
+    conn->lending = NULL;
     close_fd(conn->own_bell_fd);
     if (conn->is_shm && !conn->wake.bell_socket)
         close_fd(conn->wake.peer_bell);
@@ -108,6 +120,9 @@ void conn_destroy(struct conn *conn)
 
 void conn_abandon(struct conn *conn)
 {
+    if (conn->lending != NULL)
+        lending_end(conn->lending);
+    blocks_free(conn->received.blocks, conn->received.count);
     if (conn->is_shm)
         segment_unmap(conn->wake.peer, conn->peer_ring_bytes);
     stream_free(&conn->stream);
@@ -342,14 +357,17 @@ static uint64_t last_position(const struct conn *conn, uint32_t total)
     return conn->pushed + conn->outbox.span + frames_before * frame_span(conn->frame_max);
 }
 
-int conn_send(struct conn *conn, struct outgoing *message, atomic_u64 *position, uint64_t *bells)
+/* As conn_send, but rings no bell: *published is whether it pushed anything into a ring. */
+static int send_quietly(struct conn *conn, struct outgoing *message, atomic_u64 *position,
+                        bool *published)
 {
     size_t total = 0;
     int status;
 
+    *published = false;
     for (int i = 0; i < 3; i++)
         total += message->parts[i].iov_len;
-    if (total > conn->peer_max_message_bytes)
+    if (total + message->block_bytes > conn->peer_max_message_bytes)
         return -EMSGSIZE;
     message->header.total_bytes = (uint32_t)total;
 
@@ -375,9 +393,53 @@ int conn_send(struct conn *conn, struct outgoing *message, atomic_u64 *position,
     if (status == -ENOMEM && pushed != 0)
         status = -EPIPE; /* the peer has half a message: only closing is left */
     pthread_mutex_unlock(&conn->send_lock);
-    if (pushed != 0 && conn->is_shm)
-        *bells += (uint64_t)wake_peer_for_data(&conn->wake);
+    *published = pushed != 0 && conn->is_shm;
     return status < 0 ? status : waits;
+}
+
+int conn_send(struct conn *conn, struct outgoing *message, atomic_u64 *position, uint64_t *bells)
+{
+    bool published;
+    int status = send_quietly(conn, message, position, &published);
+
+    if (published)
+        *bells += (uint64_t)wake_peer_for_data(&conn->wake);
+    return status;
+}
+
+static void hang_up(struct conn *conn)
+{
+    store_relaxed(&conn->ended_here, 1);
+    shutdown(conn->control_fd, SHUT_RDWR); /* the leader will see it and end the conn */
+}
+
+void conn_return(struct conn *conn, struct block_name name)
+{
+    struct outgoing message = {.header = {.kind = SHMRPC_RETURN},
+                               .parts = {{&name, sizeof name}}};
+    atomic_u64 position;
+    bool published;
+
+    if (load_relaxed(&conn->error) != 0)
+        return;
+    int status = send_quietly(conn, &message, &position, &published);
+    if (published)
+        wake_peer_for_blocks(&conn->wake);
+    if (status == -EPIPE || status == -EPROTO)
+        hang_up(conn);
+}
+
+int conn_withdraw(struct conn *conn, uint32_t number)
+{
+    struct outgoing message = {.header = {.kind = SHMRPC_WITHDRAW},
+                               .parts = {{&number, sizeof number}}};
+    atomic_u64 position;
+    uint64_t bells = 0;
+    int status = conn_send(conn, &message, &position, &bells);
+
+    if ((status == -EPIPE || status == -EPROTO) && load_relaxed(&conn->error) == 0)
+        hang_up(conn);
+    return status < 0 ? status : 0;
 }
 
 bool conn_peer_left(struct conn *conn)
@@ -410,12 +472,12 @@ static int link_peek(struct conn *conn, struct frame_header *header)
     return stream_peek(&conn->stream, header);
 }
 
-static void link_read(const struct conn *conn, void *destination, uint64_t count)
+static void link_read(const struct conn *conn, uint64_t offset, void *destination, uint64_t count)
 {
     if (conn->is_shm)
-        ring_read(&conn->consumer, 0, destination, count);
+        ring_read(&conn->consumer, offset, destination, count);
     else
-        stream_read(&conn->stream, 0, destination, count);
+        stream_read(&conn->stream, offset, destination, count);
 }
 
 static void link_release(struct conn *conn, uint32_t length, uint64_t *bells)
@@ -449,6 +511,9 @@ static int check_first(const struct conn *conn, const struct frame_header *heade
         return -EPROTO;
     if (more ? header->length >= header->total_bytes : header->length != header->total_bytes)
         return -EPROTO;
+    if ((header->flags & SHMRPC_FLAG_BLOCKS) != 0 && !request && header->kind != SHMRPC_REPLY &&
+        header->kind != SHMRPC_ITEM)
+        return -EPROTO;
     return more && header->length == 0 ? -EPROTO : 0;
 }
 
@@ -470,7 +535,7 @@ static int append_piece(struct conn *conn, uint32_t length)
         partial->payload = payload;
         partial->capacity = (uint32_t)capacity;
     }
-    link_read(conn, partial->payload + partial->received, length);
+    link_read(conn, 0, partial->payload + partial->received, length);
     partial->received += length;
     return 0;
 }
@@ -499,7 +564,119 @@ static int take_piece(struct conn *conn, const struct frame_header *header, uint
     return !more;
 }
 
-int conn_receive(struct conn *conn, struct frame_header *header, uint64_t *bells)
+void conn_read_control(struct conn *conn)
+{
+    int status = lending_read_control(conn->lending, conn->control_fd);
+
+    conn->hung_up |= status < 0;
+    conn->violated |= status == -EPROTO || status == -ENOMEM;
+}
+
+/* ---- blocks ---- */
+
+void blocks_free(shmrpc_block *blocks, uint32_t count)
+{
+    for (uint32_t i = 0; i < count; i++)
+        if (blocks[i].lease != NULL)
+            shmrpc_lease_free(blocks[i].lease, NULL);
+    free(blocks);
+}
+
+/* Bytes of the message just received, of which the peer may change what lies in a ring. */
+static void read_part(const struct conn *conn, uint64_t offset, void *destination, uint64_t count)
+{
+    if (conn->partial.received != 0)
+        memcpy(destination, conn->partial.payload + offset, count);
+    else
+        link_read(conn, offset, destination, count);
+}
+
+static int take_block(struct conn *conn, const struct block_entry *entry, shmrpc_block *block)
+{
+    if (conn->lending == NULL)
+        return -EPROTO;
+    struct memory *memory = lending_peer_memory(conn->lending, entry->segment);
+    if (memory == NULL) { /* its descriptor came before, on the control socket */
+        conn_read_control(conn);
+        memory = lending_peer_memory(conn->lending, entry->segment);
+    }
+    if (memory == NULL || entry->bytes == 0 || entry->offset > memory->bytes ||
+        entry->bytes > memory->bytes - entry->offset)
+        return -EPROTO;
+    block->lease = lending_lease(conn->lending, memory, entry);
+    block->data = memory->base + entry->offset;
+    return block->lease != NULL ? 0 : -ENOMEM;
+}
+
+/* Entries are loaded once, into private memory, and checked there. `room` is what the message has
+ * behind its table, `allowed` what it may refer to. */
+static int take_entries(struct conn *conn, uint64_t offset, uint64_t room, uint64_t allowed)
+{
+    struct received_blocks *received = &conn->received;
+
+    for (uint32_t i = 0; i < received->count; i++) {
+        shmrpc_block *block = &received->blocks[i];
+        struct block_entry entry;
+        int status = 0;
+        read_part(conn, offset + i * (uint64_t)BLOCK_ENTRY_BYTES, &entry, sizeof entry);
+        *block = (shmrpc_block){.bytes = entry.bytes};
+        if (entry.reserved != 0)
+            return -EPROTO;
+        if (entry.segment == BLOCK_INLINE) {
+            if (entry.offset != 0 || entry.index != 0 || entry.generation != 0 ||
+                entry.bytes > room - received->inline_bytes)
+                return -EPROTO;
+            received->inline_bytes += entry.bytes;
+        } else {
+            if (entry.bytes > allowed)
+                return -EPROTO;
+            allowed -= entry.bytes;
+            status = take_block(conn, &entry, block);
+        }
+        if (status < 0)
+            return status;
+    }
+    return 0;
+}
+
+/* The table of the message that conn_receive has found. */
+static int receive_blocks(struct conn *conn, const struct frame_header *header)
+{
+    struct received_blocks *received = &conn->received;
+    bool request = header->kind == SHMRPC_REQUEST || header->kind == SHMRPC_NOTIFY;
+    uint64_t start = (uint64_t)header->metadata_bytes + (request ? header->method_bytes : 0);
+    uint64_t room = header->total_bytes - start;
+    struct block_table table;
+
+    if (room < sizeof table)
+        return -EPROTO;
+    read_part(conn, start, &table, sizeof table);
+    uint64_t table_bytes = BLOCK_TABLE_BYTES + (uint64_t)table.count * BLOCK_ENTRY_BYTES;
+    if (table.reserved != 0 || table.count > BLOCKS_MAX || table_bytes > room)
+        return -EPROTO;
+    received->blocks = calloc((size_t)table.count + 1, sizeof *received->blocks);
+    if (received->blocks == NULL)
+        return -ENOMEM;
+    received->count = table.count;
+    received->table_bytes = (uint32_t)table_bytes;
+    return take_entries(conn, start + sizeof table, room - table_bytes,
+                        conn->max_message_bytes - header->total_bytes);
+}
+
+void conn_take_blocks(struct conn *conn, shmrpc_message *message)
+{
+    const struct received_blocks *received = &conn->received;
+
+    message->blocks = received->blocks;
+    message->block_count = received->count;
+    message->table_bytes = received->table_bytes;
+    message->body_bytes -= received->table_bytes + received->inline_bytes;
+    conn->received = (struct received_blocks){0};
+}
+
+/* ---- whole messages ---- */
+
+static int receive_message(struct conn *conn, struct frame_header *header, uint64_t *bells)
 {
     for (int i = 0; i < CONN_PIECES_MAX; i++) {
         int status = link_peek(conn, header);
@@ -527,12 +704,24 @@ int conn_receive(struct conn *conn, struct frame_header *header, uint64_t *bells
     return 0;
 }
 
+int conn_receive(struct conn *conn, struct frame_header *header, uint64_t *bells)
+{
+    int status = receive_message(conn, header, bells);
+
+    if (status > 0 && (header->flags & SHMRPC_FLAG_BLOCKS) != 0) {
+        int result = receive_blocks(conn, header);
+        if (result < 0)
+            return result;
+    }
+    return status;
+}
+
 void conn_read(const struct conn *conn, uint32_t total, void *destination)
 {
     if (conn->partial.received != 0)
         memcpy(destination, conn->partial.payload, total);
     else
-        link_read(conn, destination, total);
+        link_read(conn, 0, destination, total);
 }
 
 uint8_t *conn_take_payload(struct conn *conn)
@@ -549,6 +738,10 @@ void conn_finish(struct conn *conn, uint32_t length, uint64_t *bells)
     free(conn->partial.payload);
     conn->partial = (struct partial){0};
     link_release(conn, length, bells);
+    if (conn->received.blocks != NULL) {
+        blocks_free(conn->received.blocks, conn->received.count);
+        conn->received = (struct received_blocks){0};
+    }
 }
 
 /* ---- after the end ---- */

@@ -10,6 +10,7 @@
 #include <pthread.h>
 #include <stdbool.h>
 
+#include "lending.h"
 #include "ring.h"
 #include "shmrpc.h"
 #include "stream.h"
@@ -33,6 +34,7 @@ struct conn {
     bool is_shm;
     bool hot;    /* leader: in the poller's list of conns to poll */
     bool hung_up; /* leader: the peer is gone, its last frames are still to be read */
+    bool violated; /* leader: or it broke the protocol on the control socket */
     atomic_u64 error; /* 0, or the errno that ended it */
     atomic_u64 ended_here; /* we ended it, the peer may live */
     atomic_u64 said_goodbye; /* W: leader: the peer starts none of our requests any more */
@@ -46,6 +48,8 @@ struct conn {
     struct wake wake;
     struct stream stream;
     struct partial partial;
+    struct received_blocks received; /* leader: of the message just received */
+    struct lending *lending; /* null without shared memory */
 
     pthread_mutex_t send_lock; /* producer, stream.out*, outbox */
     struct outbox outbox;
@@ -58,7 +62,8 @@ struct conn {
     bool relative_deadlines;
     bool wants_room;   /* send_lock: asked to be woken when there is room */
     bool ignores_input; /* send_lock: a stream that is full: its input does not wake us */
-    bool tells_room;   /* poller lock: an event is wanted when the outbox is empty */
+    bool tells_room;   /* poller lock: an event is wanted when the outbox is empty, */
+    bool tells_blocks; /* poller lock: or when blocks of ours have come back */
     bool resumed;      /* poller lock: was full of queued requests, and is not any more */
     uint64_t pushed; /* send_lock: ring space of all frames that left so far */
     int epoll_fd;
@@ -71,6 +76,7 @@ struct conn {
 struct outgoing {
     struct frame_header header; /* length and total_bytes are filled in */
     struct iovec parts[3];      /* method name, metadata, body */
+    uint64_t block_bytes;       /* beside them, in blocks */
 };
 
 int conn_init(struct conn *conn, const shmrpc_conn_options *options, int epoll_fd);
@@ -88,6 +94,11 @@ bool conn_hung_up(struct conn *conn);
  * the peer can see the message.
  * Adds the bells it rang to *bells. */
 int conn_send(struct conn *conn, struct outgoing *message, atomic_u64 *position, uint64_t *bells);
+/* Give a block back to the peer, or tell it that a segment is let go; rings only if it waits for that.
+ * Called with the lending's lock held. */
+void conn_return(struct conn *conn, struct block_name name);
+/* Tell the peer that a segment of ours goes: 0, or -errno. */
+int conn_withdraw(struct conn *conn, uint32_t number);
 /* Send what waits in the outbox as far as there is room: 0, or -errno. */
 int conn_flush(struct conn *conn, uint64_t *bells);
 
@@ -101,7 +112,12 @@ int conn_receive(struct conn *conn, struct frame_header *header, uint64_t *bells
 void conn_read(const struct conn *conn, uint32_t total, void *destination);
 /* Take over the payload if it is in private memory already (it came in pieces), else null. */
 uint8_t *conn_take_payload(struct conn *conn);
-/* Consume it; on a ring the peer sees now that we took it. */
+/* Take over the blocks that came with it. */
+void conn_take_blocks(struct conn *conn, shmrpc_message *message);
+void blocks_free(shmrpc_block *blocks, uint32_t count);
+/* Leader: read the control socket of a ring. */
+void conn_read_control(struct conn *conn);
+/* Consume it, and give back the blocks that nobody took; on a ring the peer sees now that we took it. */
 void conn_finish(struct conn *conn, uint32_t length, uint64_t *bells);
 
 /* After the peer's death: what became of a call whose request ended at `position`. */

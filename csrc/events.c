@@ -65,7 +65,8 @@ int events_receive(struct shmrpc_poller *poller, struct conn *conn,
 static struct stored *open_run(struct shmrpc_poller *poller, const struct conn *conn,
                                const struct frame_header *header)
 {
-    if (poller->events.first == NULL || conn->partial.received != 0)
+    if (poller->events.first == NULL || conn->partial.received != 0 ||
+        (header->flags & SHMRPC_FLAG_BLOCKS) != 0)
         return NULL;
     /* `last` is where the next one is hung up: the first member of the last one. */
     struct stored *stored = (struct stored *)poller->events.last;

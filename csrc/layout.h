@@ -11,6 +11,7 @@
  *                                                                 the owner's death what it took
  *    384  arm                epoch << 1 | asleep                  after publishing, to ring
  *    392  space              position << 1 | wanted               after freeing space, to ring
+ *    400  wants              1 while it waits for its blocks      after giving one back, to ring
  *    512  queued[448]        calls taken but not started yet      only after the owner's death
  *   4096  ring[ring_bytes]   frames                               frames
  *
@@ -47,8 +48,9 @@ struct segment_shm {
     uint8_t pad2[120];
 
     atomic_u64 arm;   /* W: owner, when it goes to sleep and wakes. R: peer (fence E/F). */
-    atomic_u64 space; /* W: owner, when its frames did not fit. R: peer (fence G/H). Rare, so */
-    uint8_t pad3[112]; /* both share a line that stays clean in the peer's cache. */
+    atomic_u64 space; /* W: owner, when its frames did not fit. R: peer (fence G/H). */
+    atomic_u64 wants; /* W: owner, when its arena is full. R: peer (fence E/F). All three are */
+    uint8_t pad3[104]; /* rare and share a line that stays clean in the peer's cache. */
 
     atomic_u64 queued[LAYOUT_QUEUED_MAX]; /* W: owner. R: peer, after the owner's death. */
 
@@ -61,6 +63,7 @@ _Static_assert(offsetof(struct segment_shm, tail) == 128, "layout diagram");
 _Static_assert(offsetof(struct segment_shm, head) == 256, "layout diagram");
 _Static_assert(offsetof(struct segment_shm, arm) == 384, "layout diagram");
 _Static_assert(offsetof(struct segment_shm, space) == 392, "layout diagram");
+_Static_assert(offsetof(struct segment_shm, wants) == 400, "layout diagram");
 _Static_assert(offsetof(struct segment_shm, queued) == 512, "layout diagram");
 _Static_assert(offsetof(struct segment_shm, ring) == LAYOUT_HEADER_BYTES, "layout diagram");
 _Static_assert(sizeof(struct segment_shm) == LAYOUT_HEADER_BYTES, "layout diagram");
@@ -102,6 +105,50 @@ _Static_assert(offsetof(struct frame_header, call_id) == 8, "frame diagram");
 _Static_assert(offsetof(struct frame_header, deadline_ns) == 16, "frame diagram");
 _Static_assert(offsetof(struct frame_header, metadata_bytes) == 24, "frame diagram");
 _Static_assert(offsetof(struct frame_header, total_bytes) == 28, "frame diagram");
+
+/* The block table before the body of a message with SHMRPC_FLAG_BLOCKS: this, then `count` entries.
+ * The bytes of entries in segment BLOCK_INLINE follow the body, in order; their offset, index and
+ * generation are 0.
+ */
+struct block_table {
+    uint32_t count;
+    uint32_t reserved; /* 0 */
+};
+
+struct block_entry {
+    uint64_t offset; /* in the segment */
+    uint64_t bytes;
+    uint32_t segment; /* number, as its record on the control socket gave it */
+    uint32_t index, generation; /* by which it is given back */
+    uint32_t reserved; /* 0 */
+};
+
+#define BLOCK_TABLE_BYTES 8u
+#define BLOCK_ENTRY_BYTES 32u
+#define BLOCK_INLINE UINT32_MAX
+
+_Static_assert(sizeof(struct block_table) == BLOCK_TABLE_BYTES, "block table");
+_Static_assert(sizeof(struct block_entry) == BLOCK_ENTRY_BYTES, "block table");
+
+/* One block in the payload of RETURN. With index BLOCK_INLINE the segment `generation` that was
+ * withdrawn is let go. */
+struct block_name {
+    uint32_t index, generation;
+};
+
+/* A further segment, sent over the control socket with its descriptor. Bells on the same socket
+ * are bytes of any other value than a record's first. */
+struct memory_record {
+    uint8_t mark; /* MEMORY_MARK */
+    uint8_t reserved[3];
+    uint32_t number;
+    uint64_t bytes;
+};
+
+#define MEMORY_MARK 1u
+#define MEMORY_RECORD_BYTES 16u
+
+_Static_assert(sizeof(struct memory_record) == MEMORY_RECORD_BYTES, "memory record");
 
 /* Bytes that a frame with this payload length takes in a ring. */
 static inline uint64_t frame_span(uint32_t length)

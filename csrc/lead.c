@@ -158,6 +158,9 @@ static int dispatch(struct shmrpc_poller *poller, struct shmrpc_slot *slot, stru
     case SHMRPC_CREDIT:
     case SHMRPC_INITIAL:
         return events_stream(poller, conn, header);
+    case SHMRPC_RETURN:
+    case SHMRPC_WITHDRAW:
+        return blocks_frame(poller, conn, header);
     case SHMRPC_GOODBYE:
         conn_finish(conn, header->length, &poller->bells);
         store_relaxed(&conn->said_goodbye, 1);
@@ -237,7 +240,7 @@ static int poll_conn(struct shmrpc_poller *poller, struct shmrpc_slot *slot, str
     if (status >= 0)
         status = flush(poller, conn);
     if (status == 0 && conn->hung_up && count == 0 && !events_full(poller))
-        status = -EPIPE;
+        status = conn->violated ? -EPROTO : -EPIPE;
     if (status < 0) {
         fail_conn(poller, conn, -status);
         return -1;
@@ -298,16 +301,10 @@ static void cool(struct shmrpc_poller *poller, bool rings)
 
 static void control_event(struct conn *conn)
 {
-    char bells[256];
-
-    if (!conn->is_shm) {
+    if (conn->is_shm)
+        conn_read_control(conn);
+    else
         conn->stream.readable = true;
-        return;
-    }
-    /* Anything but the peer's bells (their number says nothing) or silence is its end. */
-    ssize_t received = recv(conn->control_fd, bells, sizeof bells, MSG_DONTWAIT);
-    if (received == 0 || (received < 0 && errno != EAGAIN && errno != EINTR))
-        conn->hung_up = true;
 }
 
 /* With the lock held: poll those again that were full of queued requests. */

@@ -51,6 +51,7 @@ void stored_free(struct stored *stored)
 {
     if (stored->conn != NULL)
         conn_release(stored->conn);
+    blocks_free(stored->message.blocks, stored->message.block_count);
     free(stored->ends);
     free(stored->payload);
     free(stored);

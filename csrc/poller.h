@@ -3,6 +3,7 @@
  *   poller.c    the registry of conns, events for Python, statistics
  *   lead.c      leading: polling hot conns, spinning, arming, sleeping
  *   callers.c   threads that wait for a reply: send, lead or follow, hand the role on
+ *   blocks.c    buffers beside messages: attaching, loans, waiting for room in the arena
  *   events.c    messages for Python: replies to its own calls, frames of streams
  *   workers.c   threads that run requests: admission, queue, standby
  *
@@ -34,7 +35,7 @@ enum {
  * the role. */
 enum { RESULT_QUEUED = -1100, RESULT_WANTED = -1101 };
 
-enum slot_goal { GOAL_NONE, GOAL_REPLY, GOAL_ROOM, GOAL_EVENTS, GOAL_REQUEST };
+enum slot_goal { GOAL_NONE, GOAL_REPLY, GOAL_ROOM, GOAL_BLOCKS, GOAL_EVENTS, GOAL_REQUEST };
 
 enum slot_state {
     SLOT_IDLE,     /* waits for nothing */
@@ -76,6 +77,8 @@ struct shmrpc_slot {
     uint8_t *reply_metadata;    /* worker: see shmrpc_reply_metadata */
     uint32_t reply_metadata_bytes;
     uint32_t *ends;             /* of message.ends, malloc */
+    bool attaches;              /* the next message that is sent has a block table: */
+    struct attached *attached;  /* see blocks.c; malloc, or null */
 };
 
 /* A message that waits in private memory: an event for Python or a queued request. */
@@ -87,6 +90,7 @@ struct stored {
     uint32_t queued_index; /* in the segment's queued table */
     uint32_t *ends;        /* ITEM: see message.ends */
     uint32_t end_capacity, payload_capacity;
+    uint32_t total_bytes; /* queued: as poller->queued_bytes counts it */
 };
 
 struct stored_list {
@@ -214,7 +218,8 @@ int events_stream(struct shmrpc_poller *poller, struct conn *conn,
 
 /* ---- callers.c ---- */
 
-void message_from_header(shmrpc_message *message, const struct conn *conn,
+/* Takes over the blocks that came with it. */
+void message_from_header(shmrpc_message *message, struct conn *conn,
                          const struct frame_header *header);
 /* Copy the message that conn_receive has found into the slot. 0 or -ENOMEM. */
 int slot_receive(struct shmrpc_slot *slot, struct conn *conn, const struct frame_header *header);
@@ -234,6 +239,14 @@ void callers_room(struct shmrpc_poller *poller, struct conn *conn);
 /* Send; rings, counts and wakes whom it concerns. As conn_send. */
 int poller_send(struct shmrpc_poller *poller, struct conn *conn, struct outgoing *message,
                 atomic_u64 *position);
+/* The same with the slot's attached buffers, if it has any; parts[body] is the message's body. */
+int slot_send(struct shmrpc_slot *slot, struct outgoing *message, int body, atomic_u64 *position);
+/* With the lock held: the slot waits from now on. */
+void slot_begin(struct shmrpc_slot *slot, enum slot_goal goal, uint64_t deadline_ns);
+/* With the lock held: come in, and take the role if nobody is using it. */
+bool slot_enter(struct shmrpc_poller *poller, struct shmrpc_slot *slot);
+/* Wait until the slot's goal is met. */
+int64_t slot_wait(struct shmrpc_poller *poller, struct shmrpc_slot *slot, bool leads);
 /* With the lock held: the conn has ended with this errno. */
 void callers_lost(struct shmrpc_poller *poller, struct conn *conn, int error);
 /* Sleep until *state is not SLOT_SLEEPING: 0, -ETIMEDOUT, -EINTR. */
@@ -245,6 +258,16 @@ void callers_inherit(struct shmrpc_poller *poller, const struct shmrpc_slot *lea
 /* With the lock held: end every wait, because the poller stops. */
 void callers_stop(struct shmrpc_poller *poller);
 struct shmrpc_slot *slot_new(struct shmrpc_poller *poller, uint64_t conn_id, bool worker);
+
+/* ---- blocks.c ---- */
+
+int blocks_send(struct shmrpc_slot *slot, struct outgoing *message, int body,
+                atomic_u64 *position);
+/* RETURN or WITHDRAW has arrived. Consumes it. */
+int blocks_frame(struct shmrpc_poller *poller, struct conn *conn,
+                 const struct frame_header *header);
+/* The slot goes. */
+void blocks_forget(struct shmrpc_slot *slot);
 
 /* ---- workers.c ---- */
 
@@ -261,6 +284,8 @@ void workers_go_away(struct shmrpc_poller *poller);
  * does not count as running; and goes on. */
 void workers_enter(struct shmrpc_poller *poller, struct shmrpc_slot *slot);
 void workers_leave(struct shmrpc_poller *poller, struct shmrpc_slot *slot);
+/* With the lock held: have the leader look at this conn again. */
+void workers_read_again(struct shmrpc_poller *poller, struct conn *conn);
 /* Leader: a conn takes replies again, for which its queued requests have waited. */
 void workers_resume(struct shmrpc_poller *poller);
 /* With the lock held: a worker's slot goes, whatever it was doing. */

@@ -4,6 +4,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <stdlib.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -17,20 +18,20 @@ uint64_t segment_bytes(uint64_t ring_bytes)
     return LAYOUT_HEADER_BYTES + ring_bytes;
 }
 
-static int check_size(int fd, uint64_t ring_bytes)
+static int check_size(int fd, uint64_t bytes)
 {
     struct stat status;
 
     if (fstat(fd, &status) < 0)
         return -errno;
-    if (!S_ISREG(status.st_mode) || (uint64_t)status.st_size != segment_bytes(ring_bytes))
+    if (!S_ISREG(status.st_mode) || (uint64_t)status.st_size != bytes)
         return -EPROTO;
     return 0;
 }
 
 int segment_map_own(int fd, uint64_t ring_bytes, struct segment_shm **segment)
 {
-    int status = check_size(fd, ring_bytes);
+    int status = check_size(fd, segment_bytes(ring_bytes));
 
     if (status < 0)
         return status;
@@ -58,7 +59,7 @@ static int check_seals(int fd)
 
 int segment_map_peer(int fd, uint64_t ring_bytes, bool trusted, const struct segment_shm **segment)
 {
-    int status = check_size(fd, ring_bytes);
+    int status = check_size(fd, segment_bytes(ring_bytes));
 
     if (status == 0 && !trusted)
         status = check_seals(fd);
@@ -82,4 +83,53 @@ void segment_unmap(const struct segment_shm *segment, uint64_t ring_bytes)
 {
     if (segment != NULL)
         munmap((void *)(uintptr_t)segment, segment_bytes(ring_bytes));
+}
+
+/* ---- memory for blocks ---- */
+
+static int map_memory(int fd, uint64_t bytes, int protection, int flags, struct memory **memory)
+{
+    struct memory *made = malloc(sizeof *made);
+
+    if (made == NULL)
+        return -ENOMEM;
+    void *base = mmap(NULL, bytes, protection, MAP_SHARED | flags, fd, 0);
+    if (base == MAP_FAILED) {
+        free(made);
+        return -errno;
+    }
+    *made = (struct memory){.references = 1, .base = base, .bytes = bytes};
+    *memory = made;
+    return 0;
+}
+
+int memory_map_own(int fd, uint64_t bytes, struct memory **memory)
+{
+    int status = bytes % MEMORY_PAGE == 0 ? check_size(fd, bytes) : -EINVAL;
+
+    /* All of it is going to be written: one system call instead of a fault for each page. */
+    return status < 0 ? status
+                      : map_memory(fd, bytes, PROT_READ | PROT_WRITE, MAP_POPULATE, memory);
+}
+
+int memory_map_peer(int fd, uint64_t bytes, bool trusted, struct memory **memory)
+{
+    int status = check_size(fd, bytes);
+
+    if (status == 0 && !trusted)
+        status = check_seals(fd);
+    return status < 0 ? status : map_memory(fd, bytes, PROT_READ, 0, memory);
+}
+
+void memory_ref(struct memory *memory)
+{
+    reference_take(&memory->references);
+}
+
+void memory_unref(struct memory *memory)
+{
+    if (!reference_drop(&memory->references))
+        return;
+    munmap(memory->base, memory->bytes);
+    free(memory);
 }

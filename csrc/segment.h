@@ -19,6 +19,22 @@ int segment_map_own(int fd, uint64_t ring_bytes, struct segment_shm **segment);
 int segment_map_peer(int fd, uint64_t ring_bytes, bool trusted,
                      const struct segment_shm **segment);
 
+/* A mapping of a segment of blocks, which lives as long as anything points into it. */
+struct memory {
+    atomic_u64 references;
+    uint8_t *base;
+    uint64_t bytes;
+};
+
+enum { MEMORY_PAGE = 4096 };
+
+/* Map our own, read-write, or the peer's, read-only and with the checks of segment_map_peer; with
+ * one reference. `bytes` has to be the file's size. */
+int memory_map_own(int fd, uint64_t bytes, struct memory **memory);
+int memory_map_peer(int fd, uint64_t bytes, bool trusted, struct memory **memory);
+void memory_ref(struct memory *memory);
+void memory_unref(struct memory *memory);
+
 void segment_unmap(const struct segment_shm *segment, uint64_t ring_bytes);
 
 #endif

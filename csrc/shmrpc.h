@@ -43,8 +43,11 @@ enum shmrpc_kind {
     SHMRPC_CREDIT = 9,   /* the receiver of items has room for more */
     SHMRPC_INITIAL = 10, /* metadata before the first item or the reply */
     SHMRPC_GOODBYE = 11, /* last of a server that stops: no request without a reply was started */
+    SHMRPC_RETURN = 12,  /* blocks of the receiver's go back to it */
+    SHMRPC_WITHDRAW = 13, /* a segment of the sender's goes: nothing of it is in use */
     SHMRPC_CLOSED = 100, /* never on the wire: this conn has ended */
-    SHMRPC_ROOM = 101    /* nor this: what waited to be sent on this conn has left */
+    SHMRPC_ROOM = 101    /* nor this: what waited to be sent on this conn has left, or blocks of its
+                          * arena have come back */
 };
 
 enum shmrpc_flag {
@@ -53,7 +56,8 @@ enum shmrpc_flag {
     SHMRPC_FLAG_STREAM = 4,   /* REQUEST: the caller takes ITEM frames, and may send some */
     SHMRPC_FLAG_ENDED = 8,    /* REQUEST: but sends none, as if END followed */
     SHMRPC_FLAG_CALLER = 16,  /* ITEM, CREDIT: comes from the one that made the call */
-    SHMRPC_FLAG_ALL = 31
+    SHMRPC_FLAG_BLOCKS = 32,  /* a block table stands before the body: see shmrpc_attach */
+    SHMRPC_FLAG_ALL = 63
 };
 
 /* Results of waiting that are neither a count nor an errno. */
@@ -62,7 +66,9 @@ enum shmrpc_result {
     SHMRPC_EVENTS = -1002,  /* messages that no slot waits for: shmrpc_take them */
     SHMRPC_SPAWN = -1003,   /* a worker is needed and none is idle: start another, then go on */
     SHMRPC_STOPPED = -1004, /* the poller was stopped */
-    SHMRPC_QUEUED = -1005   /* a caller on a client: shmrpc_next_queued has a request to serve */
+    SHMRPC_QUEUED = -1005,  /* a caller on a client: shmrpc_next_queued has a request to serve */
+    SHMRPC_GROW = -1006,    /* the arena needs a further segment: shmrpc_arena_add, then again */
+    SHMRPC_FULL = -1007     /* the arena may not grow: shmrpc_wait_blocks, then again */
 };
 
 /* What became of a call whose connection ended. */
@@ -76,6 +82,15 @@ enum { SHMRPC_METHOD_MAX = 255, SHMRPC_PYTHON_INDEX = 65535 };
 
 typedef struct shmrpc_poller shmrpc_poller;
 typedef struct shmrpc_slot shmrpc_slot;
+typedef struct shmrpc_lease shmrpc_lease;
+typedef struct shmrpc_loan shmrpc_loan;
+
+/* A buffer that came beside a message's body. */
+typedef struct shmrpc_block {
+    const uint8_t *data;
+    uint64_t bytes;
+    shmrpc_lease *lease; /* null: it lies in the message itself, and goes with it */
+} shmrpc_block;
 
 /* A received message, copied out of shared memory. Valid until the slot receives the next. */
 typedef struct shmrpc_message {
@@ -95,6 +110,9 @@ typedef struct shmrpc_message {
     uint32_t cancelled; /* requests: set while the handler runs if the caller gave up */
     uint32_t item_count;  /* ITEM: how many lie in the body, one behind the other */
     const uint32_t *ends; /* ITEM: where each of them ends; null if there is one */
+    uint32_t block_count; /* with SHMRPC_FLAG_BLOCKS: buffers beside the body, which is without them */
+    uint32_t table_bytes; /* between metadata and body */
+    shmrpc_block *blocks; /* goes with the message, but for leases that shmrpc_lease_take took */
 } shmrpc_message;
 
 /* Map a new segment of ours for writing, before it is sealed and its descriptor goes to the peer.
@@ -114,6 +132,8 @@ typedef struct shmrpc_conn_options {
     uint32_t peer_ring_bytes;
     uint32_t max_message_bytes;      /* that we accept */
     uint32_t peer_max_message_bytes; /* that the peer accepts */
+    uint64_t arena_max_bytes;        /* of our blocks in shared memory; 0 = none */
+    uint64_t peer_arena_max_bytes;   /* of the peer's */
     int peer_trusted;       /* same uid: its segment need not be sealed */
     int relative_deadlines; /* the peer's clock is not ours (tcp) */
 } shmrpc_conn_options;
@@ -124,6 +144,16 @@ typedef struct shmrpc_stats {
     uint64_t calls_started, calls_refused, calls_expired;
     uint64_t running, queued, conns, outbox_bytes;
 } shmrpc_stats;
+
+/* Blocks of one conn. */
+typedef struct shmrpc_arena_stats {
+    uint64_t max_bytes, bytes, used_bytes; /* our arena: allowed, there, in use */
+    uint64_t lent_blocks, lent_bytes;      /* of that, what the peer has */
+    uint64_t oldest_ns;                    /* how long it has had one of them */
+    uint64_t loans, loan_bytes;            /* of that, what shmrpc_loan_new gave out here */
+    uint64_t peer_bytes;                   /* of the peer's arena, mapped here */
+    uint64_t leases, leased_bytes;         /* of that, what is in use here */
+} shmrpc_arena_stats;
 
 /* A method name as it goes into requests. */
 typedef struct shmrpc_name {
@@ -249,6 +279,62 @@ int shmrpc_reply_metadata(shmrpc_slot *slot, const char *metadata, size_t metada
 int64_t shmrpc_reply_next(shmrpc_slot *slot, const char *body, size_t body_bytes);
 /* Reply to the slot's request; once. */
 int shmrpc_reply(shmrpc_slot *slot, uint32_t status, const char *body, size_t body_bytes);
+
+/* ---- blocks: large buffers beside a message's body ----
+ *
+ * A value's buffers travel in blocks of their sender's arena, which the receiver reads where they
+ * lie and gives back when it has let go of them. Over sockets, and where the arena can't hold them,
+ * they follow the body, so that users see no difference.
+ */
+
+/* The next message sent with this slot (by shmrpc_call_with, shmrpc_send, shmrpc_send_item,
+ * shmrpc_reply) has SHMRPC_FLAG_BLOCKS, and carries this buffer beside its body, after those
+ * attached before. Null begins anew, with none. A buffer in a loan of the conn's arena is sent as
+ * it is; any other is copied into the arena, or, if it goes with the body, when the message is
+ * sent: it has to stay until then. 0, SHMRPC_GROW, SHMRPC_FULL, -ENOMEM, -EMSGSIZE. */
+int shmrpc_attach(shmrpc_slot *slot, const void *data, uint64_t bytes);
+/* The same, but if the arena does not hold it, it goes with the body. 0, -ENOMEM, -EMSGSIZE. */
+int shmrpc_attach_inline(shmrpc_slot *slot, const void *data, uint64_t bytes);
+/* There will be no such message. */
+void shmrpc_detach(shmrpc_slot *slot);
+/* What the attached buffers add to an item's size where streams count bytes: all of what goes with
+ * the body, a 32nd of what lies in blocks. */
+uint64_t shmrpc_attached_weight(shmrpc_slot *slot);
+/* The same of a message that was received. */
+uint64_t shmrpc_message_weight(const shmrpc_message *message);
+
+/* Take a block's lease out of the slot's message: null if it has none. */
+shmrpc_lease *shmrpc_lease_take(shmrpc_slot *slot, uint32_t index);
+/* Nothing uses the block any more: give it back, without a system call unless its owner waits for
+ * it. Any thread, any time, also after the conn and the poller are gone; in a forked child it only
+ * lets go of the memory. `data` is ignored: it makes this fit as a finalizer of the data. */
+void shmrpc_lease_free(shmrpc_lease *lease, const void *data);
+
+/* Memory in the arena of the slot's conn, for who wants to send what it writes there without a
+ * copy: 0, SHMRPC_GROW, SHMRPC_FULL, -ENOMEM, or -EOPNOTSUPP if there is no arena that could hold
+ * it. It can be sent any number of times. */
+int shmrpc_loan_new(shmrpc_slot *slot, uint64_t bytes, shmrpc_loan **loan, uint8_t **data);
+/* As shmrpc_lease_free. The peer may have the block still. */
+void shmrpc_loan_free(shmrpc_loan *loan, const void *data);
+
+/* After SHMRPC_GROW: how large a segment to add for a buffer of this size; 0: none any more. */
+uint64_t shmrpc_arena_wants(shmrpc_slot *slot, uint64_t bytes);
+/* Map a new segment of ours for writing, before it is sealed: null and errno if that fails. */
+void *shmrpc_memory_map(int fd, uint64_t bytes);
+void shmrpc_memory_unmap(void *memory);
+/* Add it to the arena of the slot's conn, and pass the descriptor on. 0; the memory is the conn's
+ * then. Or -errno, also if the peer can't take a descriptor now. */
+int shmrpc_arena_add(shmrpc_slot *slot, void *memory, int peer_fd);
+/* Wait until a buffer of this size may fit, as shmrpc_flush waits for the outbox. timeout_ns 0 takes
+ * in what the peer has given back, and looks once. */
+int64_t shmrpc_wait_blocks(shmrpc_slot *slot, uint64_t bytes, int64_t timeout_ns);
+/* For an event loop: 0 if it may fit now, else 1, and SHMRPC_ROOM comes as an event. */
+int shmrpc_want_blocks(shmrpc_slot *slot, uint64_t bytes);
+/* Give segments back to the system of which nothing was in use for so long. Returns how many bytes
+ * the arena has left, or -EPIPE. */
+int64_t shmrpc_arena_trim(shmrpc_poller *poller, uint64_t conn_id, uint64_t quiet_ns);
+/* 0 or -EPIPE. */
+int shmrpc_arena_stats_of(shmrpc_poller *poller, uint64_t conn_id, shmrpc_arena_stats *stats);
 
 /* Bare rings, without calls, threads or sleeping: the floor that benchmarks compare with. The
  * memory holds two segments; side 0 or 1. */

@@ -54,6 +54,13 @@ int wake_peer_for_data(struct wake *wake)
     return ring_if_asleep(wake);
 }
 
+void wake_peer_for_blocks(struct wake *wake)
+{
+    full_fence(); /* fence E, pairs with F: our tail before the peer's wants and arm */
+    if (load_relaxed(&wake->peer->wants) != 0)
+        ring_if_asleep(wake);
+}
+
 int wake_peer_for_space(struct wake *wake, uint64_t head, uint64_t slack)
 {
     full_fence(); /* fence G, pairs with H: our head before the peer's space and arm */

@@ -49,6 +49,8 @@ void wake_disarm(struct wake *wake);
 
 /* After ring_push: rings if the peer sleeps. Returns 1 if it rang. */
 int wake_peer_for_data(struct wake *wake);
+/* The same for a frame that can wait: rings only if the peer says that it wants blocks back. */
+void wake_peer_for_blocks(struct wake *wake);
 /* After ring_release up to `head`: rings if the peer sleeps and waits for space up to there, or
  * not more than `slack` further: where we might not look again. */
 int wake_peer_for_space(struct wake *wake, uint64_t head, uint64_t slack);

@@ -65,8 +65,7 @@ bool workers_full(const struct shmrpc_poller *poller, const struct conn *conn)
     return over_limits(conn, poller->caller_leads ? UINT64_MAX : LAYOUT_QUEUED_MAX);
 }
 
-/* With the lock held: have the leader look at it again. */
-static void read_again(struct shmrpc_poller *poller, struct conn *conn)
+void workers_read_again(struct shmrpc_poller *poller, struct conn *conn)
 {
     conn->resumed = true;
     poller->resumes = true;
@@ -182,6 +181,7 @@ static int enqueue(struct shmrpc_poller *poller, struct conn *conn,
     message_from_header(&stored->message, conn, header);
     stored->conn = conn;
     conn->references++;
+    stored->total_bytes = header->total_bytes;
     stored->queued_index = mark_queued(conn, header->call_id);
     poller->queued++;
     poller->queued_bytes += header->total_bytes;
@@ -445,10 +445,9 @@ static bool start_queued(struct shmrpc_poller *poller, struct shmrpc_slot *slot,
         bool fast;
 
         poller->queued--;
-        poller->queued_bytes -=
-            message->body_bytes + message->method_bytes + message->metadata_bytes;
+        poller->queued_bytes -= stored->total_bytes;
         if (over_limits(conn, LAYOUT_QUEUED_MAX))
-            read_again(poller, conn);
+            workers_read_again(poller, conn);
         unmark_queued(conn, stored->queued_index);
         slot_take(slot, stored);
         uint32_t status = STATUS_OK;
@@ -560,6 +559,7 @@ static void finish_request(struct shmrpc_poller *poller, struct shmrpc_slot *slo
 {
     if (!slot->running)
         return;
+    shmrpc_detach(slot); /* while it has a conn */
     slot->running = false;
     slot->message.call_id = 0; /* who still knows that call learns that it is over */
     poller->running--;
@@ -602,7 +602,7 @@ void workers_enter(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
     if (slot->blocks != NULL || poller->client)
         find_runner_and_kick(poller); /* there is one more to run it, or that may */
     if (!poller->client && slot->conn != NULL && over_limits(slot->conn, LAYOUT_QUEUED_MAX))
-        read_again(poller, slot->conn);
+        workers_read_again(poller, slot->conn);
 }
 
 void workers_leave(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
@@ -824,9 +824,11 @@ int shmrpc_reply(shmrpc_slot *slot, uint32_t status, const char *body, size_t bo
     };
     atomic_u64 position;
 
+    if (!slot->running || slot->replied || status != STATUS_OK)
+        shmrpc_detach(slot);
     if (!slot->running || slot->replied)
         return 0;
-    int result = poller_send(slot->poller, slot->conn, &message, &position);
+    int result = slot_send(slot, &message, 1, &position);
     if (result == -EMSGSIZE && status != STATUS_OK && slot->reply_metadata_bytes != 0) {
         drop_reply_metadata(slot);
         return shmrpc_reply(slot, status, body, body_bytes);

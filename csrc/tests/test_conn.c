@@ -296,7 +296,7 @@ static const struct violation violations[] = {
     {"sum overflows",
      {{.kind = 1, .length = 8, .total_bytes = 8, .method_bytes = 8, .metadata_bytes = 0xfffffffc}},
      -EPROTO},
-    {"unknown flag", {{.kind = 2, .flags = 32, .length = 8, .total_bytes = 8}}, -EPROTO},
+    {"unknown flag", {{.kind = 2, .flags = 64, .length = 8, .total_bytes = 8}}, -EPROTO},
     {"all flags", {{.kind = 2, .flags = 255, .length = 8, .total_bytes = 8}}, -EPROTO},
     {"continue without a start", {{.kind = 4, .length = 8, .total_bytes = 8}}, -EPROTO},
     {"total too small", {{.kind = 2, .length = 8, .total_bytes = 7}}, -EPROTO},

@@ -1,0 +1,556 @@
+/* blocks.c - buffers beside messages, for users: attaching them to what a slot sends next, loans,
+ * room in the arena. What becomes of blocks between two conns is in lending.c.
+ *
+ * attach:  the buffer lies in a loan? one more use of its block. Else a block is cut and the buffer
+ *          copied, without a lock. No room: SHMRPC_GROW, SHMRPC_FULL. Too short, too long, or no
+ *          shared memory: it goes with the body
+ * send:    blocks become the peer's, before it can see the frame, and ours again if that failed
+ */
+#define _GNU_SOURCE
+#include "poller.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+struct attached {
+    struct block_entry *entries;
+    const void **data; /* of those that go with the body */
+    uint32_t count, capacity;
+    uint64_t inline_bytes, block_bytes;
+};
+
+/* ---- attaching ---- */
+
+static struct lending *lending_of(const struct shmrpc_slot *slot)
+{
+    return slot->conn != NULL && !slot->conn->destroyed ? slot->conn->lending : NULL;
+}
+
+static int begin_attaching(struct shmrpc_slot *slot)
+{
+    if (slot->attached == NULL)
+        slot->attached = calloc(1, sizeof *slot->attached);
+    if (slot->attached == NULL)
+        return -ENOMEM;
+    slot->attaches = true;
+    return 0;
+}
+
+static int reserve_entry(struct attached *attached)
+{
+    if (attached->count < attached->capacity)
+        return 0;
+    if (attached->count == BLOCKS_MAX)
+        return -EMSGSIZE;
+    uint32_t capacity = attached->capacity == 0 ? 8 : attached->capacity * 2;
+    struct block_entry *entries = realloc(attached->entries, capacity * sizeof *entries);
+    if (entries == NULL)
+        return -ENOMEM;
+    attached->entries = entries;
+    const void **data = realloc(attached->data, capacity * sizeof *data);
+    if (data == NULL)
+        return -ENOMEM;
+    attached->data = data;
+    attached->capacity = capacity;
+    return 0;
+}
+
+/* Blocks of what was not sent are free again, those of loans their owner's alone. */
+void shmrpc_detach(shmrpc_slot *slot)
+{
+    struct attached *attached = slot->attached;
+    struct lending *lending = lending_of(slot);
+
+    if (!slot->attaches)
+        return;
+    slot->attaches = false;
+    if (lending != NULL && attached->block_bytes != 0) {
+        uint64_t now = clock_coarse_ns();
+        pthread_mutex_lock(&lending->lock);
+        for (uint32_t i = 0; i < attached->count && lending->conn != NULL; i++)
+            if (attached->entries[i].segment != BLOCK_INLINE)
+                arena_drop(&lending->arena, attached->entries[i].index, now);
+        pthread_mutex_unlock(&lending->lock);
+    }
+    attached->count = 0;
+    attached->inline_bytes = attached->block_bytes = 0;
+}
+
+void blocks_forget(struct shmrpc_slot *slot)
+{
+    shmrpc_detach(slot);
+    if (slot->attached != NULL) {
+        free(slot->attached->entries);
+        free(slot->attached->data);
+        free(slot->attached);
+        slot->attached = NULL;
+    }
+}
+
+int shmrpc_attach_inline(shmrpc_slot *slot, const void *data, uint64_t bytes)
+{
+    int status = slot->attaches ? 0 : begin_attaching(slot);
+    struct attached *attached = slot->attached;
+
+    if (status == 0)
+        status = reserve_entry(attached);
+    if (status < 0)
+        return status;
+    if (bytes > UINT32_MAX - attached->inline_bytes)
+        return -EMSGSIZE;
+    attached->entries[attached->count] =
+        (struct block_entry){.bytes = bytes, .segment = BLOCK_INLINE};
+    attached->data[attached->count++] = data;
+    attached->inline_bytes += bytes;
+    return 0;
+}
+
+/* With the lock held: the loan that the bytes lie in, or null. */
+static shmrpc_loan *find_loan(const struct lending *lending, const uint8_t *data, uint64_t bytes)
+{
+    for (shmrpc_loan *loan = lending->loans; loan != NULL; loan = loan->next)
+        if (data >= loan->place.data && data < loan->place.data + loan->place.bytes)
+            return bytes <= (uint64_t)(loan->place.data + loan->place.bytes - data) ? loan : NULL;
+    return NULL;
+}
+
+/* With the lock held: why there is no room. */
+static int no_room(const struct lending *lending, uint64_t bytes)
+{
+    return lending_wants(lending, bytes) != 0 ? SHMRPC_GROW : SHMRPC_FULL;
+}
+
+/* A block with these bytes, one use of which is ours. */
+static int make_block(struct lending *lending, const uint8_t *data, uint64_t bytes,
+                      struct block_entry *entry)
+{
+    struct arena_place place;
+    uint64_t inside = 0;
+    int status;
+
+    pthread_mutex_lock(&lending->lock);
+    const shmrpc_loan *loan = find_loan(lending, data, bytes);
+    if (loan != NULL) {
+        place = loan->place;
+        inside = (uint64_t)(data - place.data);
+        status = arena_share(&lending->arena, place.index);
+    } else {
+        status = arena_alloc(&lending->arena, bytes, &place);
+        if (status == -ENOSPC)
+            status = no_room(lending, bytes);
+    }
+    pthread_mutex_unlock(&lending->lock);
+    if (status < 0)
+        return status;
+    if (loan == NULL)
+        memcpy(place.data, data, bytes);
+    *entry = (struct block_entry){.offset = place.offset + inside,
+                                  .bytes = bytes,
+                                  .segment = place.number,
+                                  .index = place.index,
+                                  .generation = place.generation};
+    return 0;
+}
+
+int shmrpc_attach(shmrpc_slot *slot, const void *data, uint64_t bytes)
+{
+    struct lending *lending = lending_of(slot);
+
+    if (data == NULL) {
+        shmrpc_detach(slot);
+        return begin_attaching(slot);
+    }
+    if (lending == NULL || bytes < BLOCK_BYTES_MIN || !lending_allows(lending, bytes))
+        return shmrpc_attach_inline(slot, data, bytes);
+    int status = slot->attaches ? 0 : begin_attaching(slot);
+    if (status == 0)
+        status = reserve_entry(slot->attached);
+    if (status == 0)
+        status =
+            make_block(lending, data, bytes, &slot->attached->entries[slot->attached->count]);
+    if (status == 0) {
+        slot->attached->block_bytes += bytes;
+        slot->attached->count++;
+    }
+    return status;
+}
+
+/* ---- sending ---- */
+
+/* The share of a block in what a stream may have under way: a window of 256 KiB is 8 MiB of them. */
+enum { WEIGHT_SHIFT = 5 };
+
+uint64_t shmrpc_attached_weight(shmrpc_slot *slot)
+{
+    const struct attached *attached = slot->attached;
+
+    return slot->attaches ? attached->inline_bytes + (attached->block_bytes >> WEIGHT_SHIFT) : 0;
+}
+
+uint64_t shmrpc_message_weight(const shmrpc_message *message)
+{
+    uint64_t beside = 0, lent = 0;
+
+    for (uint32_t i = 0; i < message->block_count; i++)
+        *(message->blocks[i].lease == NULL ? &beside : &lent) += message->blocks[i].bytes;
+    return beside + (lent >> WEIGHT_SHIFT);
+}
+
+/* Table, body, and what goes with it, in one piece. */
+static uint8_t *join_body(const struct attached *attached, const struct iovec *body, size_t *bytes)
+{
+    const struct block_table table = {.count = attached->count};
+    const size_t entries = attached->count * sizeof *attached->entries;
+    uint8_t *joined =
+        malloc(sizeof table + entries + body->iov_len + (size_t)attached->inline_bytes);
+    uint8_t *end = joined;
+
+    if (joined == NULL)
+        return NULL;
+    memcpy(end, &table, sizeof table);
+    end += sizeof table;
+    if (entries != 0)
+        memcpy(end, attached->entries, entries);
+    end += entries;
+    if (body->iov_len != 0)
+        memcpy(end, body->iov_base, body->iov_len);
+    end += body->iov_len;
+    for (uint32_t i = 0; i < attached->count; i++) {
+        if (attached->entries[i].segment != BLOCK_INLINE || attached->entries[i].bytes == 0)
+            continue;
+        memcpy(end, attached->data[i], attached->entries[i].bytes);
+        end += attached->entries[i].bytes;
+    }
+    *bytes = (size_t)(end - joined);
+    return joined;
+}
+
+/* The uses of the attached blocks become the peer's, or ours again. */
+static void lend_all(struct shmrpc_slot *slot, bool lend)
+{
+    const struct attached *attached = slot->attached;
+    struct lending *lending = lending_of(slot);
+    uint64_t now = clock_coarse_ns();
+
+    if (lending == NULL || attached->block_bytes == 0)
+        return;
+    pthread_mutex_lock(&lending->lock);
+    for (uint32_t i = 0; i < attached->count && lending->conn != NULL; i++) {
+        uint32_t index = attached->entries[i].index;
+        if (attached->entries[i].segment == BLOCK_INLINE)
+            continue;
+        if (lend)
+            arena_lend(&lending->arena, index, now);
+        else
+            arena_unlend(&lending->arena, index);
+    }
+    pthread_mutex_unlock(&lending->lock);
+}
+
+int blocks_send(struct shmrpc_slot *slot, struct outgoing *message, int body, atomic_u64 *position)
+{
+    struct attached *attached = slot->attached;
+    size_t bytes;
+    uint8_t *joined = join_body(attached, &message->parts[body], &bytes);
+
+    if (joined == NULL) {
+        shmrpc_detach(slot);
+        return -ENOMEM;
+    }
+    message->header.flags |= SHMRPC_FLAG_BLOCKS;
+    message->parts[body] = (struct iovec){joined, bytes};
+    message->block_bytes = attached->block_bytes;
+    lend_all(slot, true);
+    int status = poller_send(slot->poller, slot->conn, message, position);
+    free(joined);
+    if (status < 0) {
+        lend_all(slot, false);
+        shmrpc_detach(slot);
+        return status;
+    }
+    slot->attaches = false;
+    attached->count = 0;
+    attached->inline_bytes = attached->block_bytes = 0;
+    return status;
+}
+
+/* ---- what was received ---- */
+
+shmrpc_lease *shmrpc_lease_take(shmrpc_slot *slot, uint32_t index)
+{
+    shmrpc_lease *lease = slot->message.blocks[index].lease;
+
+    slot->message.blocks[index].lease = NULL;
+    return lease;
+}
+
+/* With the lock held: who waits for room looks again. */
+static void wake_waiters(struct shmrpc_poller *poller, struct conn *conn)
+{
+    store_relaxed(&conn->lending->wanted, 0);
+    store_relaxed(&conn->wake.own->wants, 0);
+    if (conn->tells_blocks) {
+        conn->tells_blocks = false;
+        events_note(poller, conn, SHMRPC_ROOM, 0, 0);
+    }
+    for (uint32_t i = 0; i < poller->slot_capacity; i++) {
+        struct shmrpc_slot *slot = poller->slots[i];
+        if (slot != NULL && slot->goal == GOAL_BLOCKS && slot->conn == conn)
+            slot_finish(slot, 0);
+    }
+}
+
+enum { RETURNED_MAX = 512 };
+
+static int take_names(struct conn *conn, uint32_t total)
+{
+    struct block_name names[RETURNED_MAX];
+
+    if (total == 0 || total % sizeof *names != 0 || total > sizeof names)
+        return -EPROTO;
+    conn_read(conn, total, names);
+    return lending_returned(conn->lending, names, total / (uint32_t)sizeof *names,
+                            clock_coarse_ns());
+}
+
+static int take_withdrawal(struct conn *conn, uint32_t total)
+{
+    struct lending *lending = conn->lending;
+    struct block_name name = {.index = BLOCK_INLINE};
+
+    if (total != sizeof name.generation)
+        return -EPROTO;
+    conn_read(conn, total, &name.generation);
+    int status = lending_withdrawn(lending, name.generation);
+    if (status == -EPROTO) { /* its descriptor was not looked at yet */
+        conn_read_control(conn);
+        status = lending_withdrawn(lending, name.generation);
+    }
+    if (status < 0)
+        return status;
+    pthread_mutex_lock(&lending->lock);
+    conn_return(conn, name);
+    pthread_mutex_unlock(&lending->lock);
+    return 0;
+}
+
+int blocks_frame(struct shmrpc_poller *poller, struct conn *conn,
+                 const struct frame_header *header)
+{
+    bool returns = header->kind == SHMRPC_RETURN;
+    int status = -EPROTO;
+
+    if (conn->lending != NULL && header->metadata_bytes == 0)
+        status = returns ? take_names(conn, header->total_bytes)
+                         : take_withdrawal(conn, header->total_bytes);
+    conn_finish(conn, header->length, &poller->bells);
+    if (status == 0 && returns && load_relaxed(&conn->lending->wanted) != 0) {
+        poller_lock(poller);
+        wake_waiters(poller, conn);
+        poller_unlock(poller);
+    }
+    return status;
+}
+
+/* ---- loans ---- */
+
+int shmrpc_loan_new(shmrpc_slot *slot, uint64_t bytes, shmrpc_loan **loan, uint8_t **data)
+{
+    struct lending *lending = lending_of(slot);
+    shmrpc_loan *made;
+    int status = -EPIPE;
+
+    if (lending == NULL || !lending_allows(lending, bytes))
+        return -EOPNOTSUPP;
+    made = malloc(sizeof *made);
+    if (made == NULL)
+        return -ENOMEM;
+    *made = (shmrpc_loan){.lending = lending};
+    pthread_mutex_lock(&lending->lock);
+    if (lending->conn != NULL)
+        status = arena_alloc(&lending->arena, bytes, &made->place);
+    if (status == -ENOSPC)
+        status = no_room(lending, bytes);
+    if (status == 0) {
+        made->memory = lending->own[lending->arena.extents[made->place.index].segment];
+        memory_ref(made->memory);
+        reference_take(&lending->references);
+        made->next = lending->loans;
+        if (made->next != NULL)
+            made->next->previous = made;
+        lending->loans = made;
+        lending->loan_count++;
+        lending->loan_bytes += made->place.bytes;
+    }
+    pthread_mutex_unlock(&lending->lock);
+    if (status < 0) {
+        free(made);
+        return status;
+    }
+    *loan = made;
+    *data = made->place.data;
+    return 0;
+}
+
+/* ---- growing, waiting, shrinking ---- */
+
+uint64_t shmrpc_arena_wants(shmrpc_slot *slot, uint64_t bytes)
+{
+    struct lending *lending = lending_of(slot);
+
+    if (lending == NULL)
+        return 0;
+    pthread_mutex_lock(&lending->lock);
+    uint64_t wants = arena_fits(&lending->arena, bytes) ? 0 : lending_wants(lending, bytes);
+    pthread_mutex_unlock(&lending->lock);
+    return wants;
+}
+
+void *shmrpc_memory_map(int fd, uint64_t bytes)
+{
+    struct memory *memory;
+    int status = memory_map_own(fd, bytes, &memory);
+
+    if (status == 0)
+        return memory;
+    errno = -status;
+    return NULL;
+}
+
+void shmrpc_memory_unmap(void *memory)
+{
+    memory_unref(memory);
+}
+
+int shmrpc_arena_add(shmrpc_slot *slot, void *memory, int peer_fd)
+{
+    struct lending *lending = lending_of(slot);
+
+    if (lending == NULL)
+        return -EPIPE;
+    pthread_mutex_lock(&lending->lock);
+    int status = lending_add(lending, memory, peer_fd, clock_coarse_ns());
+    pthread_mutex_unlock(&lending->lock);
+    return status;
+}
+
+/* Whether it may fit now. If not because of segments that are free but too small or too many, they
+ * are withdrawn: it will, when the peer has let go of them. */
+static bool has_room(struct lending *lending, uint64_t bytes)
+{
+    pthread_mutex_lock(&lending->lock);
+    bool room = lending->conn == NULL || lending_has_room(lending, bytes);
+    if (!room)
+        lending_withdraw(lending, clock_coarse_ns(), 0);
+    pthread_mutex_unlock(&lending->lock);
+    return room;
+}
+
+/* Say that we wait, here and to the peer, and have returns read that came without a bell. */
+static void want_blocks(struct shmrpc_poller *poller, struct conn *conn)
+{
+    store_relaxed(&conn->lending->wanted, 1);
+    store_relaxed(&conn->wake.own->wants, 1); /* before `arm`, and so before fence F */
+    workers_read_again(poller, conn);
+}
+
+int64_t shmrpc_wait_blocks(shmrpc_slot *slot, uint64_t bytes, int64_t timeout_ns)
+{
+    struct shmrpc_poller *poller = slot->poller;
+    struct lending *lending = lending_of(slot);
+
+    if (lending == NULL)
+        return -EPIPE;
+    poller_lock(poller);
+    slot_begin(slot, GOAL_BLOCKS, deadline_after(timeout_ns));
+    want_blocks(poller, slot->conn);
+    bool leads = slot_enter(poller, slot);
+    poller_unlock(poller);
+    /* After saying so: what comes back from now on finds us waiting. */
+    int64_t error = (int64_t)load_relaxed(&slot->conn->error);
+    bool room = has_room(lending, bytes) && timeout_ns != 0;
+    if (error != 0 || room) {
+        poller_lock(poller);
+        slot_finish(slot, -error);
+        poller_unlock(poller);
+    }
+    return slot_wait(poller, slot, leads);
+}
+
+int shmrpc_want_blocks(shmrpc_slot *slot, uint64_t bytes)
+{
+    struct shmrpc_poller *poller = slot->poller;
+    struct lending *lending = lending_of(slot);
+
+    if (lending == NULL)
+        return 0;
+    poller_lock(poller);
+    slot->conn->tells_blocks = true;
+    want_blocks(poller, slot->conn);
+    poller_unlock(poller);
+    if (load_relaxed(&slot->conn->error) == 0 && !has_room(lending, bytes))
+        return 1;
+    poller_lock(poller);
+    slot->conn->tells_blocks = false;
+    poller_unlock(poller);
+    return 0;
+}
+
+/* The lending of a conn that lives, with its lock held: a conn ends with the poller's lock held. */
+static struct lending *lock_lending(struct shmrpc_poller *poller, uint64_t conn_id)
+{
+    poller_lock(poller);
+    const struct conn *conn = poller_find(poller, conn_id);
+    struct lending *lending = conn != NULL && !conn->destroyed ? conn->lending : NULL;
+    if (lending != NULL)
+        pthread_mutex_lock(&lending->lock);
+    else
+        poller_unlock(poller);
+    return lending;
+}
+
+static void unlock_lending(struct shmrpc_poller *poller, struct lending *lending)
+{
+    pthread_mutex_unlock(&lending->lock);
+    poller_unlock(poller);
+}
+
+int64_t shmrpc_arena_trim(shmrpc_poller *poller, uint64_t conn_id, uint64_t quiet_ns)
+{
+    struct lending *lending = lock_lending(poller, conn_id);
+
+    if (lending == NULL)
+        return -EPIPE;
+    lending_withdraw(lending, clock_coarse_ns(), quiet_ns);
+    int64_t left = (int64_t)lending->arena.bytes;
+    unlock_lending(poller, lending);
+    return left;
+}
+
+int shmrpc_arena_stats_of(shmrpc_poller *poller, uint64_t conn_id, shmrpc_arena_stats *stats)
+{
+    struct lending *lending = lock_lending(poller, conn_id);
+
+    *stats = (shmrpc_arena_stats){0};
+    if (lending == NULL)
+        return -EPIPE;
+    const struct arena *arena = &lending->arena;
+    uint64_t oldest = arena_oldest_ns(arena);
+    uint64_t now = clock_coarse_ns();
+    *stats = (shmrpc_arena_stats){
+        .max_bytes = lending->own_max,
+        .bytes = arena->bytes,
+        .used_bytes = arena->used_bytes,
+        .lent_blocks = arena->lent_blocks,
+        .lent_bytes = arena->lent_bytes,
+        .oldest_ns = oldest != 0 && now > oldest ? now - oldest : 0,
+        .loans = lending->loan_count,
+        .loan_bytes = lending->loan_bytes,
+        .peer_bytes = load_relaxed(&lending->peer_bytes),
+        .leases = load_relaxed(&lending->lease_count),
+        .leased_bytes = load_relaxed(&lending->lease_bytes),
+    };
+    unlock_lending(poller, lending);
+    return 0;
+}
