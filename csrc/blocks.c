@@ -103,7 +103,7 @@ int shmrpc_attach_inline(shmrpc_slot *slot, const void *data, uint64_t bytes)
         (struct block_entry){.bytes = bytes, .segment = BLOCK_INLINE};
     attached->data[attached->count++] = data;
     attached->inline_bytes += bytes;
-    return 0;
+    return 1;
 }
 
 /* With the lock held: the loan that the bytes lie in, or null. */

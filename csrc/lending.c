@@ -346,7 +346,10 @@ int lending_withdraw(struct lending *lending, uint64_t now_ns, uint64_t quiet_ns
         int status = conn_withdraw(lending->conn, lending->arena.segments[place].number);
         if (status < 0)
             return status;
+        /* Ours goes now. It counts until the peer has let go of it as well. */
         arena_close(&lending->arena, place);
+        memory_unref(lending->own[place]);
+        lending->own[place] = NULL;
     }
     return 0;
 }
@@ -359,8 +362,6 @@ static int let_go(struct lending *lending, uint32_t number)
         if (segment->base == NULL || segment->number != number || !segment->closed)
             continue;
         arena_remove(&lending->arena, i);
-        memory_unref(lending->own[i]);
-        lending->own[i] = NULL;
         return 0;
     }
     return -EPROTO;

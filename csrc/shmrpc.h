@@ -291,9 +291,10 @@ int shmrpc_reply(shmrpc_slot *slot, uint32_t status, const char *body, size_t bo
  * shmrpc_reply) has SHMRPC_FLAG_BLOCKS, and carries this buffer beside its body, after those
  * attached before. Null begins anew, with none. A buffer in a loan of the conn's arena is sent as
  * it is; any other is copied into the arena, or, if it goes with the body, when the message is
- * sent: it has to stay until then. 0, SHMRPC_GROW, SHMRPC_FULL, -ENOMEM, -EMSGSIZE. */
+ * sent: it has to stay until then. 0; 1 if it goes with the body; SHMRPC_GROW, SHMRPC_FULL, -ENOMEM,
+ * -EMSGSIZE. */
 int shmrpc_attach(shmrpc_slot *slot, const void *data, uint64_t bytes);
-/* The same, but if the arena does not hold it, it goes with the body. 0, -ENOMEM, -EMSGSIZE. */
+/* The same, but it goes with the body: 1, -ENOMEM, -EMSGSIZE. */
 int shmrpc_attach_inline(shmrpc_slot *slot, const void *data, uint64_t bytes);
 /* There will be no such message. */
 void shmrpc_detach(shmrpc_slot *slot);

@@ -14,15 +14,18 @@ import msgpack
 
 from ._native import ffi, lib
 from .calls import Call
-from .codec import PACKING_ERRORS, Codec, MsgpackCodec, explain_arguments
+from .codec import PACKING_ERRORS, Codec, MsgpackCodec, explain_arguments, pack_split
 from .errors import Cancelled, Error, ProtocolError
 from .futures import CallFuture
+from .lending import attach
 from .metadata import Metadata, pack_metadata
 from .outcomes import remote_error, send_error
 from .poller import FOREVER, Connection, Slot, check_timeout, nanoseconds_until
 from .proxy import Proxy, make_proxy
 from .registry import make_name
 from .session import NOT_SENT
+from .values import LARGE as _LARGE
+from .values import NotPlain, may_hold_large, unpack_extension
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -39,9 +42,16 @@ _STREAM_ENDED = lib.SHMRPC_FLAG_STREAM | lib.SHMRPC_FLAG_ENDED
 _call = lib.shmrpc_call
 _unpackb = msgpack.unpackb
 _MESSAGE = lib.SHMRPC_MESSAGE
+_BLOCKS = lib.SHMRPC_FLAG_BLOCKS
 _EINTR, _EAGAIN, _ETIMEDOUT = -errno.EINTR, -errno.EAGAIN, -errno.ETIMEDOUT
 _EPIPE, _EPROTO, _ENOTCONN = -errno.EPIPE, -errno.EPROTO, -errno.ENOTCONN
 _GOES_ON = frozenset((_EAGAIN, _EINTR, lib.SHMRPC_EVENTS, lib.SHMRPC_SPAWN, lib.SHMRPC_QUEUED))
+
+
+def _inherit(deadline: float) -> float:
+    """Not later than that of the call which this thread serves."""
+    inherited_ns = lib.shmrpc_inherited_deadline()
+    return min(deadline, inherited_ns / 1e9) if inherited_ns else deadline
 
 
 class Registered(Protocol):
@@ -95,10 +105,8 @@ class Channel:
         try:
             return self._slots.pop()
         except IndexError:
-            inherited_ns = lib.shmrpc_inherited_deadline()
-            if inherited_ns:  # connecting is part of the call that the handler makes
-                deadline = min(deadline, inherited_ns / 1e9)
-            return Slot(self._connection(deadline))
+            # Connecting is part of the call that a handler makes.
+            return Slot(self._connection(_inherit(deadline)))
 
     def _name(self, method: Any) -> Any:
         if not isinstance(method, str):
@@ -144,10 +152,15 @@ class Channel:
             name = self._name(method)
         try:
             body = slot.pack(args)
+        except NotPlain:  # it holds what travels beside the body
+            return self._call_beside(slot, method, args)
         except PACKING_ERRORS as error:
             raise self._unpackable(slot, method, args, kwargs, error) from error
+        size = len(body)
+        if size >= _LARGE and self._plain and may_hold_large(body):
+            return self._call_beside(slot, method, args)
         try:
-            count = _call(slot.c, name, body, len(body), -1)
+            count = _call(slot.c, name, body, size, -1)
         except BaseException:  # a signal's handler ran as it returned; somebody may keep our frame
             lib.shmrpc_abandon(slot.c)
             raise
@@ -158,13 +171,19 @@ class Channel:
             return self._finish(slot, method, count)
         try:
             if self._plain:  # MsgpackCodec.decode written out: 0.1 us less
-                result = _unpackb(slot.view[:count], strict_map_key=False)
+                result = _unpackb(
+                    slot.view[:count], strict_map_key=False, ext_hook=unpack_extension
+                )
             else:
                 result = self._decode(slot.view[:count])
         except (ValueError, TypeError) as error:
             raise self._undecodable(slot, method, error) from error
         slot.connection.slots.append(slot)
         return result
+
+    def _call_beside(self, slot: Slot, method: str, args: tuple[Any, ...]) -> Any:
+        slot.connection.slots.append(slot)
+        return self._call_with(method, args, {}, None, None)
 
     def _call_with(
         self,
@@ -181,10 +200,7 @@ class Channel:
         while True:
             slot = self._slot(deadline)
             name = self._names.get(method) or self._name(method)
-            try:
-                body = slot.pack([args, kwargs] if kwargs else args)
-            except PACKING_ERRORS as error:
-                raise self._unpackable(slot, method, args, kwargs, error) from error
+            body, alive = self._pack(slot, method, args, kwargs, deadline)
             left_ns = nanoseconds_until(deadline)
             flags = lib.SHMRPC_FLAG_KEYWORDS if kwargs else 0
             try:
@@ -194,9 +210,35 @@ class Channel:
             except BaseException:
                 lib.shmrpc_abandon(slot.c)
                 raise
+            del alive
             if status != _ENOTCONN:
                 return self._finish(slot, method, status, reply_metadata)
             self._drop(slot.connection)
+
+    def _pack(
+        self,
+        slot: Slot,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        deadline: float,
+    ) -> tuple[bytes, Any]:
+        """The body of a request, and what has to live until it was sent with this slot."""
+        values = [args, kwargs] if kwargs else args
+        try:
+            body, sources = pack_split(self._codec, slot.pack, values)
+        except PACKING_ERRORS as error:
+            raise self._unpackable(slot, method, args, kwargs, error) from error
+        if not sources:
+            return body, None
+        connection = slot.connection
+        try:
+            what = f"the request of {method!r}"
+            alive = attach(connection, slot.c, sources, _inherit(deadline), what)
+        except BaseException:
+            connection.slots.append(slot)
+            raise
+        return body, alive
 
     def _unpackable(
         self,
@@ -242,7 +284,10 @@ class Channel:
                 connection.slots.append(slot)
                 raise failure
         try:
-            result = self._decode(body)
+            if slot.message.flags & _BLOCKS:
+                result = connection.decode(connection.parcel(slot.c, slot.message, body))
+            else:
+                result = self._decode(body)
         except (ValueError, TypeError) as error:
             raise self._undecodable(slot, method, error) from error
         connection.slots.append(slot)
@@ -383,20 +428,15 @@ class Channel:
         """Send a request whose reply is Python's, over a new connection if the old one is gone."""
         beside = b"" if metadata is None else pack_metadata(metadata)
         deadline = FOREVER if timeout is None else time.monotonic() + check_timeout(timeout)
-        inherited_ns = lib.shmrpc_inherited_deadline()
-        if inherited_ns:
-            deadline = min(deadline, inherited_ns / 1e9)
+        deadline = _inherit(deadline)
         while True:
             slot = self._slot(deadline)
             connection = slot.connection
             pending = make(connection, deadline)
-            body, name = b"", ffi.NULL
+            body, name, alive = b"", ffi.NULL, None
             if kind != lib.SHMRPC_PING:
                 name = self._names.get(method) or self._name(method)
-                try:
-                    body = slot.pack([args, kwargs] if kwargs else args)
-                except PACKING_ERRORS as error:
-                    raise self._unpackable(slot, method, args, kwargs, error) from error
+                body, alive = self._pack(slot, method, args, kwargs, deadline)
                 if kwargs:
                     flags |= lib.SHMRPC_FLAG_KEYWORDS
             try:
@@ -407,6 +447,7 @@ class Channel:
                 if kind == lib.SHMRPC_REQUEST:
                     connection.send_now(lib.SHMRPC_CANCEL, pending.call_id)
                 raise
+            del alive
             if status == 0:
                 connection.slots.append(slot)
                 return pending

@@ -16,6 +16,7 @@ from .errors import Cancelled, ConnectError, ForkedError
 from .futures import CallFuture
 from .handshake import Terms
 from .intercepted import Intercepted
+from .lending import MEMORY_BYTES
 from .link import check_options, connect_link
 from .poller import Connection, Poller, Wait, check_timeout
 from .registry import Registry
@@ -45,6 +46,7 @@ def connect(
     timeout: float = 5.0,
     fallback: str | None = None,
     max_message_bytes: int = 64 << 20,
+    max_memory_bytes: int = MEMORY_BYTES,
     backing: Backing = "auto",
     allow_uids: Iterable[int] = (),
     wait: Wait = "auto",
@@ -58,7 +60,9 @@ def connect(
     ``address`` is a service's name such as ``"calc"``, or ``shm://``, ``unix://`` or ``tcp://``;
     ``fallback`` is tried when nobody can be reached there. ``timeout`` in seconds is for making
     the connection, now and whenever it has to be made again; calls have their own.
-    ``max_message_bytes`` limits what the server may send. ``backing`` is where our memory comes
+    ``max_message_bytes`` limits what the server may send. ``max_memory_bytes`` limits the shared
+    memory that large values under way may take, in each direction: the smaller limit of both
+    sides counts. ``backing`` is where our memory comes
     from: ``"shm"``, ``"memfd"`` or ``"auto"``. ``allow_uids`` are the other users' servers that
     may be talked to. ``wait`` is ``"auto"``, ``"spin"`` (lowest latency at any cost) or
     ``"block"``; ``spin_budget`` in seconds is how long ``"auto"`` spins at most.
@@ -73,6 +77,7 @@ def connect(
         timeout=timeout,
         fallback=fallback,
         max_message_bytes=max_message_bytes,
+        max_memory_bytes=max_memory_bytes,
         backing=backing,
         allow_uids=allow_uids,
         wait=wait,
@@ -104,6 +109,7 @@ class Client(Channel):
         timeout: float = 5.0,
         fallback: str | None = None,
         max_message_bytes: int = 64 << 20,
+        max_memory_bytes: int = MEMORY_BYTES,
         backing: Backing = "auto",
         allow_uids: Iterable[int] = (),
         wait: Wait = "auto",
@@ -113,11 +119,17 @@ class Client(Channel):
         retries: int = 0,
     ) -> None:
         """Connect; see ``connect`` for the parameters."""
-        check_options(max_message_bytes, backing, wait, spin_budget)
+        check_options(max_message_bytes, backing, wait, spin_budget, max_memory_bytes)
         timeout = check_timeout(timeout)
         uids = frozenset(allow_uids)
         self._terms = [
-            Terms(addresses.parse(text), max_message_bytes, backing=backing, allow_uids=uids)
+            Terms(
+                addresses.parse(text),
+                max_message_bytes,
+                backing=backing,
+                max_memory_bytes=max_memory_bytes,
+                allow_uids=uids,
+            )
             for text in ([address] if fallback is None else [address, fallback])
         ]
         super().__init__(codec if codec is not None else MsgpackCodec(), timeout)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-import msgpack
+from . import values
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-__all__ = ["PACKING_ERRORS", "Codec", "MsgpackCodec", "explain_arguments"]
+    from .buffers import Source
+
+__all__ = ["PACKING_ERRORS", "Codec", "MsgpackCodec", "explain_arguments", "pack_split"]
 
 # What an encoder raises for a value that it can't pack. Anything else, such as what a signal
 # handler raised meanwhile, is not about the value.
@@ -35,18 +37,35 @@ class Codec(Protocol):
 class MsgpackCodec:
     """None, bool, int (64 bit), float, str, bytes, list/tuple, dict; tuples arrive as lists.
 
+    Also memoryviews and what else has a buffer, numpy arrays, Arrow tables: see ``values``. Those
+    with 16 KiB or more travel beside the message, which ``encoder`` refuses with ``NotPlain``.
+
     Map keys may be of any type that is hashable. Thread-safe.
     """
 
     @staticmethod
     def decode(data: memoryview | bytes) -> Any:
         """Unpack one value."""
-        return msgpack.unpackb(data, strict_map_key=False)
+        return values.unpack(data)
 
     def encoder(self) -> Callable[[Any], bytes]:
         """Return a packer of its own: packing re-uses its buffer."""
-        pack: Callable[[Any], bytes] = msgpack.Packer().pack
-        return pack
+        return values.packer()
+
+
+def pack_split(
+    codec: Codec, pack: Callable[[Any], bytes], value: Any
+) -> tuple[bytes, Sequence[Source]]:
+    """Pack a value with this encoder of the codec: a body, and the buffers that go beside it."""
+    try:
+        body = pack(value)
+        if len(body) < values.LARGE or type(codec) is not MsgpackCodec:
+            return body, ()
+        if not values.may_hold_large(body):
+            return body, ()
+    except values.NotPlain:
+        pass
+    return values.encode(value)
 
 
 def explain_arguments(
@@ -55,7 +74,7 @@ def explain_arguments(
     """Say which argument could not be packed, after packing all of them failed with ``error``."""
     for label, value in [*enumerate(args, 1), *kwargs.items()]:
         try:
-            codec.encoder()(value)
+            pack_split(codec, codec.encoder(), value)
         except PACKING_ERRORS as reason:
             kind = type(value)
             msg = (

@@ -43,6 +43,8 @@ class Failure:
         if stage == "arguments":
             text = f"the arguments of {method!r} can't be read: {error}"
             return cls(name, text, "INVALID_ARGUMENT")
+        if stage == "result" and isinstance(error, Error):  # no room for it, mostly
+            return cls(name, str(error), error.code)
         if stage == "result":
             return cls(name, f"{method!r} returned what can't be sent: {error}", "INTERNAL")
         if isinstance(error, RemoteError):

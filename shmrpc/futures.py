@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ._native import lib
 from .errors import Cancelled, DeadlineExceeded, Error, ForkedError, ProtocolError
 from .metadata import unpack_reply_metadata
+from .parcels import Parcel
 from .poller import FOREVER, Connection, Waiters
 from .session import NOT_SENT
 
@@ -145,7 +146,7 @@ class CallFuture(Future[Any]):
 
     # ---- for who reads the connection ----
 
-    def replied(self, status: int, metadata: bytes, body: bytes) -> Callable[[], None]:
+    def replied(self, status: int, metadata: bytes, body: bytes | Parcel) -> Callable[[], None]:
         """Take the reply; finishing the future runs its callbacks, which may do anything."""
         self._metadata = metadata
 
@@ -161,14 +162,14 @@ class CallFuture(Future[Any]):
         outcome = self._connection.outcome(self.call_id, self.position[0])
         return lambda: self.finish(None, self._connection.lost(error, outcome, self.method))
 
-    def _settle(self, status: int, body: bytes) -> None:
+    def _settle(self, status: int, body: bytes | Parcel) -> None:
         connection = self._connection
-        if status != 0:
+        if status != 0 and not isinstance(body, Parcel):
             error = self._channel._remote_error(connection, self.method, status, body)
             self.finish(None, error)
             return
         try:
-            result = connection.codec.decode(body) if body else None
+            result = connection.decode(body) if body else None
         except (ValueError, TypeError) as reason:
             msg = f"{connection.peer} sent a result of {self.method!r} that is none: {reason}"
             self.finish(None, ProtocolError(msg))

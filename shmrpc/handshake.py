@@ -37,7 +37,7 @@ __all__ = ["MESSAGE_BYTES_MAX", "VERSION", "Agreement", "Terms", "client_side", 
 VERSION = 1
 MESSAGE_BYTES_MAX = 0xFFFF_FFFF
 _MAGIC = b"shmrpc\r\n"
-_FORMAT = struct.Struct("<8sHBBIIII36x")
+_FORMAT = struct.Struct("<8sHBBIIIIQ28x")
 _HELLO, _WELCOME, _ATTACH, _READY, _REFUSE = range(1, 6)
 _TRANSPORTS: dict[str, int] = {"shm": 1, "unix": 2, "tcp": 3}
 _TRANSPORT_NAMES = {number: name for name, number in _TRANSPORTS.items()}
@@ -57,6 +57,7 @@ class Terms:
     max_message_bytes: int
     ring_bytes: int = 65536
     backing: segments.Backing = "auto"
+    max_memory_bytes: int = 0
     allow_uids: frozenset[int] = frozenset()
 
 
@@ -70,6 +71,7 @@ class _Message:
     reason_bytes: int = 0
     version: int = VERSION
     fds: list[int] = field(default_factory=list)
+    max_memory_bytes: int = 0
 
     def pack(self) -> bytes:
         return _FORMAT.pack(
@@ -81,6 +83,7 @@ class _Message:
             self.ring_bytes,
             self.max_message_bytes,
             self.reason_bytes,
+            self.max_memory_bytes,
         )
 
 
@@ -97,6 +100,7 @@ class Agreement:
         self.peer_pid = self.credentials.pid
         self.trusted = self.credentials.uid in (-1, os.geteuid())
         self.peer_max_message_bytes = 0
+        self.max_memory_bytes = 0  # of blocks that we send, agreed
         self.own_ring_bytes = 0
         self.peer_ring_bytes = 0
         self.final = b""  # server: tells the client that everything is in place
@@ -108,7 +112,9 @@ class Agreement:
     def offer(self) -> list[int]:
         """Make our segment and bell; returns the descriptors to send, which the caller closes."""
         self.own_ring_bytes = self.terms.ring_bytes
-        segment = segments.create(self.own_ring_bytes, self.terms.backing, trusted=self.trusted)
+        segment = segments.create(
+            segments.HEADER_BYTES + self.own_ring_bytes, self.terms.backing, trusted=self.trusted
+        )
         fds: list[int] = []
         try:
             self._own_segment = lib.shmrpc_segment_map(segment.own_fd, self.own_ring_bytes)
@@ -143,6 +149,7 @@ class Agreement:
             msg = "the peer's doorbell is not an eventfd"
             raise ConnectError(msg)
         self.peer_ring_bytes = size
+        self.max_memory_bytes = min(self.terms.max_memory_bytes, message.max_memory_bytes)
         self._peer_segment = message.fds[0]
         if self.trusted:
             self._peer_bell = message.fds[1]
@@ -160,6 +167,8 @@ class Agreement:
         options.peer_ring_bytes = self.peer_ring_bytes
         options.max_message_bytes = self.terms.max_message_bytes
         options.peer_max_message_bytes = self.peer_max_message_bytes
+        options.arena_max_bytes = self.max_memory_bytes
+        options.peer_arena_max_bytes = self.terms.max_memory_bytes
         options.peer_trusted = self.trusted
         options.relative_deadlines = self.terms.address.transport == "tcp"
         conn_id: int = lib.shmrpc_conn_add(poller, options)
@@ -262,7 +271,9 @@ def _receive(sock: socket.socket, transport: str, expected: int) -> Generator[No
     fds: list[int] = []
     try:
         data = yield from _read(sock, _FORMAT.size, fds)
-        magic, version, kind, number, pid, ring, max_message, reason_bytes = _FORMAT.unpack(data)
+        magic, version, kind, number, pid, ring, max_message, reason_bytes, memory = _FORMAT.unpack(
+            data
+        )
         if magic != _MAGIC:
             msg = "what is on this socket does not speak shmrpc"
             raise ConnectError(msg)
@@ -284,7 +295,7 @@ def _receive(sock: socket.socket, transport: str, expected: int) -> Generator[No
         for fd in fds:
             os.close(fd)
         raise
-    return _Message(kind, number, pid, ring, max_message, reason_bytes, version, fds)
+    return _Message(kind, number, pid, ring, max_message, reason_bytes, version, fds, memory)
 
 
 def _drop(message: _Message) -> None:
@@ -311,6 +322,7 @@ def client_side(sock: socket.socket, terms: Terms) -> Steps:
     try:
         _check_uid(agreement)
         ours = _Message(_HELLO, number, os.getpid(), terms.ring_bytes, terms.max_message_bytes)
+        ours.max_memory_bytes = terms.max_memory_bytes
         with contextlib.suppress(ConnectError):
             # A server that refuses us does not wait for this; what it says comes next.
             _send(sock, ours)
@@ -349,6 +361,7 @@ def server_side(sock: socket.socket, terms: Terms) -> Steps:
             ours = _Message(
                 _WELCOME, number, os.getpid(), terms.ring_bytes, terms.max_message_bytes
             )
+            ours.max_memory_bytes = terms.max_memory_bytes
             if transport == "shm":
                 _send_closing(sock, ours, agreement.offer())
                 attach = yield from _receive(sock, transport, _ATTACH)

@@ -21,12 +21,19 @@ _POLL_MAX = (1 << 31) - 1  # milliseconds
 
 
 def check_options(
-    max_message_bytes: int, backing: str, wait: str, spin_budget: float | None
+    max_message_bytes: int,
+    backing: str,
+    wait: str,
+    spin_budget: float | None,
+    max_memory_bytes: int,
 ) -> None:
     """Refuse options that make no sense, with a ``ValueError`` that names what is allowed."""
     if not 1024 <= max_message_bytes <= handshake.MESSAGE_BYTES_MAX:
         most = handshake.MESSAGE_BYTES_MAX
         msg = f"max_message_bytes must be from 1024 to {most}, not {max_message_bytes}"
+        raise ValueError(msg)
+    if not 0 <= max_memory_bytes < 1 << 63:
+        msg = f"max_memory_bytes must be a number of bytes from 0 on, not {max_memory_bytes}"
         raise ValueError(msg)
     if backing not in ("auto", "shm", "memfd"):
         msg = f"backing must be 'auto', 'shm' or 'memfd', not {backing!r}"

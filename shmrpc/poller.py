@@ -15,7 +15,9 @@ import weakref
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ._native import ffi, lib
+from .codec import MsgpackCodec
 from .errors import ConnectError, ConnectionLost, Error, ForkedError, ProtocolError
+from .parcels import Parcel, parcel_of
 from .rendezvous import Credentials
 from .session import Pending, Run, Session, Stream
 
@@ -133,6 +135,9 @@ class Connection:
         self.peer_pid = agreement.peer_pid
         self.trusted = agreement.trusted
         self.max_request_bytes = agreement.peer_max_message_bytes
+        self.max_memory_bytes = agreement.max_memory_bytes
+        self.backing = agreement.terms.backing
+        self.growing = threading.Lock()  # held while a segment is added to our arena
         self.session = Session()
         self.slots: list[Slot] = []
         self.closed = False
@@ -158,6 +163,19 @@ class Connection:
                 msg = f"this call to {self.peer} was made before the fork, by the parent"
                 raise ForkedError(msg) from None
             return Slot(self)
+
+    def decode(self, body: bytes | memoryview | Parcel) -> Any:
+        """The value that a body is; ValueError or TypeError if it is none."""
+        if type(body) is not Parcel:
+            return self.codec.decode(body)  # type: ignore[arg-type]
+        if not isinstance(self.codec, MsgpackCodec):
+            msg = f"it has buffers, which are not for {type(self.codec).__qualname__}"
+            raise ValueError(msg)
+        return body.decode()
+
+    def parcel(self, slot: Any, message: Any, body: bytes | memoryview) -> Parcel:
+        """The message in this C slot, which has buffers. Of a peer whom we don't trust: copies."""
+        return parcel_of(slot, message, body, untrusted=not self.trusted)
 
     def register(self, call_id: int, pending: Pending | Stream) -> None:
         """A call of ours is about to be sent: take frames for it."""
@@ -382,9 +400,10 @@ class Poller:
             return
         session = connection.session
         if kind == lib.SHMRPC_ITEM:
-            self._take_items(session, call_id)
+            self._take_items(connection, call_id)
         elif kind == lib.SHMRPC_REPLY:
-            run = session.replied(call_id, message.status, metadata_of(message), body_of(message))
+            body = self._body(connection)
+            run = session.replied(call_id, message.status, metadata_of(message), body)
             if run is not None:
                 later.append(run)
             connection.forget_if_done()
@@ -434,20 +453,34 @@ class Poller:
     def _from_caller(self) -> bool:
         return bool(self._message.flags & lib.SHMRPC_FLAG_CALLER)
 
-    def _take_items(self, session: Session, call_id: int) -> None:
+    def _take_items(self, connection: Connection, call_id: int) -> None:
+        session = connection.session
         count = self._message.item_count
         stream = session.stream_of(call_id, from_caller=self._from_caller(), frames=count)
         if stream is None:
             return
         run = self._unfinished
-        if run is None:
-            data = body_of(self._message)
+        if not isinstance(run, Run):
+            data = self._body(connection)
             ends: Sequence[int] = (
                 ffi.unpack(self._message.ends, count) if count > 1 else (len(data),)
             )
             run = self._unfinished = Run(data, ends)
         if not stream.items(run):
             session.dropped += count
+
+    def _body(self, connection: Connection) -> bytes | Parcel:
+        """The body of what was taken, with what is beside it. Can be repeated."""
+        message = self._message
+        body = body_of(message)
+        if not message.flags & lib.SHMRPC_FLAG_BLOCKS:
+            return body
+        parcel = self._unfinished
+        if parcel is None:
+            weight = lib.shmrpc_message_weight(message)
+            parcel = self._unfinished = Parcel(body, weight, untrusted=not connection.trusted)
+        parcel.fill(self._taker, message)
+        return parcel
 
     def _take_credit(self, session: Session, stream: Stream) -> None:
         credit = self._unfinished

@@ -89,13 +89,12 @@ def _create_memfd(nbytes: int) -> Segment:
     return Segment(fd, fd, sealed=True)
 
 
-def create(ring_bytes: int, backing: Backing, *, trusted: bool) -> Segment:
-    """Make a segment whose memory is reserved now, so that using it never fails later.
+def create(nbytes: int, backing: Backing, *, trusted: bool) -> Segment:
+    """Make a segment of this size whose memory is reserved now, so that using it never fails later.
 
     ``trusted`` is whether the peer has our uid; any other gets sealed memory. With ``"auto"``,
     a missing or full /dev/shm also means sealed memory. Raises ``ConnectError``.
     """
-    nbytes = HEADER_BYTES + ring_bytes
     tried = []
     if backing == "shm" and not trusted:
         msg = "backing='shm' can't be sealed, and the peer has another uid; use 'auto' or 'memfd'"

@@ -24,6 +24,7 @@ from .caller import Caller
 from .codec import Codec, MsgpackCodec
 from .errors import Error, ForkedError
 from .intercepted import intercept_handlers
+from .lending import MEMORY_BYTES
 from .link import check_options
 from .poller import Connection, Poller, Wait, check_timeout
 from .proxy import public_methods
@@ -65,6 +66,7 @@ class Server:
         workers: int = 16,
         max_concurrency: int = 1024,
         max_message_bytes: int = 64 << 20,
+        max_memory_bytes: int = MEMORY_BYTES,
         backing: Backing = "auto",
         allow_uids: Iterable[int] = (),
         show_tracebacks: bool | None = None,
@@ -74,7 +76,7 @@ class Server:
         interceptors: Iterable[Interceptor] = (),
     ) -> None:
         """Make a server that listens from ``start`` on; ``ConnectError`` for a bad address."""
-        check_options(max_message_bytes, backing, wait, spin_budget)
+        check_options(max_message_bytes, backing, wait, spin_budget, max_memory_bytes)
         if not address:
             msg = "Server() needs at least one address, such as Server('calc')"
             raise ValueError(msg)
@@ -84,7 +86,11 @@ class Server:
         uids = frozenset(allow_uids)
         self._terms = [
             handshake.Terms(
-                addresses.parse(text), max_message_bytes, backing=backing, allow_uids=uids
+                addresses.parse(text),
+                max_message_bytes,
+                backing=backing,
+                max_memory_bytes=max_memory_bytes,
+                allow_uids=uids,
             )
             for text in address
         ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import struct
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -36,10 +36,20 @@ _CREDIT = struct.Struct("<II")
 _CREDIT_MAX = 0xFFFF_FFFF
 
 
+class Sized(Protocol):
+    """A body with buffers beside it."""
+
+    def __len__(self) -> int:
+        """What it counts for in a stream's credit."""
+
+
+Body: TypeAlias = "bytes | Sized"
+
+
 class Pending(Protocol):
     """A call of ours that waits for its reply."""
 
-    def replied(self, status: int, metadata: bytes, body: bytes) -> Callable[[], None] | None:
+    def replied(self, status: int, metadata: bytes, body: Body) -> Callable[[], None] | None:
         """Take the reply. What has to run other people's code is returned, to be run later.
 
         In that case the call stays registered, and is its own to unregister.
@@ -61,7 +71,7 @@ class Run:
 
     __slots__ = ("data", "ends", "next", "received_bytes", "received_messages")
 
-    def __init__(self, data: bytes, ends: Sequence[int]) -> None:
+    def __init__(self, data: Body, ends: Sequence[int]) -> None:
         self.data = data
         self.ends = ends  # where each item ends
         self.next: Run | None = None
@@ -88,7 +98,7 @@ class Runs:
             self.last.next = run
             self.last = run
 
-    def popleft(self) -> tuple[bytes, Sequence[int]]:
+    def popleft(self) -> tuple[Body, Sequence[int]]:
         """The next run's data and ends; IndexError if there is none now."""
         run = self._taken.next
         if run is None:
@@ -145,7 +155,7 @@ class Stream:
         self.cancelled = False  # callee: the caller has given up, or is gone
         self.overrun = False  # the peer sent more than it had credit for
         self.initial: bytes | None = None  # caller: metadata that came before everything else
-        self.reply: tuple[int, bytes, bytes] | None = None  # caller: status, metadata, body
+        self.reply: tuple[int, bytes, Body] | None = None  # caller: status, metadata, body
         self.lost_error = 0  # errno that ended the connection
         self.position: Sequence[int] = NOT_SENT  # caller: of the request
         self.outcome = 0  # caller: what became of the call when the connection ended
@@ -175,7 +185,7 @@ class Stream:
 
     # ---- for the consumer ----
 
-    def take(self) -> tuple[bytes, Sequence[int]]:
+    def take(self) -> tuple[Body, Sequence[int]]:
         """Next items; IndexError if there are none now."""
         data, ends = self.runs.popleft()
         self.taken_messages += len(ends)
@@ -260,7 +270,7 @@ class Stream:
         self.waiters.wake()
         return before is None
 
-    def replied(self, status: int, metadata: bytes, body: bytes) -> Callable[[], None] | None:
+    def replied(self, status: int, metadata: bytes, body: Body) -> Callable[[], None] | None:
         """As ``Pending.replied``."""
         self.reply = (status, metadata, body)
         self.ended = True
@@ -319,7 +329,7 @@ class Session:
                 self.requests.pop(call_id, None)
 
     def replied(
-        self, call_id: int, status: int, metadata: bytes, body: bytes
+        self, call_id: int, status: int, metadata: bytes, body: Body
     ) -> Callable[[], None] | None:
         """A call of ours is over."""
         pending = self.calls.get(call_id)

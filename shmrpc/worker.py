@@ -17,17 +17,21 @@ from msgpack import unpackb
 
 from ._native import ffi, lib
 from .calls import Requests
-from .codec import Codec, MsgpackCodec
+from .codec import Codec, MsgpackCodec, pack_split
 from .context import CallContext, enter_worker, leave_worker
 from .errors import Cancelled, ConnectionLost, Error, RemoteError
 from .failures import Failure
+from .lending import attach
 from .metadata import pack_metadata, pack_reply_metadata, unpack_metadata
 from .poller import FOREVER, Connection, Poller, Waiters
 from .rendezvous import Credentials
+from .values import LARGE as _LARGE
+from .values import NotPlain, encode, may_hold_large, unpack_extension
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
+    from .buffers import Source
     from .failures import Stage
     from .registry import Method, Registry
     from .session import Stream
@@ -103,17 +107,28 @@ class Worker:
                 args = result = _NOT_YET
                 try:
                     if plain:  # MsgpackCodec.decode written out: 0.1 us less
-                        args = unpackb(view[:status], strict_map_key=False)
+                        args = unpackb(
+                            view[:status], strict_map_key=False, ext_hook=unpack_extension
+                        )
                     else:
                         args = decode(view[:status])
                     result = functions[message.method](*args)
                     body = pack(result)
                 except BaseException as error:
-                    self._fail(error, args, result)
+                    if result is not _NOT_YET and type(error) is NotPlain:
+                        self._reply_beside(result)
+                    else:
+                        self._fail(error, args, result)
+                    args = result = None  # or what they are made of is not given back
                     pack = self._pack
                     status = _next(slot)
                     continue
-                status = _reply_next(slot, body, len(body))
+                size = len(body)
+                if size >= _LARGE and plain and may_hold_large(body):
+                    self._reply_beside(result)
+                    status = _next(slot)
+                else:
+                    status = _reply_next(slot, body, size)
                 continue
             if status == lib.SHMRPC_STOPPED:
                 return
@@ -186,15 +201,50 @@ class Worker:
             return
         args = result = _NOT_YET
         try:
-            args = self._host.codec.decode(body)
+            args = self._arguments(body)
             if message.flags & lib.SHMRPC_FLAG_KEYWORDS:
                 result = function(*args[0], **args[1])
             else:
                 result = function(*args)
             if message.kind != lib.SHMRPC_NOTIFY:
-                self._reply(self._pack(result))
+                packed, sources = pack_split(self._host.codec, self._pack, result)
+                alive = self._attach(sources, "the result")
+                # Views of the caller's blocks go back before the reply, not after it: then its
+                # next call finds them free, and still in the caches.
+                args = result = sources = ()
+                self._reply(packed)
+                del alive
         except BaseException as error:
             self._fail(error, args, result)
+
+    def _arguments(self, body: memoryview) -> Any:
+        message = self._message
+        if not message.flags & lib.SHMRPC_FLAG_BLOCKS:
+            return self._host.codec.decode(body)
+        connection = self._poller.connection(message.conn_id)
+        if connection is None:
+            msg = f"the caller of {self._method_name()!r} is gone"
+            raise Cancelled(msg)
+        return connection.decode(connection.parcel(self._slot, message, body))
+
+    def _attach(self, sources: Sequence[Source], what: str) -> Any:
+        """Have the next message carry these buffers; what has to live until it was sent."""
+        connection = self._poller.connection(self._message.conn_id) if sources else None
+        if connection is None:
+            return None
+        deadline = self._message.deadline_ns / 1e9 or FOREVER
+        what = f"{what} of {self._method_name()!r}"
+        return attach(connection, self._slot, sources, deadline, what)
+
+    def _reply_beside(self, result: Any) -> None:
+        """Reply with a result that has buffers."""
+        try:
+            packed, sources = encode(result)
+            alive = self._attach(sources, "the result")
+            self._reply(packed)
+            del alive
+        except BaseException as error:
+            self._fail(error, (), result)
 
     def _reply(self, body: bytes) -> None:
         if lib.shmrpc_reply(self._slot, 0, body, len(body)) == _EMSGSIZE:
@@ -242,7 +292,7 @@ class Worker:
         deadline = message.deadline_ns / 1e9 or FOREVER
         args = result = _NOT_YET
         try:
-            args, kwargs = self._host.codec.decode(body), {}
+            args, kwargs = self._arguments(body), {}
             if message.flags & lib.SHMRPC_FLAG_KEYWORDS:
                 args, kwargs = args
             if method.requests:
@@ -253,7 +303,10 @@ class Worker:
                 self._reply(b"")
             else:
                 result = outcome
-                self._reply(self._pack(result))
+                packed, sources = pack_split(self._host.codec, self._pack, result)
+                alive = self._attach(sources, "the result")
+                self._reply(packed)
+                del alive
         except BaseException as error:
             # To a caller that has cancelled there is nothing to report.
             if not (stream.cancelled and isinstance(error, Cancelled)):
@@ -266,18 +319,28 @@ class Worker:
         slot, call_id = self._slot, self._message.call_id
         pack, send = self._pack, lib.shmrpc_send_item
         expires = deadline != FOREVER
+        plain = type(self._host.codec) is MsgpackCodec
+        sources: Sequence[Source] = ()
         try:
             for item in items:
                 try:
                     body = pack(item)
+                    if len(body) >= _LARGE and plain and may_hold_large(body):
+                        body, sources = encode(item)
+                except NotPlain:
+                    body, sources = self._split(item)
                 except Exception as error:
                     raise self._unpackable(item, error) from error
                 size = len(body)
                 late = expires and time.monotonic() >= deadline
                 if late or stream.cancelled or not stream.may_send():
                     self._wait_for_credit(connection, stream, deadline)
-                stream.sent(size)
-                status = send(slot, 0, call_id, body, size)
+                if sources:
+                    status = self._send_beside(stream, call_id, body, sources)
+                    item = sources = ()
+                else:
+                    stream.sent(size)
+                    status = send(slot, 0, call_id, body, size)
                 if status < 0:
                     self._refuse_item(connection, status, size)
         finally:
@@ -285,6 +348,21 @@ class Worker:
             close = getattr(items, "close", None)
             if close is not None:
                 close()
+
+    def _split(self, item: Any) -> tuple[bytes, Sequence[Source]]:
+        try:
+            return encode(item)
+        except Exception as error:
+            raise self._unpackable(item, error) from error
+
+    def _send_beside(
+        self, stream: Stream, call_id: int, body: bytes, sources: Sequence[Source]
+    ) -> int:
+        alive = self._attach(sources, "an item")
+        stream.sent(len(body) + lib.shmrpc_attached_weight(self._slot))
+        status: int = lib.shmrpc_send_item(self._slot, 0, call_id, body, len(body))
+        del alive
+        return status
 
     def _wait_for_credit(self, connection: Connection, stream: Stream, deadline: float) -> None:
         def ready() -> bool:

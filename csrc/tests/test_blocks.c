@@ -227,10 +227,10 @@ TEST(all_that_carry_values)
             int side = i % 2;
             struct end *peer = &ends[!side];
             peer->messages = 0;
-            CHECK_EQUAL(attach(side, 20000), 0);
-            CHECK_EQUAL(attach(side, 1 * MIB), 0);
-            CHECK_EQUAL(attach(side, BLOCK_BYTES_MIN - 1), 0); /* goes with the body */
-            CHECK_EQUAL(attach(side, BLOCK_BYTES_MIN), 0);
+            CHECK_EQUAL(attach(side, 20000), !shm);
+            CHECK_EQUAL(attach(side, 1 * MIB), !shm);
+            CHECK_EQUAL(attach(side, BLOCK_BYTES_MIN - 1), 1); /* goes with the body */
+            CHECK_EQUAL(attach(side, BLOCK_BYTES_MIN), !shm);
             uint64_t weight = shmrpc_attached_weight(ends[side].slot);
             CHECK(send_kind(side, kinds[i / 2], 3 << 16 | SHMRPC_PYTHON_INDEX, 77) >= 0);
             pass(!side, 1);
@@ -282,7 +282,7 @@ TEST(many_and_long)
                 harness_progress(HANG_SECONDS);
             CHECK_EQUAL(shmrpc_attach(ends[side].slot, NULL, 0), 0); /* or items share an event */
             for (uint64_t i = random_below(&random, 6); i-- != 0;)
-                CHECK_EQUAL(attach(side, random_below(&random, 60000) + 1), 0);
+                CHECK(attach(side, random_below(&random, 60000) + 1) >= 0);
             CHECK(send_item(side, (uint32_t)random_below(&random, 90000)) >= 0);
             sent[side]++;
             pump((int)random_below(&random, 2));
@@ -395,7 +395,7 @@ TEST(grows_up_to_its_limit)
     CHECK_EQUAL(wait_blocks(0, 1 * MIB, -1), 0);
     CHECK_EQUAL(stats_of(0).used_bytes, 0);
     /* What can never fit goes with the body. */
-    CHECK_EQUAL(shmrpc_attach(slot, data, 4 * MIB + 1), 0);
+    CHECK_EQUAL(shmrpc_attach(slot, data, 4 * MIB + 1), 1);
     CHECK_EQUAL(stats_of(0).used_bytes, 0);
     shmrpc_detach(slot);
     free(data);

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from shmrpc._native import lib
 from shmrpc.errors import Cancelled, DeadlineExceeded, Error, MessageTooLarge, ProtocolError
 from shmrpc.metadata import unpack_metadata, unpack_reply_metadata
+from shmrpc.parcels import Parcel
 from shmrpc.poller import FOREVER, check_timeout
 from shmrpc.session import Stream
 
@@ -83,10 +84,13 @@ class AsyncReceiver:
                 self.connection.send_now(
                     lib.SHMRPC_CREDIT, self._call_id, credit, flags=self._flags
                 )
-        decode = self.connection.codec.decode
-        starts = (0, *ends[:-1])
-        items = [decode(data[start:end]) for start, end in zip(starts, ends)]  # noqa: B905
-        self._items = iter(items)
+        if isinstance(data, Parcel):
+            self._items = iter((self.connection.decode(data),))
+        else:
+            decode = self.connection.codec.decode
+            starts = (0, *ends[:-1])
+            items = [decode(data[start:end]) for start, end in zip(starts, ends)]  # type: ignore[index] # noqa: B905
+            self._items = iter(items)
         return next(self._items)
 
 
@@ -344,7 +348,7 @@ class Call:
         if not body:
             return None
         try:
-            return self._connection.codec.decode(body)
+            return self._connection.decode(body)  # type: ignore[arg-type]
         except (ValueError, TypeError) as reason:
             peer = self._connection.peer
             msg = f"{peer} sent a result of {self.method!r} that is none: {reason}"

@@ -69,7 +69,7 @@ class Pending:
         self.position: Sequence[int] = NOT_SENT
         self.status = -1  # gRPC status number, once it is there
         self.error = 0  # errno that ended the connection
-        self.body = b""
+        self.body: Any = b""  # bytes, or with buffers beside it
         self.metadata = b""
         self.future: asyncio.Future[None] | None = None
 
@@ -81,7 +81,7 @@ class Pending:
         """Take it no more."""
         self.connection.session.calls.pop(self.call_id, None)
 
-    def replied(self, status: int, metadata: bytes, body: bytes) -> None:
+    def replied(self, status: int, metadata: bytes, body: Any) -> None:
         """The reply is there."""
         self.status, self.metadata, self.body = status, metadata, body
         self._wake()
@@ -262,7 +262,7 @@ class Channel:
         if pending.status or pending.error:
             raise self._reply_error(pending, method)
         try:
-            return self._codec.decode(pending.body)
+            return connection.decode(pending.body)
         except (ValueError, TypeError) as error:
             msg = f"{connection.peer} sent a result of {method!r} that is none: {error}"
             raise ProtocolError(msg) from error

@@ -14,6 +14,7 @@ from shmrpc._native import lib
 from shmrpc.codec import Codec, MsgpackCodec
 from shmrpc.errors import Cancelled, ConnectError, ForkedError
 from shmrpc.handshake import Agreement, Terms
+from shmrpc.lending import MEMORY_BYTES
 from shmrpc.link import check_options, shake_hands
 from shmrpc.poller import Connection, Wait, check_timeout
 from shmrpc.registry import Registry
@@ -52,6 +53,7 @@ class connect:  # noqa: N801 - it is used as a function
         timeout: float = 5.0,
         fallback: str | None = None,
         max_message_bytes: int = 64 << 20,
+        max_memory_bytes: int = MEMORY_BYTES,
         backing: Backing = "auto",
         allow_uids: Iterable[int] = (),
         wait: Wait = "auto",
@@ -60,11 +62,17 @@ class connect:  # noqa: N801 - it is used as a function
         interceptors: Iterable[AsyncInterceptor] = (),
         retries: int = 0,
     ) -> None:
-        check_options(max_message_bytes, backing, wait, spin_budget)
+        check_options(max_message_bytes, backing, wait, spin_budget, max_memory_bytes)
         check_timeout(timeout)
         uids = frozenset(allow_uids)
         self._terms = [
-            Terms(addresses.parse(text), max_message_bytes, backing=backing, allow_uids=uids)
+            Terms(
+                addresses.parse(text),
+                max_message_bytes,
+                backing=backing,
+                max_memory_bytes=max_memory_bytes,
+                allow_uids=uids,
+            )
             for text in ([address] if fallback is None else [address, fallback])
         ]
         self._timeout = timeout

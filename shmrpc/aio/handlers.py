@@ -23,7 +23,7 @@ from shmrpc.errors import (
 )
 from shmrpc.failures import Failure
 from shmrpc.metadata import pack_metadata, pack_reply_metadata, unpack_metadata
-from shmrpc.poller import FOREVER, Connection, body_of
+from shmrpc.poller import FOREVER, Connection
 from shmrpc.session import Stream
 
 from .calls import AsyncReceiver, send_item
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from shmrpc.codec import Codec
     from shmrpc.failures import Stage
+    from shmrpc.parcels import Parcel
     from shmrpc.registry import Method, Registry
 
 __all__ = ["Handlers"]
@@ -79,7 +80,13 @@ class Incoming:
         "task",
     )
 
-    def __init__(self, handlers: Handlers, connection: Connection, message: Any) -> None:
+    def __init__(
+        self,
+        handlers: Handlers,
+        connection: Connection,
+        message: Any,
+        body: bytes | Parcel,
+    ) -> None:
         self.handlers = handlers
         self.connection = connection
         self.call_id: int = message.call_id
@@ -91,7 +98,7 @@ class Incoming:
         self.packed_metadata = (
             bytes(ffi.buffer(message.head + message.method_bytes, size)) if size else b""
         )
-        self.body = body_of(message)
+        self.body = body
         index = message.method
         self.method: Method | None = handlers.registry.methods[index] if index >= 0 else None
         self.stream: Stream | None = None
@@ -204,9 +211,11 @@ class Handlers:
 
     # ---- what comes ----
 
-    def _take(self, connection: Connection, message: Any) -> Callable[[], None]:
+    def _take(
+        self, connection: Connection, message: Any, body: bytes | Parcel
+    ) -> Callable[[], None]:
         """A request is there (the poller's lock is held)."""
-        call = Incoming(self, connection, message)
+        call = Incoming(self, connection, message, body)
         if call.flags & _STREAM:
             ended = bool(call.flags & lib.SHMRPC_FLAG_ENDED)
             call.stream = Stream(LoopWaiters(self._loop), ended=ended)
@@ -300,7 +309,7 @@ class Handlers:
             self._forget(call)
 
     def _arguments(self, call: Incoming) -> tuple[Any, dict[str, Any]]:
-        args = self._codec.decode(call.body)
+        args = call.connection.decode(call.body)
         call.body = b""
         if call.flags & _KEYWORDS:
             return args[0], args[1]

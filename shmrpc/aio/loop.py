@@ -107,7 +107,7 @@ class LoopPoller(Poller):
         super().__init__(codec, server=server, wait=wait, spin_budget=spin_budget)
         self.loop = get_running_loop()
         self.active = True
-        self._requests: Callable[[Connection, Any], Callable[[], None] | None] | None = None
+        self._requests: Callable[[Connection, Any, Any], Callable[[], None] | None] | None = None
         self._cancels: Callable[[Connection, int], None] | None = None
         self._closes: Callable[[Connection], None] | None = None
         self._rooms: dict[int, LoopWaiters] = {}
@@ -136,7 +136,7 @@ class LoopPoller(Poller):
 
     def serve_requests(
         self,
-        requests: Callable[[Connection, Any], Callable[[], None] | None],
+        requests: Callable[[Connection, Any, Any], Callable[[], None] | None],
         cancels: Callable[[Connection, int], None],
         closes: Callable[[Connection], None],
     ) -> None:
@@ -227,7 +227,7 @@ class LoopPoller(Poller):
         self, connection: Connection, message: Any, later: list[Callable[[], None]]
     ) -> None:
         if self._requests is not None:
-            run = self._requests(connection, message)
+            run = self._requests(connection, message, self._body(connection))
             if run is not None:
                 later.append(run)
 

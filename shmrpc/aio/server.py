@@ -15,6 +15,7 @@ from shmrpc import handover, handshake, segments
 from shmrpc.acceptor import Acceptor
 from shmrpc.codec import Codec, MsgpackCodec
 from shmrpc.errors import Error, ForkedError
+from shmrpc.lending import MEMORY_BYTES
 from shmrpc.link import check_options
 from shmrpc.proxy import public_methods
 from shmrpc.registry import Registry
@@ -53,6 +54,7 @@ class Server:
         *address: str,
         max_concurrency: int = 1024,
         max_message_bytes: int = 64 << 20,
+        max_memory_bytes: int = MEMORY_BYTES,
         backing: Backing = "auto",
         allow_uids: Iterable[int] = (),
         show_tracebacks: bool | None = None,
@@ -62,7 +64,7 @@ class Server:
         interceptors: Iterable[AsyncInterceptor] = (),
     ) -> None:
         """Make a server that listens from ``start`` on; ``ConnectError`` for a bad address."""
-        check_options(max_message_bytes, backing, wait, spin_budget)
+        check_options(max_message_bytes, backing, wait, spin_budget, max_memory_bytes)
         if not address:
             msg = "Server() needs at least one address, such as Server('calc')"
             raise ValueError(msg)
@@ -72,7 +74,11 @@ class Server:
         uids = frozenset(allow_uids)
         self._terms = [
             handshake.Terms(
-                addresses.parse(text), max_message_bytes, backing=backing, allow_uids=uids
+                addresses.parse(text),
+                max_message_bytes,
+                backing=backing,
+                max_memory_bytes=max_memory_bytes,
+                allow_uids=uids,
             )
             for text in address
         ]

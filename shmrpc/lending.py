@@ -1,0 +1,277 @@
+"""Buffers beside messages, as they are sent: in blocks of this side's arena.
+
+The arena is the core's; here is what it can't do by itself: make a further segment when it needs
+one, wait for what the peer gives back when it may not grow, say who holds what when nothing comes
+back, and give memory back to the system that nothing was in for a while.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from . import segments
+from ._native import ffi, lib
+from .buffers import Unwritten
+from .errors import ConnectError, ConnectionLost, DeadlineExceeded, MessageTooLarge, Overloaded
+from .poller import nanoseconds_until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from .buffers import Source
+    from .poller import Connection
+
+__all__ = ["MEMORY_BYTES", "arena_stats", "attach"]
+
+MEMORY_BYTES = 1 << 30  # of values under way on one connection, unless the user says otherwise
+PATIENCE = 10.0  # seconds in which something comes back, for a call that waits for ever
+QUIET = 5.0  # seconds after which memory that nothing is in goes back to the system
+
+_GROW, _FULL, _STOPPED = lib.SHMRPC_GROW, lib.SHMRPC_FULL, lib.SHMRPC_STOPPED
+_ENDED = frozenset((-errno.EPIPE, -errno.EPROTO, _STOPPED))
+_OVER = frozenset((0, -errno.ETIMEDOUT, *_ENDED))
+
+
+def attach(
+    connection: Connection, slot: Any, sources: Sequence[Source], deadline: float, what: str
+) -> list[Any]:
+    """Have the next message of this C slot carry these buffers.
+
+    Waits for room until ``deadline``. Returns what has to live until the message was sent.
+    Raises ``DeadlineExceeded`` or ``Overloaded`` if there is no room for ``what``, naming who holds
+    it, ``MessageTooLarge``, MemoryError. On a lost connection sending fails, and says how.
+    """
+    alive: list[Any] = []
+    lib.shmrpc_attach(slot, ffi.NULL, 0)
+    try:
+        for source in sources:
+            if isinstance(source, Unwritten):
+                _attach_unwritten(connection, slot, source, alive, deadline, what)
+            else:
+                data = ffi.from_buffer(source)
+                if _attach(connection, slot, data, len(data), deadline, what):
+                    alive.append(data)
+    except BaseException:
+        lib.shmrpc_detach(slot)
+        raise
+    return alive
+
+
+def _attach(
+    connection: Connection, slot: Any, data: Any, size: int, deadline: float, what: str
+) -> int:
+    """1 if it goes with the body."""
+    status: int = lib.shmrpc_attach(slot, data, size)
+    if status in (_GROW, _FULL):
+        status = _find_room(
+            connection, size, lambda: lib.shmrpc_attach(slot, data, size), deadline, what
+        )
+        if status in _ENDED or status in (_GROW, _FULL):
+            status = lib.shmrpc_attach_inline(slot, data, size)
+    if status == -errno.EMSGSIZE:
+        msg = f"{what} has more buffers than a message can: 65536, or 4 GiB outside of an arena"
+        raise MessageTooLarge(msg)
+    if status == -errno.ENOMEM:
+        msg = f"no memory for {what}, with a buffer of {size} bytes"
+        raise MemoryError(msg)
+    return status
+
+
+def _attach_unwritten(
+    connection: Connection,
+    slot: Any,
+    source: Unwritten,
+    alive: list[Any],
+    deadline: float,
+    what: str,
+) -> None:
+    """Write it where it is to lie, if that is in the arena."""
+    size = source.nbytes
+    loan, data = ffi.new("shmrpc_loan **"), ffi.new("uint8_t **")
+
+    def borrow() -> int:
+        status: int = lib.shmrpc_loan_new(slot, size, loan, data)
+        return status
+
+    status = borrow()
+    if status in (_GROW, _FULL):
+        status = _find_room(connection, size, borrow, deadline, what)
+    if status == 0:
+        try:
+            source.write(memoryview(ffi.buffer(data[0], size)))
+            _attach(connection, slot, data[0], size, deadline, what)
+        finally:
+            lib.shmrpc_loan_free(loan[0], ffi.NULL)
+        return
+    if status == -errno.ENOMEM:
+        msg = f"no memory for {what}, with a buffer of {size} bytes"
+        raise MemoryError(msg)
+    room = bytearray(size)
+    source.write(memoryview(room))
+    copy = ffi.from_buffer(room)
+    alive.append(copy)
+    lib.shmrpc_attach_inline(slot, copy, size)
+
+
+# ---- room ----
+
+
+def _find_room(
+    connection: Connection, size: int, attempt: Callable[[], int], deadline: float, what: str
+) -> int:
+    """Attempt again after growing, or waiting: its status, ``SHMRPC_GROW`` if growing failed."""
+    _look(connection, size)
+    patience = time.monotonic() + PATIENCE
+    while True:
+        status = attempt()
+        if status == _GROW:
+            if not _grow(connection, size):
+                return status
+        elif status == _FULL:
+            waited = _wait(connection, size, min(deadline, patience))
+            if waited in _ENDED:
+                return waited
+            if waited == 0:
+                patience = time.monotonic() + PATIENCE
+            elif time.monotonic() >= deadline:
+                raise DeadlineExceeded(_full(connection, size, what))
+            elif time.monotonic() >= patience:
+                raise Overloaded(_full(connection, size, what))
+        else:
+            return status
+
+
+def _wait(connection: Connection, size: int, deadline: float) -> int:
+    try:
+        slot = connection.slot()
+    except ConnectionLost:
+        return -errno.EPIPE
+    try:
+        status: int = lib.shmrpc_wait_blocks(slot.c, size, nanoseconds_until(deadline))
+        while status not in _OVER:
+            connection.poller.attend(status)
+            status = lib.shmrpc_wait(slot.c)
+    except BaseException:
+        lib.shmrpc_abandon(slot.c)
+        raise
+    connection.slots.append(slot)
+    return status
+
+
+def _look(connection: Connection, size: int) -> None:
+    """Take in what the peer has given back without ringing."""
+    _wait(connection, size, 0)
+
+
+def _grow(connection: Connection, size: int) -> bool:
+    """Add a segment to the arena; False if there is no memory, or the peer can't take it."""
+    try:
+        slot = connection.slot()
+        with connection.growing:
+            wants = lib.shmrpc_arena_wants(slot.c, size)
+            if wants:  # else another thread has been faster
+                _add_segment(connection, slot.c, wants)
+    except (ConnectError, ConnectionLost, OSError):
+        return False
+    connection.slots.append(slot)
+    _trimmer.watch(connection)
+    return True
+
+
+def _add_segment(connection: Connection, slot: Any, nbytes: int) -> None:
+    segment = segments.create(nbytes, connection.backing, trusted=connection.trusted)
+    try:
+        memory = lib.shmrpc_memory_map(segment.own_fd, nbytes)
+        if memory == ffi.NULL:
+            raise OSError(ffi.errno, os.strerror(ffi.errno))
+        status = -errno.EPERM
+        try:
+            segment.seal()
+            status = lib.shmrpc_arena_add(slot, memory, segment.peer_fd)
+        finally:
+            if status < 0:
+                lib.shmrpc_memory_unmap(memory)
+        if status < 0 and status != -errno.ENOSPC:
+            raise OSError(-status, os.strerror(-status))
+    finally:
+        segment.close()
+
+
+# ---- who holds what ----
+
+
+def arena_stats(connection: Connection) -> dict[str, int | float]:
+    """What of both arenas is there, in use, lent and pinned; bytes, numbers and seconds."""
+    stats = ffi.new("shmrpc_arena_stats *")
+    lib.shmrpc_arena_stats_of(connection.poller.c, connection.conn_id, stats)
+    return {
+        "arena_bytes": int(stats.bytes),
+        "arena_used_bytes": int(stats.used_bytes),
+        "lent_blocks": int(stats.lent_blocks),
+        "lent_bytes": int(stats.lent_bytes),
+        "lent_oldest_s": stats.oldest_ns / 1e9,
+        "loans": int(stats.loans),
+        "loan_bytes": int(stats.loan_bytes),
+        "peer_arena_bytes": int(stats.peer_bytes),
+        "pinned_blocks": int(stats.leases),
+        "pinned_bytes": int(stats.leased_bytes),
+    }
+
+
+def _full(connection: Connection, size: int, what: str) -> str:
+    stats = arena_stats(connection)
+    return (
+        f"{what} needs a block of {size} bytes, and the {connection.max_memory_bytes} bytes of "
+        f"shared memory for values to {connection.peer} are in use: that holds "
+        f"{stats['lent_blocks']} blocks of {stats['lent_bytes']} bytes, the oldest for "
+        f"{stats['lent_oldest_s']:.1f} s; {stats['loan_bytes']} bytes are loans of this process. "
+        "Let go of received values earlier, or raise max_memory_bytes on both sides"
+    )
+
+
+# ---- giving memory back ----
+
+
+class _Trimmer:
+    """A thread that is there as long as some arena has memory, and looks for what is idle."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._connections: weakref.WeakSet[Connection] = weakref.WeakSet()
+        self._running = False
+
+    def watch(self, connection: Connection) -> None:
+        """This connection's arena has grown."""
+        with self._lock:
+            self._connections.add(connection)
+            if not self._running:
+                self._running = True
+                threading.Thread(target=self._run, name="shmrpc-trimmer", daemon=True).start()
+
+    def _run(self) -> None:
+        while self._trim():
+            time.sleep(QUIET / 2)
+
+    def _trim(self) -> bool:
+        """Whether there is anything left to look after."""
+        quiet_ns = int(QUIET * 1e9)
+        with self._lock:
+            for connection in list(self._connections):
+                left = lib.shmrpc_arena_trim(connection.poller.c, connection.conn_id, quiet_ns)
+                if left <= 0:
+                    self._connections.discard(connection)
+            self._running = bool(self._connections)
+            return self._running
+
+    def forget(self) -> None:
+        """In a forked child: nothing of it is ours, the thread least of all."""
+        self.__init__()  # type: ignore[misc]
+
+
+_trimmer = _Trimmer()
+os.register_at_fork(after_in_child=_trimmer.forget)
