@@ -23,7 +23,7 @@ from .lending import attach
 from .metadata import unpack_metadata, unpack_reply_metadata
 from .parcels import Parcel
 from .poller import FOREVER, Connection, Waiters, check_timeout
-from .session import Stream
+from .session import Body, Stream
 from .values import LARGE, NotPlain, encode, may_hold_large
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Channel(Protocol):
     _closed: bool
 
     def _remote_error(
-        self, connection: Connection, method: str, status: int, body: bytes
+        self, connection: Connection, method: str, status: int, body: Body
     ) -> Error: ...
 
 
@@ -438,7 +438,7 @@ class Call:
         if not body:
             return None
         try:
-            return self._connection.decode(body)  # type: ignore[arg-type]
+            return self._connection.decode(body)
         except (ValueError, TypeError) as reason:
             peer = self._connection.peer
             msg = f"{peer} sent a result of {self.method!r} that is none: {reason}"

@@ -23,7 +23,7 @@ from .outcomes import remote_error, send_error
 from .poller import FOREVER, Connection, Slot, check_timeout, nanoseconds_until
 from .proxy import Proxy, make_proxy
 from .registry import make_name
-from .session import NOT_SENT
+from .session import NOT_SENT, Body
 from .values import LARGE as _LARGE
 from .values import NotPlain, may_hold_large, unpack_extension
 
@@ -295,7 +295,7 @@ class Channel:
 
     # ---- errors ----
 
-    def _remote_error(self, connection: Connection, method: str, status: int, body: bytes) -> Error:
+    def _remote_error(self, connection: Connection, method: str, status: int, body: Body) -> Error:
         error = remote_error(connection, method, status, body)
         if connection.refuses:
             self._retire(connection)

@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ._native import lib
 from .errors import Cancelled, DeadlineExceeded, Error, ForkedError, ProtocolError
 from .metadata import unpack_reply_metadata
-from .parcels import Parcel
 from .poller import FOREVER, Connection, Waiters
 from .session import NOT_SENT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from .session import Body
 
 __all__ = ["CallFuture"]
 
@@ -33,7 +34,7 @@ class Channel(Protocol):
     """The client, as far as its futures need it."""
 
     def _remote_error(
-        self, connection: Connection, method: str, status: int, body: bytes
+        self, connection: Connection, method: str, status: int, body: Body
     ) -> Error: ...
 
 
@@ -146,7 +147,7 @@ class CallFuture(Future[Any]):
 
     # ---- for who reads the connection ----
 
-    def replied(self, status: int, metadata: bytes, body: bytes | Parcel) -> Callable[[], None]:
+    def replied(self, status: int, metadata: bytes, body: Body) -> Callable[[], None]:
         """Take the reply; finishing the future runs its callbacks, which may do anything."""
         self._metadata = metadata
 
@@ -162,9 +163,9 @@ class CallFuture(Future[Any]):
         outcome = self._connection.outcome(self.call_id, self.position[0])
         return lambda: self.finish(None, self._connection.lost(error, outcome, self.method))
 
-    def _settle(self, status: int, body: bytes | Parcel) -> None:
+    def _settle(self, status: int, body: Body) -> None:
         connection = self._connection
-        if status != 0 and not isinstance(body, Parcel):
+        if status != 0:
             error = self._channel._remote_error(connection, self.method, status, body)
             self.finish(None, error)
             return

@@ -22,17 +22,18 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .poller import Connection
+    from .session import Body
 
 __all__ = ["remote_error", "send_error"]
 
 
-def remote_error(connection: Connection, method: str, status: int, body: bytes) -> Error:
+def remote_error(connection: Connection, method: str, status: int, body: Body) -> Error:
     """The error for a reply whose status is not OK."""
     code = STATUS_NAMES[status] if status < len(STATUS_NAMES) else "UNKNOWN"
     if not body:
         return _core_error(connection, method, code)
     try:
-        fields = MsgpackCodec().decode(body)
+        fields = MsgpackCodec().decode(body)  # type: ignore[arg-type]
         error = RemoteError(
             str(fields["message"]),
             type=str(fields["type"]),

@@ -19,7 +19,7 @@ from .codec import MsgpackCodec
 from .errors import ConnectError, ConnectionLost, Error, ForkedError, ProtocolError
 from .parcels import Parcel, parcel_of
 from .rendezvous import Credentials
-from .session import Pending, Run, Session, Stream
+from .session import Body, Pending, Run, Session, Stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -164,13 +164,13 @@ class Connection:
                 raise ForkedError(msg) from None
             return Slot(self)
 
-    def decode(self, body: bytes | memoryview | Parcel) -> Any:
+    def decode(self, body: memoryview | Body) -> Any:
         """The value that a body is; ValueError or TypeError if it is none."""
         if type(body) is not Parcel:
             return self.codec.decode(body)  # type: ignore[arg-type]
         if not isinstance(self.codec, MsgpackCodec):
             msg = f"it has buffers, which are not for {type(self.codec).__qualname__}"
-            raise ValueError(msg)
+            raise ValueError(msg)  # noqa: TRY004 - as for any body that is no value
         return body.decode()
 
     def parcel(self, slot: Any, message: Any, body: bytes | memoryview) -> Parcel:
@@ -475,7 +475,7 @@ class Poller:
         body = body_of(message)
         if not message.flags & lib.SHMRPC_FLAG_BLOCKS:
             return body
-        parcel = self._unfinished
+        parcel: Parcel | None = self._unfinished
         if parcel is None:
             weight = lib.shmrpc_message_weight(message)
             parcel = self._unfinished = Parcel(body, weight, untrusted=not connection.trusted)

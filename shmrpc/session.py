@@ -17,6 +17,7 @@ __all__ = [
     "NOT_SENT",
     "WINDOW_BYTES",
     "WINDOW_MESSAGES",
+    "Body",
     "Pending",
     "Run",
     "Session",

@@ -337,7 +337,8 @@ class Worker:
                     self._wait_for_credit(connection, stream, deadline)
                 if sources:
                     status = self._send_beside(stream, call_id, body, sources)
-                    item = sources = ()
+                    del item  # or what it is made of is not given back
+                    sources = ()
                 else:
                     stream.sent(size)
                     status = send(slot, 0, call_id, body, size)

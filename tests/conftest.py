@@ -190,7 +190,7 @@ def shm_names():
         pid = int(name.split("-")[2])
         return pid not in ours and psutil.pid_exists(pid)
 
-    return {name for name in glob.glob("/dev/shm/shmrpc-*") if not is_foreign(name)}
+    return {name for name in glob.glob("/dev/shm/shmrpc-[0-9]*") if not is_foreign(name)}
 
 
 def descriptors():

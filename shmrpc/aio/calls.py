@@ -12,7 +12,7 @@ from shmrpc.errors import Cancelled, DeadlineExceeded, Error, MessageTooLarge, P
 from shmrpc.metadata import unpack_metadata, unpack_reply_metadata
 from shmrpc.parcels import Parcel
 from shmrpc.poller import FOREVER, check_timeout
-from shmrpc.session import Stream
+from shmrpc.session import Body, Stream
 
 from .loop import LoopPoller, LoopWaiters
 
@@ -29,7 +29,7 @@ class Channel(Protocol):
     """The client, as far as its calls need it."""
 
     def _remote_error(
-        self, connection: Connection, method: str, status: int, body: bytes
+        self, connection: Connection, method: str, status: int, body: Body
     ) -> Error: ...
 
 
@@ -348,7 +348,7 @@ class Call:
         if not body:
             return None
         try:
-            return self._connection.decode(body)  # type: ignore[arg-type]
+            return self._connection.decode(body)
         except (ValueError, TypeError) as reason:
             peer = self._connection.peer
             msg = f"{peer} sent a result of {self.method!r} that is none: {reason}"

@@ -16,7 +16,7 @@ from shmrpc.outcomes import remote_error, send_error
 from shmrpc.poller import FOREVER, Connection, Slot, check_timeout
 from shmrpc.proxy import Proxy, make_proxy
 from shmrpc.registry import make_name
-from shmrpc.session import NOT_SENT
+from shmrpc.session import NOT_SENT, Body
 
 from .calls import Call
 from .loop import LoopPoller, check_loop
@@ -196,7 +196,7 @@ class Channel:
             return connection.lost(-status, lib.SHMRPC_NOT_SENT, method)
         return send_error(connection, method, status)
 
-    def _remote_error(self, connection: Connection, method: str, status: int, body: bytes) -> Error:
+    def _remote_error(self, connection: Connection, method: str, status: int, body: Body) -> Error:
         error = remote_error(connection, method, status, body)
         if connection.refuses:
             self._retire(connection)

@@ -93,7 +93,9 @@ class Hub:
         if connection is not None:
             connection.shutdown()
 
-    def _take_request(self, connection: Connection, message: Any) -> Callable[[], None] | None:
+    def _take_request(
+        self, connection: Connection, message: Any, _body: Any
+    ) -> Callable[[], None] | None:
         """A request is there (the poller's lock is held)."""
         call_id = message.call_id
         if message.kind != lib.SHMRPC_REQUEST:
