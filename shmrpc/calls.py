@@ -285,7 +285,7 @@ class Call:
             size = len(body)
             if not stream.may_send():
                 self._wait(lambda: stream.may_send() or stream.ended)
-                if stream.ended or self._closed:
+                if self._stream.ended or self._closed:
                     self._refuse_send()
             if sources:
                 size, status = self._send_beside(slot, body, sources)

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from . import segments
 from ._native import ffi, lib
@@ -21,12 +21,15 @@ from .errors import ConnectError, ConnectionLost, DeadlineExceeded, MessageTooLa
 from .poller import nanoseconds_until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Generator, Sequence
+    from typing import TypeAlias
 
     from .buffers import Source
     from .poller import Connection
 
-__all__ = ["MEMORY_BYTES", "arena_stats", "attach"]
+__all__ = ["MEMORY_BYTES", "Need", "arena_stats", "attach", "attaching", "grow"]
+
+T = TypeVar("T")
 
 MEMORY_BYTES = 1 << 30  # of values under way on one connection, unless the user says otherwise
 PATIENCE = 10.0  # seconds in which something comes back, for a call that waits for ever
@@ -35,6 +38,21 @@ QUIET = 5.0  # seconds after which memory that nothing is in goes back to the sy
 _GROW, _FULL, _STOPPED = lib.SHMRPC_GROW, lib.SHMRPC_FULL, lib.SHMRPC_STOPPED
 _ENDED = frozenset((-errno.EPIPE, -errno.EPROTO, _STOPPED))
 _OVER = frozenset((0, -errno.ETIMEDOUT, *_ENDED))
+
+
+class Need(NamedTuple):
+    """What has to happen before room for so many bytes is looked for again.
+
+    The arena has to grow (``until`` is None), or the peer to give something back until then.
+    Whoever meets it answers with 0 if that happened, else -errno.
+    """
+
+    nbytes: int
+    until: float | None
+
+
+if TYPE_CHECKING:
+    Steps: TypeAlias = Generator[Need, int, T]
 
 
 def attach(
@@ -46,15 +64,44 @@ def attach(
     Raises ``DeadlineExceeded`` or ``Overloaded`` if there is no room for ``what``, naming who holds
     it, ``MessageTooLarge``, MemoryError. On a lost connection sending fails, and says how.
     """
+    return _meet_all(connection, attaching(connection, slot, sources, deadline, what))
+
+
+def _meet_all(connection: Connection, steps: Steps[T]) -> T:
+    """Do what is needed, in this thread, until it is done."""
+    try:
+        need = next(steps)
+        while True:
+            try:
+                if need.until is None:
+                    status = grow(connection, need.nbytes)
+                else:
+                    status = _wait(connection, need.nbytes, need.until)
+            except BaseException as error:
+                need = steps.throw(error)
+            else:
+                need = steps.send(status)
+    except StopIteration as end:
+        result: T = end.value
+        return result
+
+
+# ---- what is done, and needed ----
+
+
+def attaching(
+    connection: Connection, slot: Any, sources: Sequence[Source], deadline: float, what: str
+) -> Steps[list[Any]]:
+    """As ``attach``, for who meets its needs in another way."""
     alive: list[Any] = []
     lib.shmrpc_attach(slot, ffi.NULL, 0)
     try:
         for source in sources:
             if isinstance(source, Unwritten):
-                _attach_unwritten(connection, slot, source, alive, deadline, what)
+                yield from _attach_unwritten(connection, slot, source, alive, deadline, what)
             else:
                 data = ffi.from_buffer(source)
-                if _attach(connection, slot, data, len(data), deadline, what):
+                if (yield from _attach(connection, slot, data, len(data), deadline, what)):
                     alive.append(data)
     except BaseException:
         lib.shmrpc_detach(slot)
@@ -64,11 +111,11 @@ def attach(
 
 def _attach(
     connection: Connection, slot: Any, data: Any, size: int, deadline: float, what: str
-) -> int:
+) -> Steps[int]:
     """1 if it goes with the body."""
     status: int = lib.shmrpc_attach(slot, data, size)
     if status in (_GROW, _FULL):
-        status = _find_room(
+        status = yield from _find_room(
             connection, size, lambda: lib.shmrpc_attach(slot, data, size), deadline, what
         )
         if status in _ENDED or status in (_GROW, _FULL):
@@ -89,7 +136,7 @@ def _attach_unwritten(
     alive: list[Any],
     deadline: float,
     what: str,
-) -> None:
+) -> Steps[None]:
     """Write it where it is to lie, if that is in the arena."""
     size = source.nbytes
     loan, data = ffi.new("shmrpc_loan **"), ffi.new("uint8_t **")
@@ -100,11 +147,11 @@ def _attach_unwritten(
 
     status = borrow()
     if status in (_GROW, _FULL):
-        status = _find_room(connection, size, borrow, deadline, what)
+        status = yield from _find_room(connection, size, borrow, deadline, what)
     if status == 0:
         try:
             source.write(memoryview(ffi.buffer(data[0], size)))
-            _attach(connection, slot, data[0], size, deadline, what)
+            yield from _attach(connection, slot, data[0], size, deadline, what)
         finally:
             lib.shmrpc_loan_free(loan[0], ffi.NULL)
         return
@@ -123,17 +170,17 @@ def _attach_unwritten(
 
 def _find_room(
     connection: Connection, size: int, attempt: Callable[[], int], deadline: float, what: str
-) -> int:
+) -> Steps[int]:
     """Attempt again after growing, or waiting: its status, ``SHMRPC_GROW`` if growing failed."""
-    _look(connection, size)
+    yield Need(size, 0)  # take in what the peer has given back without ringing
     patience = time.monotonic() + PATIENCE
     while True:
         status = attempt()
         if status == _GROW:
-            if not _grow(connection, size):
+            if (yield Need(size, None)) < 0:
                 return status
         elif status == _FULL:
-            waited = _wait(connection, size, min(deadline, patience))
+            waited = yield Need(size, min(deadline, patience))
             if waited in _ENDED:
                 return waited
             if waited == 0:
@@ -163,13 +210,8 @@ def _wait(connection: Connection, size: int, deadline: float) -> int:
     return status
 
 
-def _look(connection: Connection, size: int) -> None:
-    """Take in what the peer has given back without ringing."""
-    _wait(connection, size, 0)
-
-
-def _grow(connection: Connection, size: int) -> bool:
-    """Add a segment to the arena; False if there is no memory, or the peer can't take it."""
+def grow(connection: Connection, size: int) -> int:
+    """Add a segment to the arena; below 0 if there is no memory, or the peer can't take it."""
     try:
         slot = connection.slot()
         with connection.growing:
@@ -177,10 +219,10 @@ def _grow(connection: Connection, size: int) -> bool:
             if wants:  # else another thread has been faster
                 _add_segment(connection, slot.c, wants)
     except (ConnectError, ConnectionLost, OSError):
-        return False
+        return -errno.ENOMEM
     connection.slots.append(slot)
     _trimmer.watch(connection)
-    return True
+    return 0
 
 
 def _add_segment(connection: Connection, slot: Any, nbytes: int) -> None:

@@ -211,7 +211,8 @@ class Worker:
                 alive = self._attach(sources, "the result")
                 # Views of the caller's blocks go back before the reply, not after it: then its
                 # next call finds them free, and still in the caches.
-                args = result = sources = ()
+                args = result = ()
+                sources.clear()
                 self._reply(packed)
                 del alive
         except BaseException as error:

@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 
 from shmrpc._native import ffi, lib
-from shmrpc.codec import PACKING_ERRORS, Codec, MsgpackCodec, explain_arguments
+from shmrpc.codec import PACKING_ERRORS, Codec, MsgpackCodec, explain_arguments, pack_split
 from shmrpc.context import inherited_deadline
 from shmrpc.errors import Cancelled, DeadlineExceeded, Error, ProtocolError
 from shmrpc.metadata import Metadata, pack_metadata
@@ -19,10 +19,13 @@ from shmrpc.registry import make_name
 from shmrpc.session import NOT_SENT, Body
 
 from .calls import Call
+from .lending import attach
 from .loop import LoopPoller, check_loop
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from shmrpc.buffers import Source
 
 __all__ = ["STREAM", "STREAM_ENDED", "Channel", "Pending"]
 
@@ -138,7 +141,7 @@ class Channel:
 
     def _send_request(
         self,
-        connection: Connection,
+        slot: Slot,
         pending: Registered,
         kind: int,
         flags: int,
@@ -148,7 +151,6 @@ class Channel:
         deadline: float,
     ) -> int:
         """Send it: 0, 1 if it waits for room, or -errno (and it is not registered any more)."""
-        slot = connection.slot()
         position = ffi.new("uint64_t *", NOT_SENT[0])
         pending.position = position
         deadline_ns = 0
@@ -169,16 +171,16 @@ class Channel:
             deadline_ns,
             position,
         )
-        connection.slots.append(slot)
         if status < 0:
             pending.unregister()
         return status
 
     def _pack(
         self, slot: Slot, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> bytes:
+    ) -> tuple[bytes, Sequence[Source]]:
+        values = [args, kwargs] if kwargs else args
         try:
-            return slot.pack([args, kwargs] if kwargs else args)
+            return pack_split(self._codec, slot.pack, values)
         except PACKING_ERRORS as error:
             slot.pack = self._codec.encoder()  # the old one may hold half a message
             raise explain_arguments(self._codec, method, args, kwargs, error) from error
@@ -241,13 +243,20 @@ class Channel:
             if connection is None:
                 connection = await self._connect(deadline)
             slot = connection.slot()
-            body = self._pack(slot, method, args, kwargs)
-            connection.slots.append(slot)
-            pending = Pending(connection)
-            flags = lib.SHMRPC_FLAG_KEYWORDS if kwargs else 0
-            status = self._send_request(
-                connection, pending, _REQUEST, flags, name, beside, body, deadline
-            )
+            alive: Any = None  # until it was sent
+            try:
+                body, sources = self._pack(slot, method, args, kwargs)
+                if sources:
+                    what = f"the request of {method!r}"
+                    alive = await attach(connection, slot.c, sources, deadline, what)
+                pending = Pending(connection)
+                flags = lib.SHMRPC_FLAG_KEYWORDS if kwargs else 0
+                status = self._send_request(
+                    slot, pending, _REQUEST, flags, name, beside, body, deadline
+                )
+            finally:
+                connection.slots.append(slot)
+                del alive
             if status >= 0:
                 break
             if status != _ENOTCONN:
@@ -338,12 +347,21 @@ class Channel:
         while True:
             connection = self._link or await self._connect(deadline)
             slot = connection.slot()
-            body = b"" if kind == lib.SHMRPC_PING else self._pack(slot, method, args, kwargs)
-            connection.slots.append(slot)
-            pending = make(connection)
-            status = self._send_request(
-                connection, pending, kind, flags, name, beside, body, deadline
-            )
+            alive: Any = None  # until it was sent
+            body = b""
+            try:
+                if kind != lib.SHMRPC_PING:
+                    body, sources = self._pack(slot, method, args, kwargs)
+                    if sources:
+                        what = f"the request of {method!r}"
+                        alive = await attach(connection, slot.c, sources, deadline, what)
+                pending = make(connection)
+                status = self._send_request(
+                    slot, pending, kind, flags, name, beside, body, deadline
+                )
+            finally:
+                connection.slots.append(slot)
+                del alive
             if status >= 0:
                 break
             if status != _ENOTCONN:

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol
 
 from shmrpc._native import ffi, lib
+from shmrpc.codec import pack_split
 from shmrpc.context import CallContext, enter_task, leave_task
 from shmrpc.errors import (
     STATUS_NUMBERS,
@@ -27,14 +28,17 @@ from shmrpc.poller import FOREVER, Connection
 from shmrpc.session import Stream
 
 from .calls import AsyncReceiver, send_item
+from .lending import attach
 from .loop import LoopPoller, LoopWaiters
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 
+    from shmrpc.buffers import Source
     from shmrpc.codec import Codec
     from shmrpc.failures import Stage
     from shmrpc.parcels import Parcel
+    from shmrpc.poller import Slot
     from shmrpc.registry import Method, Registry
 
 __all__ = ["Handlers"]
@@ -268,13 +272,31 @@ class Handlers:
             stage = "handler"
             result = method.function(*args, **kwargs)
             stage = "result"
-            body = self._pack(result)
+            body, sources = pack_split(self._codec, self._pack, result)
         except Exception as error:
             self._fail(call, error, stage)
         else:
-            self._end(call, 0, body)
+            if sources:
+                self._running[call.connection.conn_id, call.call_id] = call
+                _start_task(self._loop, self._finish(call, body, sources), call)
+            else:
+                self._end(call, 0, body)
         finally:
             leave_task(token)
+
+    async def _finish(self, call: Incoming, body: bytes, sources: list[Source]) -> None:
+        """Send the result of an inline method, which may have to wait for room."""
+        call.started = True
+        try:
+            await self._end_beside(call, body, sources)
+        except asyncio.CancelledError:
+            self._end(call, _CANCELLED)
+            if not call.cancelled_by_caller:
+                raise
+        except Exception as error:
+            self._fail(call, error, "result")
+        finally:
+            self._forget(call)
 
     async def _run(self, call: Incoming, method: Method) -> None:
         call.started = True
@@ -296,7 +318,12 @@ class Handlers:
                 self._end(call, 0, b"")
             else:
                 stage = "result"
-                self._end(call, 0, self._pack(result))
+                body, sources = pack_split(self._codec, self._pack, result)
+                if sources:
+                    args, kwargs, result = (), {}, None
+                    await self._end_beside(call, body, sources)
+                else:
+                    self._end(call, 0, body)
         except asyncio.CancelledError:
             # By the caller, who waits no more, or because we are stopping.
             self._end(call, _CANCELLED)
@@ -353,9 +380,9 @@ class Handlers:
 
         try:
             async for item in source:
-                body = self._pack(item)
+                body, sources = pack_split(self._codec, self._pack, item)
                 status = await send_item(
-                    call.connection, stream, call.call_id, 0, body, may_send, deadline
+                    call.connection, stream, call.call_id, 0, body, sources, may_send, deadline
                 )
                 if status == _EMSGSIZE:
                     peer = call.connection.peer
@@ -392,15 +419,36 @@ class Handlers:
             call.connection.session.requests.pop(call.call_id, None)
         call.task = None
 
-    def _end(self, call: Incoming, status: int, body: bytes = b"") -> None:
-        """Send the reply, if there is somebody who wants one."""
+    async def _end_beside(self, call: Incoming, body: bytes, sources: list[Source]) -> None:
+        """Send a result that has buffers beside it."""
+        connection = call.connection
+        if call.kind == _NOTIFY or connection.closed:
+            return
+        slot = connection.slot()
+        deadline = call.deadline if call.deadline is not None else FOREVER
+        alive: Any = None  # until it was sent
+        try:
+            what = f"the result of {call.method.name!r}" if call.method is not None else "a result"
+            alive = await attach(connection, slot.c, sources, deadline, what)
+            # If these are views of the caller's blocks, they go back before the reply: its next
+            # call finds them free, and still in the caches.
+            sources.clear()
+            self._end(call, 0, body, slot)
+        finally:
+            connection.slots.append(slot)
+            del alive
+
+    def _end(
+        self, call: Incoming, status: int, body: bytes = b"", slot: Slot | None = None
+    ) -> None:
+        """Send the reply, if there is somebody who wants one; from a slot with its buffers."""
         if call.kind == _NOTIFY or call.replied:
             return
         call.replied = True
         connection = call.connection
         if connection.closed or call.cancelled_by_caller:
             return
-        sent = self._send(call, status, body)
+        sent = self._send(call, status, body, slot)
         if sent == _EMSGSIZE:
             text = "the result is longer than the caller accepts (its max_message_bytes)"
             failure = Failure("shmrpc.MessageTooLarge", text, "RESOURCE_EXHAUSTED")
@@ -408,8 +456,8 @@ class Handlers:
         if self._poller is not None:
             self._poller.schedule()
 
-    def _send(self, call: Incoming, status: int, body: bytes) -> int:
-        slot = call.connection.slot()
+    def _send(self, call: Incoming, status: int, body: bytes, prepared: Slot | None = None) -> int:
+        slot = prepared or call.connection.slot()
         metadata = call.reply_metadata
         sent: int = lib.shmrpc_send(
             slot.c,
@@ -425,7 +473,8 @@ class Handlers:
             0,
             self._position,
         )
-        call.connection.slots.append(slot)
+        if prepared is None:
+            call.connection.slots.append(slot)
         return sent
 
     def _fail(self, call: Incoming, error: BaseException, stage: Stage) -> None:

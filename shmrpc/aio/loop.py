@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from shmrpc.handshake import Agreement
     from shmrpc.session import Waiting
 
-__all__ = ["LoopPoller", "LoopWaiters", "check_loop"]
+__all__ = ["LoopPoller", "LoopWaiters", "check_loop", "poller_of"]
 
 _EVENTS = lib.SHMRPC_EVENTS
 _NOTHING = -errno.EAGAIN
@@ -49,6 +49,14 @@ def check_loop(loop: asyncio.AbstractEventLoop, what: str) -> None:
         where = "no event loop" if running is None else "another event loop"
         msg = f"{what} belongs to the event loop that made it, and was used from {where}"
         raise RuntimeError(msg)
+
+
+def poller_of(connection: Connection) -> LoopPoller:
+    """The loop's poller of an aio connection."""
+    poller = connection.poller
+    if not isinstance(poller, LoopPoller):
+        raise TypeError
+    return poller
 
 
 class LoopWaiters:
@@ -253,9 +261,35 @@ class LoopPoller(Poller):
             closes = self._closes
             later.append(lambda: closes(connection))
 
+    def look(self) -> None:
+        """Take what has come, now."""
+        if _poll(self._poll_slot, 0) == _EVENTS:
+            self.dispatch()
+        self.schedule()
+
     async def room(self, connection: Connection, slot: Slot, deadline: float) -> bool:
         """Wait until all that was sent has left this process; False at the deadline."""
-        while not connection.closed and lib.shmrpc_want_room(slot.c):
+        return await self._wait_room(
+            connection, lambda: bool(lib.shmrpc_want_room(slot.c)), deadline
+        )
+
+    async def blocks(self, connection: Connection, size: int, deadline: float) -> bool:
+        """Wait until a buffer of this size may fit into the arena; False at the deadline."""
+        slot = connection.slot()
+        try:
+            there = await self._wait_room(
+                connection, lambda: bool(lib.shmrpc_want_blocks(slot.c, size)), deadline
+            )
+        finally:
+            connection.slots.append(slot)
+            # The core tells us no more, now that one of us knows: the others ask again.
+            self._take_room(connection)
+        return there
+
+    async def _wait_room(
+        self, connection: Connection, wants: Callable[[], bool], deadline: float
+    ) -> bool:
+        while not connection.closed and wants():
             waiters = self._rooms.setdefault(connection.conn_id, LoopWaiters(self.loop))
             self.schedule()
 
