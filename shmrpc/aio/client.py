@@ -14,7 +14,7 @@ from shmrpc._native import lib
 from shmrpc.codec import Codec, MsgpackCodec
 from shmrpc.errors import Cancelled, ConnectError, ForkedError
 from shmrpc.handshake import Agreement, Terms
-from shmrpc.lending import MEMORY_BYTES
+from shmrpc.lending import MEMORY_BYTES, arena_stats
 from shmrpc.link import check_options, shake_hands
 from shmrpc.poller import Connection, Wait, check_timeout
 from shmrpc.registry import Registry
@@ -276,7 +276,7 @@ class Client(Channel):
 
     # ---- the rest ----
 
-    async def stats(self) -> dict[str, int]:
+    async def stats(self) -> dict[str, int | float]:
         """Counters of the current connection; as ``shmrpc.Client.stats``."""
         link = self._link or await self._connect(time.monotonic() + self._timeout)
         counters = link.poller.stats()
@@ -291,7 +291,11 @@ class Client(Channel):
             "late_replies",
             "outbox_bytes",
         )
-        return {name: counters[name] for name in shown} | {"reconnects": self._reconnects}
+        return {
+            **{name: counters[name] for name in shown},
+            **arena_stats(link),
+            "reconnects": self._reconnects,
+        }
 
     async def close(self) -> None:
         """Hang up. Calls under way in other tasks end with ``Cancelled``. Safe to repeat."""

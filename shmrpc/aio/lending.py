@@ -61,4 +61,4 @@ async def _meet(connection: Connection, need: Need) -> int:
             return -errno.ETIMEDOUT
     except ConnectionLost:
         return -errno.EPIPE
-    return -errno.EPIPE if connection.closed else 0
+    return 0 if poller.active and not connection.closed else -errno.EPIPE

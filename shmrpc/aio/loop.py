@@ -160,6 +160,9 @@ class LoopPoller(Poller):
             self._poll_slot = self._taker
             if not self.loop.is_closed():
                 self.loop.remove_reader(self._fd)
+            for waiters in self._rooms.values():
+                waiters.wake()
+            self._rooms.clear()
 
     # ---- polling ----
 
@@ -289,7 +292,7 @@ class LoopPoller(Poller):
     async def _wait_room(
         self, connection: Connection, wants: Callable[[], bool], deadline: float
     ) -> bool:
-        while not connection.closed and wants():
+        while self.active and not connection.closed and wants():
             waiters = self._rooms.setdefault(connection.conn_id, LoopWaiters(self.loop))
             self.schedule()
 
