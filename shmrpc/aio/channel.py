@@ -249,6 +249,9 @@ class Channel:
                 if sources:
                     what = f"the request of {method!r}"
                     alive = await attach(connection, slot.c, sources, deadline, what)
+                    if self._link is not connection:  # it was closed or lost meanwhile
+                        lib.shmrpc_detach(slot.c)
+                        continue
                 pending = Pending(connection)
                 flags = lib.SHMRPC_FLAG_KEYWORDS if kwargs else 0
                 status = self._send_request(
@@ -355,6 +358,9 @@ class Channel:
                     if sources:
                         what = f"the request of {method!r}"
                         alive = await attach(connection, slot.c, sources, deadline, what)
+                        if self._link is not connection:  # it was closed or lost meanwhile
+                            lib.shmrpc_detach(slot.c)
+                            continue
                 pending = make(connection)
                 status = self._send_request(
                     slot, pending, kind, flags, name, beside, body, deadline
