@@ -74,8 +74,7 @@ shmrpc_slot *shmrpc_slot_new(shmrpc_poller *poller, uint64_t conn_id)
     return slot_new(poller, conn_id, false);
 }
 
-/* What the slot's last message had is given up. */
-static void drop_blocks(struct shmrpc_slot *slot)
+void slot_drop_blocks(struct shmrpc_slot *slot)
 {
     if (slot->message.blocks == NULL)
         return;
@@ -98,7 +97,7 @@ void shmrpc_slot_free(shmrpc_slot *slot)
         conn_release(slot->conn);
     poller_unlock(slot->poller);
     poller_unref(slot->poller);
-    drop_blocks(slot);
+    slot_drop_blocks(slot);
     free(slot->reply_metadata);
     free(slot->ends);
     free(slot->large);
@@ -179,7 +178,7 @@ static void set_payload(shmrpc_message *message, const uint8_t *payload)
 
 int slot_receive(struct shmrpc_slot *slot, struct conn *conn, const struct frame_header *header)
 {
-    drop_blocks(slot);
+    slot_drop_blocks(slot);
     message_from_header(&slot->message, conn, header);
     free(slot->large);
     slot->large = NULL;
@@ -205,7 +204,7 @@ int slot_receive(struct shmrpc_slot *slot, struct conn *conn, const struct frame
 
 void slot_take(struct shmrpc_slot *slot, struct stored *stored)
 {
-    drop_blocks(slot);
+    slot_drop_blocks(slot);
     free(slot->large);
     free(slot->ends);
     slot->large = stored->payload;
@@ -781,6 +780,8 @@ int shmrpc_take(shmrpc_slot *slot)
         store_relaxed(&poller->event_count, load_relaxed(&poller->event_count) - 1);
         slot_take(slot, stored);
         stored_free(stored);
+    } else {
+        slot_drop_blocks(slot); /* what the last one had and nobody took is not kept until the next */
     }
     poller_unlock(poller);
     return stored != NULL;

@@ -225,6 +225,8 @@ void message_from_header(shmrpc_message *message, struct conn *conn,
 int slot_receive(struct shmrpc_slot *slot, struct conn *conn, const struct frame_header *header);
 /* Move a stored message into the slot. */
 void slot_take(struct shmrpc_slot *slot, struct stored *stored);
+/* The blocks of the slot's message that nobody took are given back. */
+void slot_drop_blocks(struct shmrpc_slot *slot);
 /* Whether the body lies in the view that Python has. */
 bool slot_in_view(const struct shmrpc_slot *slot);
 /* With the lock held: set result and wake the slot's thread, unless its wait has ended already. */

@@ -560,6 +560,7 @@ static void finish_request(struct shmrpc_poller *poller, struct shmrpc_slot *slo
     if (!slot->running)
         return;
     shmrpc_detach(slot); /* while it has a conn */
+    slot_drop_blocks(slot);
     slot->running = false;
     slot->message.call_id = 0; /* who still knows that call learns that it is over */
     poller->running--;

@@ -16,7 +16,7 @@ from .errors import Cancelled, ConnectError, ForkedError
 from .futures import CallFuture
 from .handshake import Terms
 from .intercepted import Intercepted
-from .lending import MEMORY_BYTES
+from .lending import MEMORY_BYTES, arena_stats
 from .link import check_options, connect_link
 from .poller import Connection, Poller, Wait, check_timeout
 from .registry import Registry
@@ -311,8 +311,14 @@ class Client(Channel):
 
     # ---- the rest ----
 
-    def stats(self) -> dict[str, int]:
-        """Counters of the current connection: spins, sleeps, wake-ups, frames, late replies."""
+    def stats(self) -> dict[str, int | float]:
+        """Counters of the current connection, and what large values take.
+
+        Spins, sleeps, wake-ups, frames, late replies; ``arena_bytes`` of shared memory there are
+        for what we send, ``lent_blocks`` and ``lent_bytes`` of them the server holds, the oldest
+        for ``lent_oldest_s`` seconds, ``loans`` are ours; ``pinned_blocks`` and ``pinned_bytes``
+        of the server's are held here by values that were received.
+        """
         link = self._connection(time.monotonic() + self._timeout)
         counters = link.poller.stats()
         shown = (
@@ -326,7 +332,11 @@ class Client(Channel):
             "late_replies",
             "outbox_bytes",
         )
-        return {name: counters[name] for name in shown} | {"reconnects": self._reconnects}
+        return {
+            **{name: counters[name] for name in shown},
+            **arena_stats(link),
+            "reconnects": self._reconnects,
+        }
 
     def close(self) -> None:
         """Hang up. Calls under way in other threads end with an error. Safe to repeat."""

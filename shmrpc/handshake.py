@@ -176,21 +176,27 @@ class Agreement:
             msg = f"can't use the peer's memory: {os.strerror(-conn_id)}"
             _refuse(self.socket, _TRANSPORTS[self.terms.address.transport], msg)
             raise ConnectError(msg)
+        self._own_segment = ffi.NULL
+        self._own_bell = self._peer_bell = -1
+        self._close_peer_segment()  # before the client goes on: it may count our descriptors
         if self.final:
             with contextlib.suppress(OSError):  # a client that is gone already hangs up as any
                 self.socket.send(self.final, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
         self.socket.detach()
-        self._own_segment = ffi.NULL
-        self._own_bell = self._peer_bell = -1
-        self.close()
         return conn_id
+
+    def _close_peer_segment(self) -> None:
+        if self._peer_segment >= 0:
+            os.close(self._peer_segment)
+            self._peer_segment = -1
 
     def close(self) -> None:
         """Let go of everything that is still ours."""
-        for fd in (self._own_bell, self._peer_bell, self._peer_segment):
+        for fd in (self._own_bell, self._peer_bell):
             if fd >= 0:
                 os.close(fd)
-        self._own_bell = self._peer_bell = self._peer_segment = -1
+        self._own_bell = self._peer_bell = -1
+        self._close_peer_segment()
         if self._own_segment != ffi.NULL:
             lib.shmrpc_segment_unmap(self._own_segment, self.own_ring_bytes)
             self._own_segment = ffi.NULL

@@ -7,8 +7,10 @@ back, and give memory back to the system that nothing was in for a while.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import queue
 import threading
 import time
 import weakref
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from .buffers import Source
     from .poller import Connection
 
-__all__ = ["MEMORY_BYTES", "Need", "arena_stats", "attach", "attaching", "grow"]
+__all__ = ["MEMORY_BYTES", "Need", "arena_stats", "attach", "attaching", "grow", "total_stats"]
 
 T = TypeVar("T")
 
@@ -265,6 +267,16 @@ def arena_stats(connection: Connection) -> dict[str, int | float]:
     }
 
 
+def total_stats(connections: Sequence[Connection]) -> dict[str, int | float]:
+    """The same over all of them; the oldest block of any."""
+    total: dict[str, int | float] = {}
+    for stats in map(arena_stats, connections):
+        for name, value in stats.items():
+            before = total.get(name, 0)
+            total[name] = max(before, value) if name == "lent_oldest_s" else before + value
+    return total
+
+
 def _full(connection: Connection, size: int, what: str) -> str:
     stats = arena_stats(connection)
     return (
@@ -284,36 +296,48 @@ class _Trimmer:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._connections: weakref.WeakSet[Connection] = weakref.WeakSet()
+        self._watched: set[weakref.ref[Connection]] = set()
+        self._ends: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._running = False
 
     def watch(self, connection: Connection) -> None:
         """This connection's arena has grown."""
+        ends = self._ends
         with self._lock:
-            self._connections.add(connection)
+            # In a finalizer: what takes no lock, as this queue does not.
+            self._watched.add(weakref.ref(connection, lambda _: ends.put(None)))
             if not self._running:
                 self._running = True
                 threading.Thread(target=self._run, name="shmrpc-trimmer", daemon=True).start()
 
     def _run(self) -> None:
         while self._trim():
-            time.sleep(QUIET / 2)
+            with contextlib.suppress(queue.Empty):
+                self._ends.get(timeout=QUIET / 2)
 
     def _trim(self) -> bool:
         """Whether there is anything left to look after."""
         quiet_ns = int(QUIET * 1e9)
         with self._lock:
-            for connection in list(self._connections):
-                left = lib.shmrpc_arena_trim(connection.poller.c, connection.conn_id, quiet_ns)
-                if left <= 0:
-                    self._connections.discard(connection)
-            self._running = bool(self._connections)
+            self._watched = {ref for ref in self._watched if _trim(ref(), quiet_ns)}
+            self._running = bool(self._watched)
             return self._running
 
-    def forget(self) -> None:
-        """In a forked child: nothing of it is ours, the thread least of all."""
-        self.__init__()  # type: ignore[misc]
+
+def _trim(connection: Connection | None, quiet_ns: int) -> bool:
+    if connection is None or connection.closed:
+        return False
+    left: int = lib.shmrpc_arena_trim(connection.poller.c, connection.conn_id, quiet_ns)
+    return left > 0
 
 
 _trimmer = _Trimmer()
-os.register_at_fork(after_in_child=_trimmer.forget)
+
+
+def _after_fork_in_child() -> None:
+    """Nothing of it is ours, the thread least of all."""
+    global _trimmer
+    _trimmer = _Trimmer()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

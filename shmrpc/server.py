@@ -24,7 +24,7 @@ from .caller import Caller
 from .codec import Codec, MsgpackCodec
 from .errors import Error, ForkedError
 from .intercepted import intercept_handlers
-from .lending import MEMORY_BYTES
+from .lending import MEMORY_BYTES, total_stats
 from .link import check_options
 from .poller import Connection, Poller, Wait, check_timeout
 from .proxy import public_methods
@@ -311,11 +311,16 @@ class Server:
     ) -> None:
         self.stop()
 
-    def stats(self) -> dict[str, int]:
-        """Counters of the server: calls, connections, spins, sleeps, wake-ups sent."""
+    def stats(self) -> dict[str, int | float]:
+        """Counters of the server: calls, connections, spins, sleeps, wake-ups sent.
+
+        And what large values take, over all connections: as ``Client.stats``.
+        """
         self._check_usable()
         poller = self._poller
-        return poller.stats() if poller is not None else {}
+        if poller is None:
+            return {}
+        return {**poller.stats(), **total_stats(list(poller.connections.values()))}
 
     def _describe(self, name: str) -> dict[str, Any] | None:
         """What clients may ask of a method: ``shmrpc.describe``. None if there is none."""

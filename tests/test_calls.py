@@ -212,10 +212,11 @@ def test_failing_notification_disturbs_nothing(client):
     assert client.call("add", 1, 2) == 3
 
 
-def test_notify_waits_for_room_with_a_timeout(transport, service, connect):
+@pytest.mark.parametrize("memory", [0, 1 << 20])
+def test_notify_waits_for_room_with_a_timeout(transport, service, connect, memory):
     """A server that does not keep up: notify waits, and gives up after its timeout."""
     running = service(transport)
-    client = connect(running.address)
+    client = connect(running.address, max_memory_bytes=memory)
     running.pause()
     data = b"x" * 300_000
     with pytest.raises(shmrpc.DeadlineExceeded):

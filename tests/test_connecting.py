@@ -432,10 +432,11 @@ def test_backing(service, connect, ours, theirs):
     with open("/proc/self/maps") as maps:
         new = [line for line in maps if "shmrpc" in line and line not in before]
     memfds = [line for line in new if "memfd:shmrpc" in line]
-    assert len(memfds) == (ours == "memfd") + (theirs == "memfd")
-    assert len(new) == 2
-    assert sum(" rw-s " in line for line in new) == 1  # ours; theirs can only be read
-    assert sum(" r--s " in line for line in new) == 1
+    # Two of each side: what the connection began with, and what it got for this value.
+    assert len(memfds) == 2 * (ours == "memfd") + 2 * (theirs == "memfd")
+    assert len(new) == 4
+    assert sum(" rw-s " in line for line in new) == 2  # ours; theirs can only be read
+    assert sum(" r--s " in line for line in new) == 2
 
 
 FULL = """

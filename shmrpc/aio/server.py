@@ -15,7 +15,7 @@ from shmrpc import handover, handshake, segments
 from shmrpc.acceptor import Acceptor
 from shmrpc.codec import Codec, MsgpackCodec
 from shmrpc.errors import Error, ForkedError
-from shmrpc.lending import MEMORY_BYTES
+from shmrpc.lending import MEMORY_BYTES, total_stats
 from shmrpc.link import check_options
 from shmrpc.proxy import public_methods
 from shmrpc.registry import Registry
@@ -243,11 +243,15 @@ class Server:
     ) -> None:
         await self.stop()
 
-    def stats(self) -> dict[str, int]:
+    def stats(self) -> dict[str, int | float]:
         """Counters of the server; as ``shmrpc.Server.stats``."""
         if self._poller is None or self._handlers is None:
             return {}
-        return {**self._poller.stats(), "running": self._handlers.running}
+        return {
+            **self._poller.stats(),
+            **total_stats(list(self._poller.connections.values())),
+            "running": self._handlers.running,
+        }
 
     def _describe(self, name: str) -> dict[str, Any] | None:
         """What clients may ask of a method: ``shmrpc.describe``. None if there is none."""
