@@ -212,8 +212,9 @@ class _Rpc:
         return _Service(str(server.addresses[0]), partial(server.stop, grace=0))
 
     def connect(self, address: str) -> _Connection:
-        limits = {"max_message_bytes": MAX_BYTES, "max_memory_bytes": 2 * MAX_BYTES}
-        return _Connection(connect(address, **limits))
+        return _Connection(
+            connect(address, max_message_bytes=MAX_BYTES, max_memory_bytes=2 * MAX_BYTES)
+        )
 
 
 # ---- a Unix socket and msgpack ----

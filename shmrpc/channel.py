@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 
 import msgpack
 
+from . import loans
 from ._native import ffi, lib
 from .calls import Call
 from .codec import PACKING_ERRORS, Codec, MsgpackCodec, explain_arguments, pack_split
@@ -499,6 +500,29 @@ class Channel:
             if status in (_EPIPE, _EPROTO) and kind != lib.SHMRPC_NOTIFY:
                 return 0  # what became of it is told later: it may have run, its reply be here
         return status
+
+    # ---- memory that is sent without a copy ----
+
+    def empty(self, shape: Any, dtype: Any = "float64", *, timeout: float | None = None) -> Any:
+        """Return a numpy array, with any contents, in memory shared with the peer.
+
+        Sent over this connection it, or a contiguous part of it, is not copied; it becomes
+        read-only then. It goes back when nothing refers to it. Over unix and tcp it is an ordinary
+        array. Waits for room at most ``timeout`` seconds. Raises ``DeadlineExceeded`` or
+        ``Overloaded`` if there is none, ``ConnectError``, TypeError, ValueError, MemoryError.
+        """
+        return loans.empty(*self._lender(timeout, shape, dtype))
+
+    def loan(self, nbytes: int, *, timeout: float | None = None) -> memoryview:
+        """Return a writable memoryview of such memory; else as ``empty``, but it stays writable."""
+        return loans.borrow(*self._lender(timeout, nbytes))
+
+    def _lender(self, timeout: float | None, *what: Any) -> Any:
+        deadline = FOREVER if timeout is None else time.monotonic() + check_timeout(timeout)
+        deadline = _inherit(deadline)
+        slot = self._slot(deadline)
+        slot.connection.slots.append(slot)
+        return slot.connection, *what, deadline
 
     # ---- views ----
 

@@ -37,6 +37,12 @@ class CallSource(Protocol):
     def caller(self, context: CallContext) -> Any:
         """What calls the caller of this call."""
 
+    def empty(self, context: CallContext, shape: Any, dtype: Any) -> Any:
+        """An array in memory shared with the caller."""
+
+    def loan(self, context: CallContext, nbytes: int) -> Any:
+        """Such memory as it is."""
+
     def set_metadata(self, context: CallContext) -> None:
         """Send the reply with the context's metadata."""
 
@@ -103,6 +109,17 @@ class CallContext:
         may be kept: it works in any thread until that connection ends.
         """
         return self._source.caller(self)
+
+    def empty(self, shape: Any, dtype: Any = "float64") -> Any:
+        """As ``Client.empty``: an array that is this call's result, or an item, without a copy.
+
+        In an asynchronous handler it has to be awaited.
+        """
+        return self._source.empty(self, shape, dtype)
+
+    def loan(self, nbytes: int) -> Any:
+        """As ``Client.loan``. In an asynchronous handler it has to be awaited."""
+        return self._source.loan(self, nbytes)
 
     def set_trailing_metadata(self, metadata: Metadata) -> None:
         """Add to what goes to the caller with the end of this call.

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import queue
+import sys
 import threading
 import time
 import weakref
@@ -29,13 +30,26 @@ if TYPE_CHECKING:
     from .buffers import Source
     from .poller import Connection
 
-__all__ = ["MEMORY_BYTES", "Need", "arena_stats", "attach", "attaching", "grow", "total_stats"]
+__all__ = [
+    "MEMORY_BYTES",
+    "Need",
+    "arena_stats",
+    "attach",
+    "attaching",
+    "finding_room",
+    "grow",
+    "meet_all",
+    "total_stats",
+    "wants_room",
+]
 
 T = TypeVar("T")
 
 MEMORY_BYTES = 1 << 30  # of values under way on one connection, unless the user says otherwise
 PATIENCE = 10.0  # seconds in which something comes back, for a call that waits for ever
 QUIET = 5.0  # seconds after which memory that nothing is in goes back to the system
+
+_ARRAYS = f"{__package__}.arrays"  # imported if there is a numpy array
 
 _GROW, _FULL, _STOPPED = lib.SHMRPC_GROW, lib.SHMRPC_FULL, lib.SHMRPC_STOPPED
 _ENDED = frozenset((-errno.EPIPE, -errno.EPROTO, _STOPPED))
@@ -66,10 +80,10 @@ def attach(
     Raises ``DeadlineExceeded`` or ``Overloaded`` if there is no room for ``what``, naming who holds
     it, ``MessageTooLarge``, MemoryError. On a lost connection sending fails, and says how.
     """
-    return _meet_all(connection, attaching(connection, slot, sources, deadline, what))
+    return meet_all(connection, attaching(connection, slot, sources, deadline, what))
 
 
-def _meet_all(connection: Connection, steps: Steps[T]) -> T:
+def meet_all(connection: Connection, steps: Steps[T]) -> T:
     """Do what is needed, in this thread, until it is done."""
     try:
         need = next(steps)
@@ -105,6 +119,9 @@ def attaching(
                 data = ffi.from_buffer(source)
                 if (yield from _attach(connection, slot, data, len(data), deadline, what)):
                     alive.append(data)
+                arrays = sys.modules.get(_ARRAYS)
+                if arrays is not None:
+                    arrays.freeze(source)
     except BaseException:
         lib.shmrpc_detach(slot)
         raise
@@ -116,11 +133,11 @@ def _attach(
 ) -> Steps[int]:
     """1 if it goes with the body."""
     status: int = lib.shmrpc_attach(slot, data, size)
-    if status in (_GROW, _FULL):
-        status = yield from _find_room(
+    if wants_room(status):
+        status = yield from finding_room(
             connection, size, lambda: lib.shmrpc_attach(slot, data, size), deadline, what
         )
-        if status in _ENDED or status in (_GROW, _FULL):
+        if status in _ENDED or wants_room(status):
             status = lib.shmrpc_attach_inline(slot, data, size)
     if status == -errno.EMSGSIZE:
         msg = f"{what} has more buffers than a message can: 65536, or 4 GiB outside of an arena"
@@ -148,8 +165,8 @@ def _attach_unwritten(
         return status
 
     status = borrow()
-    if status in (_GROW, _FULL):
-        status = yield from _find_room(connection, size, borrow, deadline, what)
+    if wants_room(status):
+        status = yield from finding_room(connection, size, borrow, deadline, what)
     if status == 0:
         try:
             source.write(memoryview(ffi.buffer(data[0], size)))
@@ -170,7 +187,12 @@ def _attach_unwritten(
 # ---- room ----
 
 
-def _find_room(
+def wants_room(status: int) -> bool:
+    """Whether the core has said that there is no room."""
+    return status in (_GROW, _FULL)
+
+
+def finding_room(
     connection: Connection, size: int, attempt: Callable[[], int], deadline: float, what: str
 ) -> Steps[int]:
     """Attempt again after growing, or waiting: its status, ``SHMRPC_GROW`` if growing failed."""

@@ -56,6 +56,31 @@ def make_server(addresses, options):
         return await shmrpc.current_call().caller.call(method, value)
 
     @server.method
+    async def lent(size):
+        array = await shmrpc.current_call().empty(size, "u1")
+        array[:] = 9
+        return array
+
+    @server.method(inline=True)
+    def lent_inline(size):
+        array = shmrpc.current_call().empty(size, "u1")
+        array[:] = 9
+        return array
+
+    @server.method
+    def lent_on_thread(size):
+        array = shmrpc.current_call().empty(size, "u1")
+        array[:] = 9
+        return array
+
+    @server.method
+    async def lent_items(count, size):
+        for _ in range(count):
+            array = await shmrpc.current_call().empty(size, "u1")
+            array[:] = 9
+            yield array
+
+    @server.method
     async def remember(array):
         remembered.append(int(array.sum()))
 

@@ -326,3 +326,53 @@ def test_closing_the_client_ends_the_wait(run, small):
             assert all(isinstance(end, shmrpc.Error) for end in ends), ends
 
     run(main)
+
+
+# ---- loans ----
+
+
+def test_loans_are_sent_as_they_are(run, address):
+    async def main():
+        async with aio.connect(address) as client:
+            array = await client.empty((300, 200), "int32")
+            array[:] = 5
+            assert (await client.call("echo", array)).sum() == 5 * 60_000
+            # The same memory again, and a part of it.
+            assert (await client.call("echo", [array, array[100:]]))[1].sum() == 5 * 40_000
+            view = await client.loan(50_000)
+            view[:] = b"v" * 50_000
+            assert bytes(await client.call("echo", view)) == b"v" * 50_000
+            for method in ("lent", "lent_inline", "lent_on_thread"):
+                result = await client.call(method, 70_000)
+                assert (result.size, result.min(), result.flags.writeable) == (70_000, 9, False)
+            async for item in client.stream("lent_items", 20, 70_000):
+                assert item.sum() == 9 * 70_000
+            del array, view, result, item
+            await settled(client)
+            assert not (await client.stats())["loans"]
+
+    run(main)
+
+
+def test_a_loan_waits_for_room_too(run, small):
+    async def main():
+        async with small(), aio.connect("small", max_memory_bytes=2 * MIB) as client:
+            first = await client.empty(1_500_000, "u1")
+            with pytest.raises(shmrpc.DeadlineExceeded, match="loans of this process"):
+                await client.empty(1_500_000, "u1", timeout=0.1)
+            second = asyncio.create_task(client.empty(1_500_000, "u1", timeout=30))
+            await client.ping()
+            assert not second.done()
+            del first
+            gc.collect()
+            assert (await second).size == 1_500_000
+            with pytest.raises(TypeError, match="Python objects"):
+                await client.empty(5, object)
+            with pytest.raises(ValueError, match="number of bytes"):
+                await client.loan(-1)
+            assert (await client.empty((0, 5))).shape == (0, 5)
+            assert len(await client.loan(0)) == 0
+            # More than there ever is: ordinary memory, copied when it is sent.
+            assert (await client.empty(5_000_000, "u1")).flags.writeable
+
+    run(main)

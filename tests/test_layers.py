@@ -26,6 +26,7 @@ LAYERS = [
     ["handshake"],
     ["poller"],
     ["lending", "link", "registry", "context"],
+    ["loans"],
     ["outcomes", "failures", "calls", "futures", "proxy", "acceptor", "bytestream"],
     ["channel", "worker"],
     ["caller", "intercepted"],

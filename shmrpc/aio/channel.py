@@ -7,6 +7,7 @@ import errno
 import time
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 
+from shmrpc import loans
 from shmrpc._native import ffi, lib
 from shmrpc.codec import PACKING_ERRORS, Codec, MsgpackCodec, explain_arguments, pack_split
 from shmrpc.context import inherited_deadline
@@ -19,7 +20,7 @@ from shmrpc.registry import make_name
 from shmrpc.session import NOT_SENT, Body
 
 from .calls import Call
-from .lending import attach
+from .lending import attach, meet_all
 from .loop import LoopPoller, check_loop
 
 if TYPE_CHECKING:
@@ -454,6 +455,25 @@ class Channel:
 
         await self._send(_REQUEST, flags, method, args, kwargs, deadline, metadata, attach)
         return call
+
+    # ---- memory that is sent without a copy ----
+
+    async def empty(
+        self, shape: Any, dtype: Any = "float64", *, timeout: float | None = None
+    ) -> Any:
+        """Return a numpy array in memory shared with the peer; as ``shmrpc.Client.empty``."""
+        check_loop(self._loop, repr(self))
+        deadline = self._deadline(timeout)
+        connection = self._link or await self._connect(deadline)
+        return await meet_all(connection, loans.making(connection, shape, dtype, deadline))
+
+    async def loan(self, nbytes: int, *, timeout: float | None = None) -> memoryview:
+        """Return a writable memoryview of such memory; as ``shmrpc.Client.loan``."""
+        check_loop(self._loop, repr(self))
+        deadline = self._deadline(timeout)
+        nbytes = loans.check_size(nbytes)
+        connection = self._link or await self._connect(deadline)
+        return await meet_all(connection, loans.borrowing(connection, nbytes, deadline))
 
     # ---- views ----
 

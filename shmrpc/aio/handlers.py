@@ -11,6 +11,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol
 
+from shmrpc import loans
 from shmrpc._native import ffi, lib
 from shmrpc.codec import pack_split
 from shmrpc.context import CallContext, enter_task, leave_task
@@ -28,7 +29,7 @@ from shmrpc.poller import FOREVER, Connection
 from shmrpc.session import Stream
 
 from .calls import AsyncReceiver, send_item
-from .lending import attach
+from .lending import attach, meet_all, meet_now
 from .loop import LoopPoller, LoopWaiters
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from shmrpc.buffers import Source
     from shmrpc.codec import Codec
     from shmrpc.failures import Stage
+    from shmrpc.lending import Steps
     from shmrpc.parcels import Parcel
     from shmrpc.poller import Slot
     from shmrpc.registry import Method, Registry
@@ -141,6 +143,23 @@ class Incoming:
         """What calls the caller of this call."""
         return self.handlers.host.caller_of(self.connection)
 
+    def empty(self, context: CallContext, shape: Any, dtype: Any) -> Any:
+        """An array in memory shared with the caller; to be awaited in an asynchronous handler."""
+        deadline = context.deadline or FOREVER
+        return self._lent(context, loans.making(self.connection, shape, dtype, deadline))
+
+    def loan(self, context: CallContext, nbytes: int) -> Any:
+        """Such memory as it is."""
+        deadline = context.deadline or FOREVER
+        nbytes = loans.check_size(nbytes)
+        return self._lent(context, loans.borrowing(self.connection, nbytes, deadline))
+
+    def _lent(self, context: CallContext, steps: Steps[Any]) -> Any:
+        if self.replied or self.connection.closed:
+            msg = f"the call of {context.method!r} is over"
+            raise RuntimeError(msg)
+        return self.handlers.meet(self, steps)
+
     def set_metadata(self, context: CallContext) -> None:
         """Send the reply with the context's metadata."""
         if self.replied:
@@ -212,6 +231,15 @@ class Handlers:
         if self._executor is not None:
             self._executor.shutdown(wait=False, cancel_futures=True)
             self._executor = None
+
+    def meet(self, call: Incoming, steps: Steps[Any]) -> Any:
+        """Do what the handler of this call needs: awaitable if that is asynchronous."""
+        if asyncio._get_running_loop() is not self._loop:  # it runs on a thread
+            meeting = meet_all(call.connection, steps)
+            return asyncio.run_coroutine_threadsafe(meeting, self._loop).result()
+        if call.method is not None and call.method.inline and not call.method.is_async:
+            return meet_now(call.connection, steps)
+        return meet_all(call.connection, steps)
 
     # ---- what comes ----
 

@@ -10,7 +10,7 @@ import errno
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from shmrpc import lending
-from shmrpc.errors import ConnectionLost
+from shmrpc.errors import ConnectionLost, Overloaded
 
 from .loop import poller_of
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from shmrpc.lending import Need, Steps
     from shmrpc.poller import Connection
 
-__all__ = ["attach"]
+__all__ = ["attach", "meet_all", "meet_now"]
 
 T = TypeVar("T")
 
@@ -44,6 +44,26 @@ async def meet_all(connection: Connection, steps: Steps[T]) -> T:
                 need = steps.throw(error)
             else:
                 need = steps.send(status)
+    except StopIteration as end:
+        result: T = end.value
+        return result
+
+
+def meet_now(connection: Connection, steps: Steps[T]) -> T:
+    """The same in a callback, which can't wait: ``Overloaded`` if it would have to."""
+    try:
+        need = next(steps)
+        while True:
+            if need.until is None:
+                status = lending.grow(connection, need.nbytes)
+            elif need.until:
+                steps.close()
+                msg = f"no room for {need.nbytes} bytes now, and an inline method can't wait for it"
+                raise Overloaded(msg)
+            else:
+                poller_of(connection).look()
+                status = 0
+            need = steps.send(status)
     except StopIteration as end:
         result: T = end.value
         return result
