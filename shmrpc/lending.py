@@ -358,7 +358,7 @@ _trimmer = _Trimmer()
 
 def _after_fork_in_child() -> None:
     """Nothing of it is ours, the thread least of all."""
-    global _trimmer
+    global _trimmer  # noqa: PLW0603 - its lock may be held by a thread that is not here
     _trimmer = _Trimmer()
 
 

@@ -134,6 +134,8 @@ class Connection:
             self.credentials = Credentials(agreement.peer_pid)
         self.peer_pid = agreement.peer_pid
         self.trusted = agreement.trusted
+        # Whose values are checked to the last offset, in copies that only we can write to.
+        self.untrusted_values = not agreement.trusted or address.transport == "tcp"
         self.max_request_bytes = agreement.peer_max_message_bytes
         self.max_memory_bytes = agreement.max_memory_bytes
         self.backing = agreement.terms.backing
@@ -175,7 +177,7 @@ class Connection:
 
     def parcel(self, slot: Any, message: Any, body: bytes | memoryview) -> Parcel:
         """The message in this C slot, which has buffers. Of a peer whom we don't trust: copies."""
-        return parcel_of(slot, message, body, untrusted=not self.trusted)
+        return parcel_of(slot, message, body, untrusted=self.untrusted_values)
 
     def register(self, call_id: int, pending: Pending | Stream) -> None:
         """A call of ours is about to be sent: take frames for it."""
@@ -478,7 +480,7 @@ class Poller:
         parcel: Parcel | None = self._unfinished
         if parcel is None:
             weight = lib.shmrpc_message_weight(message)
-            parcel = self._unfinished = Parcel(body, weight, untrusted=not connection.trusted)
+            parcel = self._unfinished = Parcel(body, weight, untrusted=connection.untrusted_values)
         parcel.fill(self._taker, message)
         return parcel
 
