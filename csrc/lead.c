@@ -318,6 +318,8 @@ static void resume(struct shmrpc_poller *poller)
         if (conn == NULL || !conn->resumed)
             continue;
         conn->resumed = false;
+        if (load_relaxed(&conn->error) != 0)
+            continue; /* a client keeps it, and it is over all the same */
         conn->stream.readable = true;
         poller_heat(poller, conn);
     }
