@@ -26,7 +26,7 @@ from .proxy import Proxy, make_proxy
 from .registry import make_name
 from .session import NOT_SENT, Body
 from .values import LARGE as _LARGE
-from .values import NotPlain, may_hold_large, unpack_extension
+from .values import NotPlain, encode, may_hold_large, unpack_extension
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -184,7 +184,7 @@ class Channel:
 
     def _call_beside(self, slot: Slot, method: str, args: tuple[Any, ...]) -> Any:
         slot.connection.slots.append(slot)
-        return self._call_with(method, args, {}, None, None)
+        return self._call_with(method, args, {}, None, None, large=True)
 
     def _call_with(
         self,
@@ -194,14 +194,19 @@ class Channel:
         timeout: float | None,
         metadata: Metadata | None,
         reply_metadata: list[bytes] | None = None,
+        *,
+        large: bool = False,
     ) -> Any:
-        """Call with more than arguments; the timeout includes connecting again."""
+        """Call with more than arguments; the timeout includes connecting again.
+
+        ``large``: it is known that the arguments have buffers.
+        """
         beside = b"" if metadata is None else pack_metadata(metadata)
         deadline = FOREVER if timeout is None else time.monotonic() + check_timeout(timeout)
         while True:
             slot = self._slot(deadline)
             name = self._names.get(method) or self._name(method)
-            body, alive = self._pack(slot, method, args, kwargs, deadline)
+            body, alive = self._pack(slot, method, args, kwargs, deadline, large=large)
             left_ns = nanoseconds_until(deadline)
             flags = lib.SHMRPC_FLAG_KEYWORDS if kwargs else 0
             try:
@@ -223,11 +228,16 @@ class Channel:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         deadline: float,
+        *,
+        large: bool = False,
     ) -> tuple[bytes, Any]:
         """The body of a request, and what has to live until it was sent with this slot."""
         values = [args, kwargs] if kwargs else args
         try:
-            body, sources = pack_split(self._codec, slot.pack, values)
+            if large:
+                body, sources = encode(values)
+            else:
+                body, sources = pack_split(self._codec, slot.pack, values)
         except PACKING_ERRORS as error:
             raise self._unpackable(slot, method, args, kwargs, error) from error
         if not sources:

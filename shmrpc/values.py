@@ -177,6 +177,8 @@ class _Encoder:
         return self._memory(view)
 
     def _array(self, kind: int, value: Any) -> Any:
+        if self._buffers is None and value.nbytes >= LARGE:
+            raise NotPlain  # at once: the next attempt has room for it
         arrays = _arrays()
         described, array, fortran = arrays.split(value)
         if array.nbytes >= LARGE:
