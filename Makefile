@@ -4,7 +4,7 @@
 #   make test     C tests, then the Python tests          (PYTEST_ARGS="-k ring" passes options on)
 #   make check    ruff, mypy, C warnings of gcc and clang, layer rule
 #   make bench    benchmarks                              (BENCH_ARGS="-k unary")
-#   make thorough the tests over tcp that `make test` runs over unix alone
+#   make thorough the tests that `make test` leaves out for the time they take
 #   make deep     models, sanitizers, fuzzers: needs spin and clang
 #   make test-py  core tests over shm, for one more Python (PYTHON=python3.13 VENV=.venv-3.13)
 #   make clean    remove everything that these made

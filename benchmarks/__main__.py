@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks import bench_bytes, large, topics
-from benchmarks.figures import as_json
-from benchmarks.harness import Effort
-from benchmarks.report import machine, table, verdict_table
+from benchmarks.report import machine, policy_table, table, verdict_table
 from benchmarks.targets import judge
+from shmrpc.bench.figures import as_json
+from shmrpc.bench.harness import Effort
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from benchmarks.figures import Comparison
+    from shmrpc.bench.figures import Comparison
 
 
 def _unary(effort: Effort) -> Iterator[Comparison]:
@@ -71,13 +71,17 @@ _TOPICS: dict[str, Callable[[Effort], Iterator[Comparison]]] = {
     "bytes": _bytes,
     "large": _large,
     "idle": _idle,
+    "policy": topics.policy,
 }
+_DEFAULT = [name for name in _TOPICS if name != "policy"]  # which takes minutes by itself
 
 
 def main() -> None:
     """Measure the topics that were asked for and print what came out."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("topic", nargs="*", help=f"any of {', '.join(_TOPICS)}; all by default")
+    parser.add_argument(
+        "topic", nargs="*", help=f"any of {', '.join(_TOPICS)}; all but policy by default"
+    )
     parser.add_argument("--runs", type=int, default=3, help="of each contender (default: 3)")
     parser.add_argument("--seconds", type=float, default=0.3, help="of each run (default: 0.3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
@@ -88,12 +92,16 @@ def main() -> None:
     effort = Effort(options.runs, options.seconds)
     print(machine())
     comparisons = []
-    for name in options.topic or _TOPICS:
+    for name in options.topic or _DEFAULT:
         for comparison in _TOPICS[name](effort):
             print(f"\n{table(comparison)}", flush=True)
             comparisons.append(comparison)
     verdicts = [verdict for comparison in comparisons for verdict in judge(comparison)]
-    print(f"\n{verdict_table(verdicts)}")
+    usual = [verdict for verdict in verdicts if verdict.target.topic != "policy"]
+    if usual or not verdicts:
+        print(f"\n{verdict_table(usual)}")
+    if policy := [verdict for verdict in verdicts if verdict.target.topic == "policy"]:
+        print(f"\n{policy_table(policy)}")
     if options.json:
         figures = {"machine": machine(), "comparisons": [*map(as_json, comparisons)]}
         options.json.write_text(json.dumps(figures, indent=2) + "\n")

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from benchmarks.figures import Comparison
 from shmrpc import aio
+from shmrpc.bench.figures import Comparison
 
 if TYPE_CHECKING:
-    from benchmarks.harness import Effort
+    from shmrpc.bench.harness import Effort
 
 WRITE = bytes(64 << 10)
 CONTENDERS = ("shm", "raw-uds")

@@ -12,8 +12,8 @@ import pytest
 from benchmarks import topics
 
 if TYPE_CHECKING:
-    from benchmarks.figures import Comparison
     from benchmarks.replay import Record
+    from shmrpc.bench.figures import Comparison
 
 
 @pytest.fixture(scope="module")

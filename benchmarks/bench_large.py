@@ -14,9 +14,9 @@ import pytest
 from benchmarks import large
 
 if TYPE_CHECKING:
-    from benchmarks.figures import Comparison
-    from benchmarks.harness import Effort
     from benchmarks.replay import Record
+    from shmrpc.bench.figures import Comparison
+    from shmrpc.bench.team import Effort
 
 _ROWS = [(task.comparison.case, task.row) for task in large.tasks()]
 

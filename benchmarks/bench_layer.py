@@ -12,9 +12,9 @@ import pytest
 from benchmarks import topics
 
 if TYPE_CHECKING:
-    from benchmarks.figures import Comparison
-    from benchmarks.harness import Effort
     from benchmarks.replay import Record
+    from shmrpc.bench.figures import Comparison
+    from shmrpc.bench.harness import Effort
 
 
 @pytest.fixture(scope="module")

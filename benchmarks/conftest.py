@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from benchmarks.harness import Effort
 from benchmarks.replay import CLOCK, replay
 from benchmarks.report import machine, table, verdict_table
 from benchmarks.targets import judge
 from benchmarks.topics import cpus_wanted
+from shmrpc.bench.harness import Effort
 
 if TYPE_CHECKING:
-    from benchmarks.figures import Comparison
     from benchmarks.replay import Record
+    from shmrpc.bench.figures import Comparison
 
 _COMPARISONS = pytest.StashKey[list["Comparison"]]()
 _MACHINE = pytest.StashKey[str]()

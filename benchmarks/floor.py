@@ -13,8 +13,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.codec import pack, unpack
 from shmrpc._native import ffi, lib
+from shmrpc.bench.codec import pack, unpack
+from shmrpc.bench.contenders import UnsupportedError
+from shmrpc.bench.work import answer
 
 _RING_BYTES = 65536
 _BUFFER_BYTES = 16384
@@ -57,7 +59,7 @@ class _Service:
     def _echo(self, bare: Any, buffer: Any, view: memoryview) -> None:
         send, receive = lib.shmrpc_bare_send, lib.shmrpc_bare_receive
         while count := receive(bare, buffer, _BUFFER_BYTES):
-            body = pack(unpack(view[:count]))
+            body = pack(answer(unpack(view[:count])))
             send(bare, body, len(body))
 
     def close(self) -> None:
@@ -66,7 +68,7 @@ class _Service:
 
 class _Connection:
     def __init__(self, address: str) -> None:
-        descriptor, self._path = tempfile.mkstemp(dir="/dev/shm", prefix="shmrpc-bench-")
+        descriptor, self._path = tempfile.mkstemp(dir="/dev/shm", prefix="rpc-bench-")
         os.ftruncate(descriptor, lib.shmrpc_bare_bytes(_RING_BYTES))
         os.close(descriptor)
         self._side = _Side(self._path, 0)
@@ -94,7 +96,9 @@ class _Connection:
 class _Floor:
     thread_safe = False
 
-    def start(self, directory: str) -> _Service:
+    def start(self, directory: str, clients: int) -> _Service:
+        if clients > 1:
+            raise UnsupportedError("it is between two processes")
         return _Service(directory)
 
     def connect(self, address: str) -> _Connection:

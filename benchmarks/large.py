@@ -21,13 +21,13 @@ from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-from benchmarks.figures import Comparison, Figures
+from shmrpc.bench.figures import Comparison, Figures
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from benchmarks.arrays import Connection, Contender
-    from benchmarks.harness import Effort
+    from shmrpc.bench.team import Effort
 
 _HOMES = {
     "shm": "benchmarks.arrays:SHM",

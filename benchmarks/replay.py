@@ -11,9 +11,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.targets import judge
+from shmrpc.bench.results import extra_info
 
 if TYPE_CHECKING:
-    from benchmarks.figures import Comparison
+    from shmrpc.bench.figures import Comparison
 
 
 class ReplayClock:
@@ -49,11 +50,7 @@ def replay(benchmark: Any, comparison: Comparison, contender: str, metric: str) 
     seconds = iter([_SECONDS[metric](value) for value in comparison.values(contender, metric)])
     benchmark.group = f"{comparison.topic}: {comparison.case}, {metric} as time"
     benchmark.extra_info.update(
-        topic=comparison.topic,
-        case=comparison.case,
-        contender=contender,
-        medians=comparison.medians(contender),
-        runs=comparison.runs[contender],
+        **extra_info(comparison, contender),
         targets=[
             {
                 "ratio": verdict.target.text,

@@ -7,27 +7,15 @@ import platform
 from timeit import timeit
 from typing import TYPE_CHECKING
 
-from benchmarks.measure import now_ns
+from shmrpc.bench.pace import now_ns
+from shmrpc.bench.tables import notes, rows, spread
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from benchmarks.figures import Comparison
     from benchmarks.targets import Verdict
+    from shmrpc.bench.figures import Comparison
 
-_COLUMNS = {
-    "calls_per_s": ("calls/s", "{:,.0f}"),
-    "p50_us": ("p50 us", "{:,.1f}"),
-    "p99_us": ("p99 us", "{:,.1f}"),
-    "p999_us": ("p99.9 us", "{:,.1f}"),
-    "client_cpu_us": ("client CPU us/call", "{:,.1f}"),
-    "server_cpu_us": ("server CPU us/call", "{:,.1f}"),
-    "items_per_s": ("items/s", "{:,.0f}"),
-    "bytes_per_s": ("bytes/s", "{:,.0f}"),
-    "client_item_us": ("client CPU us/item", "{:,.2f}"),
-    "server_item_us": ("server CPU us/item", "{:,.2f}"),
-    "cpu_ms": ("CPU ms together", "{:,.2f}"),
-}
 _TIMER_READS = 100_000
 _BUSY_LOAD = 0.3
 
@@ -45,54 +33,67 @@ def machine() -> str:
     )
 
 
-def _spread(values: Sequence[float], form: str) -> str:
-    return f"{form.format(min(values))} .. {form.format(max(values))}"
-
-
-def _grid(rows: Sequence[Sequence[str]]) -> str:
+def grid(lines: Sequence[Sequence[str]]) -> str:
     """Align columns: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *others in rows:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = []
+    for first, *others in lines:
         cells = [first.ljust(widths[0])]
         cells += [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  " + "   ".join(cells).rstrip())
-    return "\n".join(lines)
+        text.append("  " + "   ".join(cells).rstrip())
+    return "\n".join(text)
 
 
 def table(comparison: Comparison) -> str:
     """Show the medians over the runs, and how far apart the runs were."""
     lines = [f"{comparison.topic}: {comparison.case}"]
     if comparison.runs:
-        medians = {name: comparison.medians(name) for name in comparison.runs}
-        metrics = list(next(iter(medians.values())))
-        lead = metrics[0]
-        rows = [["", *(_COLUMNS[metric][0] for metric in metrics), f"{_COLUMNS[lead][0]}, runs"]]
-        for name, figures in medians.items():
-            cells = [_COLUMNS[metric][1].format(figures[metric]) for metric in metrics]
-            spread = _spread(comparison.values(name, lead), _COLUMNS[lead][1])
-            rows.append([name, *cells, spread])
-        lines.append(_grid(rows))
-    lines += [f"  {name}: not here ({why})" for name, why in comparison.absent.items()]
-    lines += [f"  {name}: FAILED ({why})" for name, why in comparison.failed.items()]
+        lines.append(grid(rows(comparison)))
+    lines += [f"  {note}" for note in notes(comparison)]
     return "\n".join(lines)
+
+
+def policy_table(verdicts: Iterable[Verdict]) -> str:
+    """Show the waiting policy's targets: a row for each regime, reached if all of it is."""
+    regimes: dict[str, list[Verdict]] = {}
+    for verdict in verdicts:
+        regimes.setdefault(verdict.case, []).append(verdict)
+    lines = [["regime", "calls/s or latency", "CPU per call", ""]]
+    for regime, found in regimes.items():
+        cpu = [verdict for verdict in found if verdict.target.metric.startswith("cpu")]
+        speed = [verdict for verdict in found if verdict not in cpu]
+        reached = all(verdict.met for verdict in found)
+        cells = ["; ".join(map(_ratio, group)) or "-" for group in (speed, cpu)]
+        lines.append([regime, *cells, "reached" if reached else "not reached"])
+    return grid(lines)
+
+
+def _ratio(verdict: Verdict) -> str:
+    """Write one target beside what was measured, and name what is compared if not shm with UDS."""
+    target = verdict.target
+    usual = (target.numerator, target.denominator) == ("shm", "raw-uds")
+    what = "" if target.metric in {"calls_per_s", "cpu_us"} else target.metric.split("_")[0] + " "
+    names = "" if usual else f" {target.numerator}/{target.denominator}"
+    names = names if target.denominator else ""
+    wanted = f"{target.bound} {target.limit:g}"
+    return f"{what}{verdict.measured:.2f}{target.unit}{names} ({wanted})"
 
 
 def verdict_table(verdicts: Iterable[Verdict]) -> str:
     """Show each target beside what was measured."""
-    rows = [["target", "case", "wanted", "measured", "runs", ""]]
+    lines = [["target", "case", "wanted", "measured", "runs", ""]]
     for verdict in verdicts:
         target = verdict.target
-        rows.append(
+        lines.append(
             [
                 f"{target.topic}: {target.text}",
                 verdict.case,
                 f"{target.bound} {target.limit:g}{target.unit}",
                 f"{verdict.measured:.2f}{target.unit}",
-                _spread(verdict.runs, "{:.2f}"),
+                spread(verdict.runs, "{:.2f}"),
                 "met" if verdict.met else "MISSED",
             ]
         )
-    if len(rows) == 1:
+    if len(lines) == 1:
         return "  no target could be measured"
-    return _grid(rows)
+    return grid(lines)

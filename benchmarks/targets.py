@@ -7,10 +7,12 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from benchmarks.large import COPIED_IN, LOANED, STREAMED
-from benchmarks.topics import FREE, ONE_CPU, PLACES, TWO_CPUS, pairs_case
+from benchmarks.topics import IDLE_POLICY_CASE, PLACES, pairs_case
+from shmrpc.bench import regimes
+from shmrpc.bench.regimes import FREE, ONE_CPU, TWO_CPUS
 
 if TYPE_CHECKING:
-    from benchmarks.figures import Comparison
+    from shmrpc.bench.figures import Comparison
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,42 @@ class Target:
         return "x" if self.denominator else " " + self.metric.rpartition("_")[2]
 
 
+def _policy(
+    *cases: regimes.Regime, calls: float, cpu: float, denominator: str = "raw-uds"
+) -> tuple[Target, Target]:
+    """Say how many times the calls/s, and what part of the CPU time of a call."""
+    names = tuple(case.name for case in cases)
+    return (
+        Target("policy", names, "shm", "calls_per_s", "shm", denominator, ">=", calls),
+        Target("policy", names, "shm", "cpu_us", "shm", denominator, "<=", cpu),
+    )
+
+
+_FREE_PAIR = (regimes.ONE_PAIR_FREE.name,)
+_MODEST_RATES = tuple(regimes.paced_regime(rate).name for rate in (1_000, 10_000))
+_HIGH_RATE = (regimes.paced_regime(50_000).name,)
+
+POLICY = (
+    *_policy(regimes.ONE_PAIR_FREE, calls=5, cpu=0.5),
+    *_policy(regimes.ONE_PAIR_ONE_CPU, calls=1.3, cpu=0.8),
+    *_policy(regimes.pairs_regime(2), regimes.pairs_regime(4), calls=1.4, cpu=0.8),
+    *_policy(regimes.pairs_regime(8), calls=1.25, cpu=0.85),
+    *_policy(regimes.clients_regime(8), calls=1.3, cpu=0.85),
+    *_policy(regimes.BUSY, calls=1.1, cpu=1),
+    Target("policy", _MODEST_RATES, "shm", "p50_us", "shm", "raw-uds", "<=", 1),
+    Target("policy", _MODEST_RATES, "shm", "p99_us", "shm", "raw-uds", "<=", 1),
+    Target("policy", _MODEST_RATES, "shm", "cpu_us", "shm", "raw-uds", "<=", 1.1),
+    Target("policy", _HIGH_RATE, "shm", "p50_us", "raw-uds", "shm", ">=", 3),
+    Target("policy", _HIGH_RATE, "shm", "cpu_us", "shm", "raw-uds", "<=", 0.8),
+    Target("policy", (IDLE_POLICY_CASE,), "shm", "cpu_ms", "shm", None, "<", 10),
+    Target("policy", _FREE_PAIR, "shm", "calls_per_s", "shm", "grpcio", ">=", 100),
+    Target("policy", _FREE_PAIR, "shm", "calls_per_s", "shm", "pyzmq", ">=", 20),
+    Target("policy", _FREE_PAIR, "shm", "calls_per_s", "shm", "iceoryx2-poll", ">=", 3),
+)
+"""What the waiting policy has to reach, regime by regime, wherever a wait is spun or slept."""
+
 TARGETS = (
+    *POLICY,
     Target("unary", (FREE, TWO_CPUS), "shm", "p50_us", "shm", "floor", "<=", 1.6),
     Target("unary", (TWO_CPUS,), "shm", "p50_us", "raw-uds", "shm", ">=", 10),
     Target("unary", (ONE_CPU,), "shm", "calls_per_s", "shm", "raw-uds", ">=", 1.3),

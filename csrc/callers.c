@@ -285,7 +285,8 @@ int callers_reply(struct shmrpc_poller *poller, struct shmrpc_slot *leader, stru
     poller_lock(poller);
     struct shmrpc_slot *slot = index < poller->slot_capacity ? poller->slots[index] : NULL;
     if (index == SHMRPC_PYTHON_INDEX) {
-        status = events_receive(poller, conn, header);
+        if (!events_add_brief(poller, conn, header))
+            status = events_receive(poller, conn, header);
     } else if (slot != NULL && slot->goal == GOAL_REPLY && slot->conn == conn &&
                slot->call_id == header->call_id) {
         status = slot_receive(slot, conn, header);
@@ -652,6 +653,35 @@ int shmrpc_send(shmrpc_slot *slot, uint32_t kind, uint32_t flags, uint64_t call_
     return slot_send(slot, &message, 2, (atomic_u64 *)position);
 }
 
+int64_t shmrpc_send_request(shmrpc_slot *slot, uint64_t call_id, const shmrpc_name *name,
+                            const char *body, size_t body_bytes)
+{
+    struct outgoing message = {
+        .header = {.kind = SHMRPC_REQUEST,
+                   .method_bytes = (uint16_t)name->bytes,
+                   .call_id = call_id},
+        .parts = {{(void *)(uintptr_t)name->text, name->bytes},
+                  {(void *)(uintptr_t)body, body_bytes}},
+    };
+    atomic_u64 position;
+
+    if (conn_hung_up(slot->conn))
+        return -ENOTCONN;
+    int status = poller_send(slot->poller, slot->conn, &message, &position);
+    return status < 0 ? status : (int64_t)load_relaxed(&position);
+}
+
+int shmrpc_send_reply(shmrpc_slot *slot, uint64_t call_id, const char *body, size_t body_bytes)
+{
+    struct outgoing message = {
+        .header = {.kind = SHMRPC_REPLY, .call_id = call_id},
+        .parts = {{(void *)(uintptr_t)body, body_bytes}},
+    };
+    atomic_u64 position;
+
+    return poller_send(slot->poller, slot->conn, &message, &position);
+}
+
 int shmrpc_send_item(shmrpc_slot *slot, uint32_t flags, uint64_t call_id, const char *body,
                      size_t body_bytes)
 {
@@ -728,11 +758,16 @@ int64_t shmrpc_poll(shmrpc_slot *slot, uint32_t spin_ns)
     poller_lock(poller);
     slot_begin(slot, GOAL_EVENTS, 0);
     bool leads = slot_enter(poller, slot);
+    poller->batch.count = poller->batch.used = 0;
+    poller->batch.open = leads && poller->batch.briefs != NULL;
     poller_unlock(poller);
     if (leads && slot->conn != NULL && spin_ns != 0 && load_relaxed(&slot->conn->error) == 0)
         poller_heat(poller, slot->conn); /* a reply is on its way: poll from the start */
     int64_t result = leads ? poller_poll(poller, slot, spin_ns) : -EAGAIN;
     poller_lock(poller);
+    poller->batch.open = false;
+    if (poller->batch.count != 0)
+        result = poller->batch.count;
     slot->goal = GOAL_NONE;
     leave(poller, slot);
     poller_unlock(poller);

@@ -64,6 +64,7 @@ struct conn {
     bool ignores_input; /* send_lock: a stream that is full: its input does not wake us */
     bool tells_room;   /* poller lock: an event is wanted when the outbox is empty, */
     bool tells_blocks; /* poller lock: or when blocks of ours have come back */
+    bool unanswered;   /* poller lock: a request of it ended without a reply */
     bool resumed;      /* poller lock: was full of queued requests, and is not any more */
     uint64_t pushed; /* send_lock: ring space of all frames that left so far */
     int epoll_fd;

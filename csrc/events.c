@@ -1,6 +1,7 @@
 /* events.c - messages that no slot waits for, kept until Python takes them.
  *
- *   replies whose call id has SHMRPC_PYTHON_INDEX in its low bits
+ *   replies whose call id has SHMRPC_PYTHON_INDEX in its low bits; for an event loop plain ones, and
+ *   plain requests, go into the batch that it takes as a whole
  *   REQUEST without a payload: a stream was admitted; its first items may follow while it queues
  *   ITEM, END, CREDIT, INITIAL: frames of streams; items that follow each other share one event
  *   CANCEL: the caller of a stream gave up, or it was dropped before it started
@@ -59,6 +60,43 @@ int events_receive(struct shmrpc_poller *poller, struct conn *conn,
     }
     message_from_header(&message, conn, header);
     return events_add(poller, conn, &message, payload);
+}
+
+bool events_add_brief(struct shmrpc_poller *poller, struct conn *conn,
+                      const struct frame_header *header)
+{
+    struct batch *batch = &poller->batch;
+    bool request = header->kind == SHMRPC_REQUEST;
+    bool plain = header->metadata_bytes == 0 && conn->partial.received == 0 &&
+                 (header->flags & ~(uint32_t)SHMRPC_FLAG_KEYWORDS) == 0 &&
+                 (request || header->method_bytes == STATUS_OK);
+    const struct method *method = NULL;
+    shmrpc_message message;
+
+    if (!batch->open || !plain || poller->events.first != NULL ||
+        batch->count == SHMRPC_BATCH_BRIEFS ||
+        header->total_bytes > SHMRPC_BATCH_BYTES - batch->used)
+        return false;
+    uint8_t *payload = batch->bytes + batch->used;
+    conn_read(conn, header->total_bytes, payload);
+    message_from_header(&message, conn, header);
+    if (request) {
+        method = methods_find(&poller->methods, payload, message.method_bytes);
+        if (method == NULL)
+            return false;
+    }
+    batch->used += header->total_bytes;
+    batch->briefs[batch->count++] = (shmrpc_brief){
+        .conn_id = conn->id,
+        .call_id = message.call_id,
+        .deadline_ns = message.deadline_ns,
+        .method = method != NULL ? method->index : -1,
+        .kind = (uint16_t)message.kind,
+        .flags = (uint16_t)message.flags,
+        .start = batch->used - (uint32_t)message.body_bytes,
+        .end = batch->used,
+    };
+    return true;
 }
 
 /* The event that this item can join: the last one, if it has items of the same stream. */

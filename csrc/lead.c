@@ -531,7 +531,8 @@ static bool spin_on(struct shmrpc_poller *poller, const struct shmrpc_slot *slot
         cool(poller, true);
     }
     bool crowded = lead->handovers >= HANDOVERS_MAX && poller->policy.mode != WAIT_SPIN;
-    if (!crowded && *now - lead->spin_start_ns < lead->spin_budget_ns)
+    if (!crowded && !spin_policy_over(&poller->policy, lead->spin_budget_ns,
+                                      *now - lead->spin_start_ns, lead->handovers != 0))
         return true;
     count_own(&poller->counters.spins_missed, 1);
     return false;
@@ -636,7 +637,8 @@ int64_t poller_poll(struct shmrpc_poller *poller, struct shmrpc_slot *slot, uint
         keep_looking(poller);
     }
     poll_hot(poller, slot);
-    if (!finished(poller, slot, &result) && spin_ns != 0 && poller->hot_rings != 0) {
+    if (poller->batch.count == 0 && !finished(poller, slot, &result) && spin_ns != 0 &&
+        poller->hot_rings != 0) {
         uint32_t budget = (uint32_t)spin_policy_begin(&poller->policy);
         bool found = budget != 0 && spin_for(poller, budget < spin_ns ? budget : spin_ns);
         result = 0;

@@ -97,6 +97,7 @@ shmrpc_poller *shmrpc_poller_new(uint32_t workers, uint32_t max_concurrency, uin
     poller->max_concurrency = max_concurrency;
     poller->policy.mode = mode;
     poller->policy.budget_ns = spin_budget_ns != 0 ? spin_budget_ns : SPIN_BUDGET_NS;
+    poller->policy.alone_ns = spin_budget_ns != 0 ? spin_budget_ns : SPIN_ALONE_NS;
     return poller;
 }
 
@@ -136,6 +137,8 @@ static void destroy(struct shmrpc_poller *poller)
     free(poller->conn_uses);
     free(poller->slots);
     free(poller->hot);
+    free(poller->batch.briefs);
+    free(poller->batch.bytes);
     free(exchange_pointer(&poller->larger_hot, NULL));
     free(poller);
 }
@@ -195,6 +198,22 @@ void shmrpc_poller_stop(shmrpc_poller *poller)
     callers_stop(poller);
     poller_unlock(poller);
     poller_kick(poller);
+}
+
+shmrpc_brief *shmrpc_poller_batch(shmrpc_poller *poller)
+{
+    struct batch *batch = &poller->batch;
+
+    if (batch->bytes == NULL)
+        batch->bytes = malloc(SHMRPC_BATCH_BYTES);
+    if (batch->bytes != NULL && batch->briefs == NULL)
+        batch->briefs = calloc(SHMRPC_BATCH_BRIEFS, sizeof *batch->briefs);
+    return batch->briefs;
+}
+
+uint8_t *shmrpc_poller_batch_bytes(shmrpc_poller *poller)
+{
+    return poller->batch.bytes;
 }
 
 int shmrpc_method_add(shmrpc_poller *poller, const char *name, size_t bytes, int32_t index,

@@ -103,6 +103,14 @@ struct counters {
     atomic_u64 calls_started, calls_refused, calls_expired;
 };
 
+/* Plain messages for an event loop, of one shmrpc_poll: nothing is allocated for them. */
+struct batch {
+    shmrpc_brief *briefs; /* null: messages are events */
+    uint8_t *bytes;
+    uint32_t count, used;
+    bool open; /* leader: it is in shmrpc_poll */
+};
+
 struct hot_list {
     uint32_t capacity;
     struct conn *conns[];
@@ -134,6 +142,7 @@ struct shmrpc_poller {
     uint64_t spawned_ns;   /* lock: when one was asked for last */
     uint32_t blocked;      /* lock: requests whose thread waits for something on this poller */
     bool event_requests;   /* lock: requests are events */
+    struct batch batch;    /* leader */
     uint64_t armed_ns;     /* leader: when poller_arm armed, 0 if it did not spin before */
     bool retired;          /* lock: a client's conn has ended, its workers end */
     uint64_t queued_bytes;                    /* lock */
@@ -212,6 +221,10 @@ int events_note(struct shmrpc_poller *poller, const struct conn *conn, uint32_t 
 /* With the lock held: the message that conn_receive has found, for Python; not consumed. */
 int events_receive(struct shmrpc_poller *poller, struct conn *conn,
                    const struct frame_header *header);
+/* Put it into the batch if it is plain and no event is older: nothing happens otherwise. Not
+ * consumed. */
+bool events_add_brief(struct shmrpc_poller *poller, struct conn *conn,
+                      const struct frame_header *header);
 /* A frame of a stream has arrived. Consumes it. */
 int events_stream(struct shmrpc_poller *poller, struct conn *conn,
                   const struct frame_header *header);
@@ -292,7 +305,7 @@ void workers_read_again(struct shmrpc_poller *poller, struct conn *conn);
 void workers_resume(struct shmrpc_poller *poller);
 /* With the lock held: a worker's slot goes, whatever it was doing. */
 void workers_forget(struct shmrpc_poller *poller, struct shmrpc_slot *slot);
-/* With the lock held: whether a request of this conn runs. */
+/* With the lock held: whether a request of this conn runs, or has run and got no reply. */
 bool workers_run(const struct shmrpc_poller *poller, const struct conn *conn);
 /* With the lock held: tell all requests that run that nobody waits for them any more. */
 void workers_cancel_all(struct shmrpc_poller *poller);

@@ -115,6 +115,20 @@ typedef struct shmrpc_message {
     shmrpc_block *blocks; /* goes with the message, but for leases that shmrpc_lease_take took */
 } shmrpc_message;
 
+/* A plain message for an event loop: a request for a known method without metadata and other flags
+ * than KEYWORDS, or a reply with status OK and no metadata to one of Python's calls. */
+typedef struct shmrpc_brief {
+    uint64_t conn_id;
+    uint64_t call_id;
+    uint64_t deadline_ns; /* as in shmrpc_message */
+    int32_t method;       /* as in shmrpc_message; replies: -1 */
+    uint16_t kind;
+    uint16_t flags;
+    uint32_t start, end; /* where its body lies in the batch's bytes */
+} shmrpc_brief;
+
+enum { SHMRPC_BATCH_BRIEFS = 256, SHMRPC_BATCH_BYTES = 65536 };
+
 /* Map a new segment of ours for writing, before it is sealed and its descriptor goes to the peer.
  * Null and errno if that fails. */
 void *shmrpc_segment_map(int fd, uint32_t ring_bytes);
@@ -178,6 +192,10 @@ void shmrpc_poller_serve(shmrpc_poller *poller, uint32_t workers, uint32_t max_c
 void shmrpc_poller_serve_events(shmrpc_poller *poller);
 /* A descriptor that is readable while something waits for shmrpc_poll, after shmrpc_arm. */
 int shmrpc_poller_fd(shmrpc_poller *poller);
+/* Let shmrpc_poll put plain messages into a batch: SHMRPC_BATCH_BRIEFS briefs, and their bodies in
+ * SHMRPC_BATCH_BYTES bytes. Both are the poller's. Null if there is no memory. */
+shmrpc_brief *shmrpc_poller_batch(shmrpc_poller *poller);
+uint8_t *shmrpc_poller_batch_bytes(shmrpc_poller *poller);
 /* Refuse new requests with UNAVAILABLE from now on; those running and queued go on. */
 void shmrpc_poller_drain(shmrpc_poller *poller);
 /* End every wait with SHMRPC_STOPPED, now and later, and cancel the requests that run. */
@@ -192,8 +210,8 @@ int64_t shmrpc_conn_add(shmrpc_poller *poller, const shmrpc_conn_options *option
 /* End it as if the peer had hung up. Waiters get -EPIPE, the leader sees SHMRPC_CLOSED. */
 int shmrpc_conn_shutdown(shmrpc_poller *poller, uint64_t conn_id);
 /* After shmrpc_poller_drain and shmrpc_poller_stop, and before shmrpc_conn_shutdown: tell the peer
- * that its requests without a reply were not started and will not be. Not if one of them runs: its
- * outcome stays unknown, -EBUSY. */
+ * that its requests without a reply were not started and will not be. Not if one of them runs, or
+ * ended without a reply: its outcome stays unknown, -EBUSY. */
 int shmrpc_conn_goodbye(shmrpc_poller *poller, uint64_t conn_id);
 /* The descriptors a poller holds (at most `count` are written): for a forked child to close. */
 int shmrpc_poller_fds(shmrpc_poller *poller, int *fds, int count);
@@ -233,6 +251,11 @@ int shmrpc_send(shmrpc_slot *slot, uint32_t kind, uint32_t flags, uint64_t call_
                 const shmrpc_name *name, uint32_t status, const char *metadata,
                 size_t metadata_bytes, const char *body, size_t body_bytes, uint64_t deadline_ns,
                 uint64_t *position);
+/* The ways of an event loop's plain messages: shmrpc_send for a REQUEST, which returns its position
+ * or -errno, and for a REPLY with status OK. */
+int64_t shmrpc_send_request(shmrpc_slot *slot, uint64_t call_id, const shmrpc_name *name,
+                            const char *body, size_t body_bytes);
+int shmrpc_send_reply(shmrpc_slot *slot, uint64_t call_id, const char *body, size_t body_bytes);
 /* Send one small ITEM: shmrpc_send for the way that every message of a stream takes. */
 int shmrpc_send_item(shmrpc_slot *slot, uint32_t flags, uint64_t call_id, const char *body,
                      size_t body_bytes);
@@ -245,7 +268,8 @@ int shmrpc_want_room(shmrpc_slot *slot);
  * looks once. */
 int64_t shmrpc_wait_events(shmrpc_slot *slot, int64_t timeout_ns);
 /* For an event loop, in its one thread: take what is there, or comes within spin_ns if the policy
- * thinks that spinning pays. SHMRPC_EVENTS, 0 if nothing came after spinning or -EAGAIN without. */
+ * thinks that spinning pays. The number of briefs in the batch, which are older than any event;
+ * SHMRPC_EVENTS, 0 if nothing came after spinning or -EAGAIN without. */
 int64_t shmrpc_poll(shmrpc_slot *slot, uint32_t spin_ns);
 /* Ask to be woken through shmrpc_poller_fd: 1, or 0 if there is something to poll instead. */
 int shmrpc_arm(shmrpc_slot *slot);
@@ -264,7 +288,8 @@ int64_t shmrpc_next(shmrpc_slot *slot);
  * shmrpc_finish; then go on waiting. */
 int64_t shmrpc_next_queued(shmrpc_slot *slot);
 /* The slot's request is over: shmrpc_next does the same. One that has no reply gets one without a
- * body: status 1 (CANCELLED), or 4 after its deadline; not if its caller has cancelled it. */
+ * body: status 1 (CANCELLED), or 4 after its deadline; not if its caller has cancelled it, nor the
+ * former after shmrpc_poller_drain. */
 void shmrpc_finish(shmrpc_slot *slot);
 /* Let another thread serve the request that shmrpc_next_queued has started in this one: a stream,
  * which may depend on what this thread does next. The other thread calls shmrpc_adopt first. */

@@ -290,9 +290,14 @@ void workers_resume(struct shmrpc_poller *poller)
 static uint32_t pass_on(struct shmrpc_poller *poller, struct conn *conn,
                         const struct frame_header *header)
 {
-    int result = events_receive(poller, conn, header);
+    bool is_brief = events_add_brief(poller, conn, header);
+    int result = is_brief ? 0 : events_receive(poller, conn, header);
 
     conn_finish(conn, header->length, &poller->bells);
+    if (is_brief) {
+        count_own(&poller->counters.calls_started, 1);
+        return STATUS_OK;
+    }
     if (result < 0)
         return STATUS_RESOURCE_EXHAUSTED;
     /* `last` is the first member of the event that was just added. */
@@ -386,7 +391,7 @@ bool workers_run(const struct shmrpc_poller *poller, const struct conn *conn)
     for (uint32_t i = 0; i < poller->slot_capacity; i++)
         if (poller->slots[i] != NULL && poller->slots[i]->running && poller->slots[i]->conn == conn)
             return true;
-    return false;
+    return conn->unanswered;
 }
 
 void workers_cancel_all(struct shmrpc_poller *poller)
@@ -562,6 +567,8 @@ static void finish_request(struct shmrpc_poller *poller, struct shmrpc_slot *slo
     shmrpc_detach(slot); /* while it has a conn */
     slot_drop_blocks(slot);
     slot->running = false;
+    if (!slot->replied)
+        slot->conn->unanswered = true;
     slot->message.call_id = 0; /* who still knows that call learns that it is over */
     poller->running--;
     if (serves_around(poller, slot)) {
@@ -722,6 +729,8 @@ static void answer_if_nobody_has(struct shmrpc_slot *slot)
         load_acquire32((const atomic_u32 *)&message->cancelled) != 0)
         return;
     bool late = message->deadline_ns != 0 && clock_now_ns() >= message->deadline_ns;
+    if (!late && load_relaxed(&slot->poller->draining) != 0)
+        return; /* we stop, not the caller: it loses the connection, and may repeat the call */
     shmrpc_reply(slot, late ? STATUS_DEADLINE_EXCEEDED : STATUS_CANCELLED, NULL, 0);
 }
 

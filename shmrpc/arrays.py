@@ -245,7 +245,7 @@ def freeze(source: memoryview) -> None:
     owner: Any = source.obj
     while isinstance(owner, np.ndarray):
         known = _lent.get(id(owner))
-        if known is not None and known() is owner:
+        if known is not None and owner is known():
             owner.flags.writeable = False
             return
         owner = owner.base

@@ -343,6 +343,10 @@ class Call:
         del alive
         return size, status
 
+    def _check_sending(self) -> None:
+        if self._stream.ended or self._closed:
+            self._refuse_send()
+
     def _refuse_send(self) -> NoReturn:
         error = self._outcome() if self._stream.over else self._error
         if error is not None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import traceback
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .codec import MsgpackCodec
 from .errors import STATUS_NUMBERS, Error, RemoteError
 
-__all__ = ["Failure", "Stage"]
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Failure", "Stage", "call_checked"]
 
 Stage = Literal["arguments", "handler", "result"]
 
@@ -74,6 +77,17 @@ class Failure:
         """The same for a caller that accepts no more."""
         short = {name: self._fields[name][:_SHORT] for name in ("type", "message")}
         return MsgpackCodec().encoder()(short)
+
+
+def call_checked(function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """Call a handler; arguments that do not fit its signature raise what the caller will see."""
+    try:
+        return function(*args, **kwargs)
+    except TypeError as error:
+        if error.__traceback__ is None or error.__traceback__.tb_next is not None:
+            raise
+        text, code = str(error), "INVALID_ARGUMENT"
+        raise RemoteError(text, type="TypeError", code=code) from None
 
 
 def _plain(text: object) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .calls import Call
 from .context import CallContext, current_call
+from .failures import call_checked
 from .futures import CallFuture
 from .interceptors import CallInfo, Interceptor, compose
 from .metadata import check_metadata, unpack_reply_metadata
@@ -259,7 +260,7 @@ def intercept_handlers(
 
 def _intercepted_handler(method: Method, interceptors: list[Interceptor]) -> Callable[..., Any]:
     def proceed(info: CallInfo) -> Any:
-        return method.function(*info.args, **info.kwargs)
+        return call_checked(method.function, info.args, info.kwargs)
 
     chain = compose(interceptors, proceed)
 

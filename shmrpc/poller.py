@@ -182,11 +182,15 @@ class Connection:
     def register(self, call_id: int, pending: Pending | Stream) -> None:
         """A call of ours is about to be sent: take frames for it."""
         if self._probe is None:
-            self._probe = self.slot()
+            self.watch()
         self.session.calls[call_id] = pending
         if self.retired and not self.closed:
             # Another thread hangs up just now, and may have forgotten us: our end has to be told.
             self.poller.connections[self.conn_id] = self
+
+    def watch(self) -> None:
+        """Keep what tells the outcome of calls after the connection's end."""
+        self._probe = self.slot()
 
     def outcome(self, call_id: int, position: int) -> int:
         """What became of a registered call whose connection was lost."""

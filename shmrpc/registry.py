@@ -35,6 +35,7 @@ class Method(NamedTuple):
     idempotent: bool
     is_async: bool = False  # a coroutine function or an asynchronous generator function
     inline: bool = False  # a plain function that an event loop may call itself
+    direct: bool = False  # an event loop may call it itself, and it has one result
 
     @property
     def streams(self) -> bool:
@@ -96,7 +97,8 @@ class Registry:
             raise TypeError(msg)
         make_name(name)
         generator = streams_async or _unwrapped(function, inspect.isgeneratorfunction)
-        method = Method(name, function, requests, generator, idempotent, is_async, inline)
+        direct = (is_async or inline) and not requests and not generator
+        method = Method(name, function, requests, generator, idempotent, is_async, inline, direct)
         with self._lock:
             index = len(self.methods)
             self.methods.append(method)

@@ -1,5 +1,6 @@
 """What all tests share: servers in processes of their own, and a check that nothing is left."""
 
+import asyncio
 import contextlib
 import faulthandler
 import gc
@@ -13,10 +14,12 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import psutil
 import pytest
+import uvloop
 
 import shmrpc
 
@@ -175,8 +178,51 @@ ALIKE = {
 def pytest_collection_modifyitems(items):
     for item in items:
         name = item.path.stem.removeprefix("test_")
-        if name in ALIKE and "[tcp" in item.name.replace("-tcp", "[tcp"):
+        said = item.name.replace("-", "[")
+        if (name in ALIKE and "[tcp" in said) or (name == "stream_ends" and "[shm" not in said):
             item.add_marker(pytest.mark.thorough)
+
+
+# ---- event loops ----
+
+LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def first_uvloop():
+    """The first one of a process makes a pipe that stays."""
+    loop = uvloop.new_event_loop()
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+
+
+@pytest.fixture(params=LOOPS)
+def run(request, no_leaks):
+    """Run a coroutine function in a new loop, in debug mode: nothing may be reported."""
+
+    def run(main, *args, debug=True):
+        loop = LOOPS[request.param]()
+        loop.set_debug(debug)
+        loop.slow_callback_duration = 10
+        trouble = []
+        loop.set_exception_handler(lambda _loop, context: trouble.append(context))
+        asyncio.set_event_loop(loop)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                result = loop.run_until_complete(asyncio.wait_for(main(*args), 40))
+                left = [task for task in asyncio.all_tasks(loop) if not task.done()]
+                loop.run_until_complete(loop.shutdown_asyncgens())
+                loop.run_until_complete(loop.shutdown_default_executor())
+                gc.collect()
+        finally:
+            asyncio.set_event_loop(None)
+            loop.close()
+        assert not left
+        assert not trouble
+        return result
+
+    return run
 
 
 # ---- nothing may be left over ----

@@ -144,6 +144,46 @@ def scribble_fill(peer, rng):
         peer.words[TAIL] = rng.getrandbits(64)
 
 
+def scribble_streams(peer, rng):
+    """Frames of streams: of calls that were made, were not, are over, or anything."""
+    ids = [number << 16 | 1 for number in range(1, 12)]
+    for _ in range(rng.randrange(1, 60)):
+        call_id = rng.choice([*ids, rng.getrandbits(64)])
+        kind = rng.choice([1, 7, 7, 7, 8, 9, 9, 10, 5, 2, 11 + rng.randrange(20)])
+        flags = rng.choice([16, 16, 16, 0, rng.randrange(32) & ~1])
+        body = rng.choice([b"\x01", b"\x01", b"\xc1", rng.randbytes(rng.randrange(40))])
+        name = b""
+        if kind == 1:
+            name = rng.choice([b"count", b"total", b"chat", b"add"])
+            flags, body = rng.choice([4, 4, 12, 0, 6]), rng.choice([b"\x90", b"\x91\x05", body])
+        elif kind == 9:
+            body = rng.choice([struct.pack("<II", rng.getrandbits(9), rng.getrandbits(20)), body])
+        size = len(name) + len(body)
+        peer.push(FRAME.pack(size, kind, flags, len(name), call_id, 0, 0, size), name + body)
+    peer.words[HEAD] = peer.theirs[TAIL]
+    peer.ring()
+
+
+def answer_streams(peer, rng):
+    """Whoever opens a stream gets items, credit, ends and replies of any kind for it."""
+    end = peer.theirs[TAIL]
+    head = peer.words[HEAD]
+    size = peer.agreement.peer_ring_bytes
+    while head != end:
+        words = [peer.theirs[RING + (head + 8 * i) % size // 8] for i in range(4)]
+        length, kind, _, _, call_id, _, _, _ = FRAME.unpack(struct.pack("<4Q", *words))
+        head += (32 + length + 7) & ~7
+        if kind != 1:
+            continue
+        for _ in range(rng.randrange(700)):
+            kind = rng.choice([7, 7, 7, 7, 7, 7, 9, 10, 8, 2 if rng.random() < 0.02 else 7])
+            body = rng.choice([b"\x01", b"\x01", rng.randbytes(rng.randrange(12))])
+            fields = (len(body), kind, 0, 0, call_id, 0, 0, len(body))
+            peer.push(FRAME.pack(*fields), body)
+    peer.words[HEAD] = head
+    peer.ring()
+
+
 def answer_calls(peer, rng):
     """Whatever is asked: an answer with this call's id and anything else in it."""
     end = peer.theirs[TAIL]
@@ -172,7 +212,9 @@ MANNERS = {
     "frames": scribble_frames,
     "control": scribble_control,
     "fill": scribble_fill,
+    "streams": scribble_streams,
     "answers": answer_calls,
+    "items": answer_streams,
     "silent": stay_silent,
 }
 
@@ -186,6 +228,18 @@ def serve(name, allow):
     @server.method
     def add(left, right):
         return left + right
+
+    @server.method
+    def count(limit):
+        yield from range(limit)
+
+    @server.method(requests=True)
+    def total(requests):
+        return sum(requests)
+
+    @server.method(requests=True)
+    def chat(requests):
+        yield from requests
 
     server.start()
     ready()
@@ -224,7 +278,9 @@ def be_hostile_server(name, manner, seed):
         peer = Peer(agreement)
         agreement.socket.send(agreement.final)
         until = time.monotonic() + 0.3
-        while not peer.ended() and (manner in ("answers", "silent") or time.monotonic() < until):
+        while not peer.ended() and (
+            manner in ("answers", "items", "silent") or time.monotonic() < until
+        ):
             MANNERS[manner](peer, rng)
         peer.close()
 
@@ -240,6 +296,13 @@ def be_victim(name, seconds):
                     started = time.monotonic()
                     try:
                         client.call("add", 1, 2, timeout=0.1)
+                        for _ in client.stream("count", 3, timeout=0.1):
+                            outcomes["item"] += 1
+                        with client.open("chat", timeout=0.1) as call:
+                            for number in range(30):
+                                call.send(number)
+                            call.close_send()
+                            outcomes["reply"] += len(list(call))
                         outcomes["result"] += 1
                     except shmrpc.Error as error:
                         outcomes[type(error).__name__] += 1

@@ -90,6 +90,10 @@ def add_streams(server):
         return traces.get(tag)
 
     @server.method
+    def all_traces():
+        return traces
+
+    @server.method
     def go(tag):
         released[tag].set()
 

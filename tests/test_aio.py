@@ -8,53 +8,12 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 
 import pytest
-import uvloop
-from conftest import ASYNC_SERVICES, TRANSPORTS, Service, address_of, short_directory
+from conftest import ASYNC_SERVICES, LOOPS, TRANSPORTS, Service, address_of, short_directory
 
 import shmrpc
 from shmrpc import aio
-
-LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
-
-
-@pytest.fixture(scope="session", autouse=True)
-def first_uvloop():
-    """The first one of a process makes a pipe that stays."""
-    loop = uvloop.new_event_loop()
-    loop.run_until_complete(asyncio.sleep(0))
-    loop.close()
-
-
-@pytest.fixture(params=LOOPS)
-def run(request, no_leaks):
-    """Run a coroutine function in a new loop, in debug mode: nothing may be reported."""
-
-    def run(main, *args, debug=True):
-        loop = LOOPS[request.param]()
-        loop.set_debug(debug)
-        loop.slow_callback_duration = 10
-        trouble = []
-        loop.set_exception_handler(lambda _loop, context: trouble.append(context))
-        asyncio.set_event_loop(loop)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")
-                result = loop.run_until_complete(asyncio.wait_for(main(*args), 40))
-                left = [task for task in asyncio.all_tasks(loop) if not task.done()]
-                loop.run_until_complete(loop.shutdown_asyncgens())
-                loop.run_until_complete(loop.shutdown_default_executor())
-                gc.collect()
-        finally:
-            asyncio.set_event_loop(None)
-            loop.close()
-        assert not left
-        assert not trouble
-        return result
-
-    return run
 
 
 @pytest.fixture(scope="module", params=["async", "sync"])
@@ -657,8 +616,12 @@ def test_interceptors(directory, run):
             assert [n async for n in client.stream("count", 3)] == [0, 1, 2]
             with pytest.raises(shmrpc.MethodNotFound):
                 await client.call("nothing")
+            with pytest.raises(shmrpc.RemoteError, match="unexpected keyword"):
+                await client.call("who", unknown=1)
 
     run(main)
+    assert ("server", "who", "INVALID_ARGUMENT") in log
+    assert ("client", "who", "INVALID_ARGUMENT") in log
     assert log[:4] == [
         ("client", "who", "unary"),
         ("server", "who", "unary"),

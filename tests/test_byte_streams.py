@@ -12,8 +12,7 @@ import sys
 import warnings
 
 import pytest
-import uvloop
-from conftest import address_of
+from conftest import LOOPS, address_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +20,6 @@ import shmrpc
 from shmrpc import aio
 from shmrpc.bytestream import connect_bytes
 
-LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 # Where a test runs: what carries the bytes, in which loop.
 OURS = [("shm", "asyncio"), ("shm", "uvloop"), ("unix", "asyncio"), ("tcp", "uvloop")]
 PEER = """
@@ -36,14 +34,6 @@ async def main():
 
 asyncio.run(main())
 """
-
-
-@pytest.fixture(scope="session", autouse=True)
-def first_uvloop():
-    """The first one of a process makes a pipe that stays."""
-    loop = uvloop.new_event_loop()
-    loop.run_until_complete(asyncio.sleep(0))
-    loop.close()
 
 
 class Unix:
@@ -645,7 +635,7 @@ def test_connecting_can_be_cancelled(directory, no_leaks):
             with pytest.raises(shmrpc.ConnectError):
                 await aio.open_connection(address, timeout=0.1)
 
-    in_loop(uvloop.new_event_loop, main())
+    in_loop(LOOPS["uvloop"], main())
 
 
 def test_a_transport_that_is_dropped_warns(directory, no_leaks):

@@ -18,14 +18,6 @@ LOOPS = {"asyncio": aio.new_event_loop, "uvloop": lambda: aio.install(uvloop.new
 BIG = bytes(range(256)) * 8000  # 2 MB
 
 
-@pytest.fixture(scope="session", autouse=True)
-def first_uvloop():
-    """The first one of a process makes a pipe that stays."""
-    loop = uvloop.new_event_loop()
-    loop.run_until_complete(asyncio.sleep(0))
-    loop.close()
-
-
 def in_loop(loop, main):
     asyncio.set_event_loop(loop)
     trouble = []

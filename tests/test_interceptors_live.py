@@ -232,15 +232,17 @@ def test_an_ended_call_has_its_error(serve, connect):
         client.submit("abort", "DATA_LOSS").result(10)
     with pytest.raises(shmrpc.RemoteError, match="at the end"):
         list(client.stream("count", 2, fail=True))
+    with pytest.raises(shmrpc.RemoteError, match="unexpected keyword"):
+        client.call("add", 1, c=2)
     with pytest.raises(TypeError):
         client.call("add", object())  # never sent
-    codes = ["NOT_FOUND", "DATA_LOSS", "UNKNOWN"]
-    wait_until(lambda: len(served.ends) == 3 and len(called.ends) == 4)
+    codes = ["NOT_FOUND", "DATA_LOSS", "UNKNOWN", "INVALID_ARGUMENT"]
+    wait_until(lambda: len(served.ends) == 4 and len(called.ends) == 5)
     assert [code for _, code in served.ends] == codes
     assert [code for _, code in called.ends] == [*codes, "UNKNOWN"]
     assert isinstance(served.calls[0].error, shmrpc.Abort)
     assert isinstance(called.calls[0].error, shmrpc.RemoteError)
-    assert isinstance(called.calls[3].error, TypeError)
+    assert isinstance(called.calls[4].error, TypeError)
 
 
 def test_cancelled_streams_and_futures_end_on_both_sides(serve, connect):

@@ -34,6 +34,7 @@ LAYERS = [
     ["aio"],
     ["httpx"],
     ["__init__"],
+    ["bench"],
     ["cli", "__main__"],
 ]
 LEVEL = {module: level for level, row in enumerate(LAYERS) for module in row}

@@ -1,6 +1,8 @@
 """Retries over servers that die: what has run is not repeated, unless it may be."""
 
+import asyncio
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import pytest
 from conftest import wait_until
 
 import shmrpc
+from shmrpc import aio
 from shmrpc.interceptors import CallInfo
 from shmrpc.retries import Retries
 
@@ -274,3 +277,107 @@ def test_a_forked_child_repeats_nothing(directory):
     )
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code]
     assert subprocess.run(command, check=False, timeout=30).returncode == 0
+
+
+RESTARTED = """
+import os, sys, time
+import shmrpc
+
+server = shmrpc.Server(sys.argv[1])
+
+
+@server.method(idempotent=True)
+def pid():
+    return os.getpid()
+
+
+@server.method(idempotent=True)
+def slow(seconds):
+    time.sleep(seconds)
+    return os.getpid()
+
+
+server.start()
+print("ready", flush=True)
+server.serve_forever()
+"""
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_ten_restarts_lose_no_idempotent_call(directory, transport, end):
+    """Sync and asyncio clients, whose only help is ``retries=``; the server drains or is killed."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    address = {
+        "shm": f"shm://{directory}/calc.sock",
+        "unix": f"unix://{directory}/calc.sock",
+        "tcp": f"tcp://127.0.0.1:{port}",
+    }[transport]
+
+    def start():
+        process = subprocess.Popen(
+            [sys.executable, "-c", RESTARTED, address], stdout=subprocess.PIPE
+        )
+        assert process.stdout.readline() == b"ready\n"
+        return process
+
+    process = start()
+    stopping, errors = threading.Event(), []
+    counts, pids = [0] * 4, [set() for _ in range(4)]
+
+    def call_all_the_time(number):
+        method = [("pid",), ("slow", 0.01)][number % 2]
+        try:
+            with shmrpc.connect(address, retries=50) as client:
+                while not stopping.is_set():
+                    pids[number].add(client.call(*method, timeout=30))
+                    counts[number] += 1
+        except BaseException as error:
+            errors.append(error)
+
+    async def await_all_the_time(number):
+        async with aio.connect(address, retries=50) as client:
+            while not stopping.is_set():
+                pids[number].add(await client.call("slow", 0.002, timeout=30))
+                counts[number] += 1
+
+    def in_loop(number):
+        try:
+            asyncio.run(await_all_the_time(number))
+        except BaseException as error:
+            errors.append(error)
+
+    def progress():
+        goal = [count + 5 for count in counts]
+        wait_until(
+            lambda: errors or all(have >= least for have, least in zip(counts, goal, strict=True)),
+            30,
+            "calls of every client",
+        )
+        assert not errors
+
+    work = [call_all_the_time, call_all_the_time, in_loop, in_loop]
+    threads = [threading.Thread(target=run, args=(n,), daemon=True) for n, run in enumerate(work)]
+    for thread in threads:
+        thread.start()
+    served = []
+    try:
+        for _ in range(10):
+            progress()
+            served.append(process.pid)
+            process.send_signal(end)
+            process.wait(20)
+            process.stdout.close()
+            process = start()
+        progress()
+        served.append(process.pid)
+    finally:
+        stopping.set()
+        for thread in threads:
+            thread.join(30)
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    assert not errors
+    assert not any(thread.is_alive() for thread in threads)
+    assert all(seen == set(served) for seen in pids)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import time
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 
 from shmrpc import loans
@@ -17,27 +18,30 @@ from shmrpc.outcomes import remote_error, send_error
 from shmrpc.poller import FOREVER, Connection, Slot, check_timeout
 from shmrpc.proxy import Proxy, make_proxy
 from shmrpc.registry import make_name
-from shmrpc.session import NOT_SENT, Body
+from shmrpc.session import NOT_SENT
+from shmrpc.values import LARGE, NotPlain, may_hold_large
 
 from .calls import Call
 from .lending import attach, meet_all
 from .loop import LoopPoller, check_loop
+from .pending import Pending, Probe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from shmrpc.buffers import Source
+    from shmrpc.session import Body
 
-__all__ = ["STREAM", "STREAM_ENDED", "Channel", "Pending"]
+__all__ = ["STREAM", "STREAM_ENDED", "Channel"]
 
 T = TypeVar("T")
 
 _NAMES_MAX = 4096
 STREAM = lib.SHMRPC_FLAG_STREAM
 STREAM_ENDED = lib.SHMRPC_FLAG_STREAM | lib.SHMRPC_FLAG_ENDED
-_INDEX = lib.SHMRPC_PYTHON_INDEX
 _REQUEST = lib.SHMRPC_REQUEST
 _send = lib.shmrpc_send
+_send_request = lib.shmrpc_send_request
 
 _EPIPE, _EPROTO, _ENOTCONN = -errno.EPIPE, -errno.EPROTO, -errno.ENOTCONN
 
@@ -53,55 +57,6 @@ class Registered(Protocol):
     def unregister(self) -> None: ...
 
 
-class Pending:
-    """A unary call whose reply has not come. What it needs when it does, and nothing more."""
-
-    __slots__ = (
-        "body",
-        "call_id",
-        "connection",
-        "error",
-        "future",
-        "metadata",
-        "position",
-        "status",
-    )
-
-    def __init__(self, connection: Connection) -> None:
-        self.connection = connection
-        self.call_id = connection.session.new_id(_INDEX)
-        self.position: Sequence[int] = NOT_SENT
-        self.status = -1  # gRPC status number, once it is there
-        self.error = 0  # errno that ended the connection
-        self.body: Any = b""  # bytes, or with buffers beside it
-        self.metadata = b""
-        self.future: asyncio.Future[None] | None = None
-
-    def register(self) -> None:
-        """Take the reply from now on."""
-        self.connection.register(self.call_id, self)
-
-    def unregister(self) -> None:
-        """Take it no more."""
-        self.connection.session.calls.pop(self.call_id, None)
-
-    def replied(self, status: int, metadata: bytes, body: Any) -> None:
-        """The reply is there."""
-        self.status, self.metadata, self.body = status, metadata, body
-        self._wake()
-
-    def lost(self, error: int) -> None:
-        """The connection has ended."""
-        self.error = error
-        self.status = self.connection.outcome(self.call_id, self.position[0])
-        self._wake()
-
-    def _wake(self) -> None:
-        future = self.future
-        if future is not None and not future.done():
-            future.set_result(None)
-
-
 class Channel:
     """Calls over a connection, from the tasks of one event loop."""
 
@@ -112,6 +67,7 @@ class Channel:
         self._plain = type(codec) is MsgpackCodec
         self._names: dict[str, Any] = {}
         self._loop = asyncio.get_running_loop()
+        self._thread = get_ident()
         self._link: Connection | None = None
         self._closed = False
 
@@ -179,9 +135,8 @@ class Channel:
     def _pack(
         self, slot: Slot, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[bytes, Sequence[Source]]:
-        values = [args, kwargs] if kwargs else args
         try:
-            return pack_split(self._codec, slot.pack, values)
+            return pack_split(self._codec, slot.pack, [args, kwargs] if kwargs else args)
         except PACKING_ERRORS as error:
             slot.pack = self._codec.encoder()  # the old one may hold half a message
             raise explain_arguments(self._codec, method, args, kwargs, error) from error
@@ -220,7 +175,65 @@ class Channel:
 
         Cancelling the task cancels the call. May return without the loop having run in between.
         """
-        return await self._call_with(method, args, kwargs, timeout, metadata)
+        connection = self._link
+        if connection is None or kwargs or timeout is not None or metadata is not None:
+            return await self._call_with(method, args, kwargs, timeout, metadata)
+        if inherited_deadline() is not None or not self._loop.is_running():
+            return await self._call_with(method, args, kwargs, timeout, metadata)
+        if get_ident() != self._thread:
+            check_loop(self._loop, repr(self))
+        # From here on it is _call_with for a call that has nothing but arguments.
+        try:
+            name = self._names[method]
+        except (KeyError, TypeError):
+            name = self._name(method)
+        slot = connection.slot()
+        try:
+            body = slot.pack(args)
+            size = len(body)
+            large = size >= LARGE and self._plain and may_hold_large(body)
+        except NotPlain:
+            body, size, large = b"", 0, True
+        except PACKING_ERRORS:
+            body, _ = self._pack(slot, method, args, kwargs)  # says why
+            large, size = False, len(body)
+        if large:
+            connection.slots.append(slot)
+            return await self._call_with(method, args, kwargs, timeout, metadata)
+        pending = Pending(connection, self._loop)
+        pending.register()
+        position = _send_request(slot.c, pending.call_id, name, body, size)
+        connection.slots.append(slot)
+        if position < 0:
+            pending.unregister()
+            if position != _ENOTCONN:
+                raise self._sent_error(connection, method, position)
+            self._drop(connection)
+            return await self._call_with(method, args, kwargs, timeout, metadata)
+        pending.position = (position,)
+        connection.poller.schedule()  # type: ignore[attr-defined]
+        try:
+            await pending
+        except BaseException:
+            self._cancel(pending)
+            raise
+        if pending.status or pending.error or pending.body is not None:
+            return self._result(pending, method)
+        return pending.result_value
+
+    def _result(self, pending: Pending, method: str) -> Any:
+        error = pending.error
+        if not error and not pending.status:
+            if pending.body is None:
+                return pending.result_value
+            try:
+                return pending.connection.decode(pending.body)
+            except (ValueError, TypeError) as reason:
+                error = reason
+        if not isinstance(error, Exception):
+            raise self._reply_error(pending, method)
+        msg = f"{pending.connection.peer} sent a result of {method!r} that is none: {error}"
+        raise ProtocolError(msg) from error
 
     async def _call_with(
         self,
@@ -231,8 +244,7 @@ class Channel:
         metadata: Metadata | None,
         reply_metadata: list[bytes] | None = None,
     ) -> Any:
-        if asyncio._get_running_loop() is not self._loop:
-            check_loop(self._loop, repr(self))
+        check_loop(self._loop, repr(self))
         beside = b"" if metadata is None else pack_metadata(metadata)
         deadline = self._deadline(timeout)
         try:
@@ -253,7 +265,7 @@ class Channel:
                     if self._link is not connection:  # it was closed or lost meanwhile
                         lib.shmrpc_detach(slot.c)
                         continue
-                pending = Pending(connection)
+                pending = Pending(connection, self._loop)
                 flags = lib.SHMRPC_FLAG_KEYWORDS if kwargs else 0
                 status = self._send_request(
                     slot, pending, _REQUEST, flags, name, beside, body, deadline
@@ -266,28 +278,19 @@ class Channel:
             if status != _ENOTCONN:
                 raise self._sent_error(connection, method, status)
             self._drop(connection)
-        poller: LoopPoller = connection.poller  # type: ignore[assignment]
-        poller.poll_inline()
-        if pending.status < 0:
-            await self._wait_reply(pending, method, deadline)
+        connection.poller.schedule()  # type: ignore[attr-defined]
+        await self._wait_reply(pending, method, deadline)
         if reply_metadata is not None:
             reply_metadata.append(pending.metadata)
-        if pending.status or pending.error:
-            raise self._reply_error(pending, method)
-        try:
-            return connection.decode(pending.body)
-        except (ValueError, TypeError) as error:
-            msg = f"{connection.peer} sent a result of {method!r} that is none: {error}"
-            raise ProtocolError(msg) from error
+        return self._result(pending, method)
 
     async def _wait_reply(self, pending: Pending, method: str, deadline: float) -> None:
-        future = pending.future = self._loop.create_future()
         timer = None
         if deadline != FOREVER:
             left = max(0.0, deadline - time.monotonic())
-            timer = self._loop.call_later(left, _expire, future)
+            timer = self._loop.call_later(left, pending.wake)
         try:
-            await future
+            await pending
         except BaseException:
             self._cancel(pending)
             raise
@@ -307,12 +310,13 @@ class Channel:
 
     def _reply_error(self, pending: Pending, method: str) -> Exception:
         connection = pending.connection
-        if not pending.error:
-            return self._remote_error(connection, method, pending.status, pending.body)
+        error = pending.error
+        if not isinstance(error, int) or not error:
+            return self._remote_error(connection, method, pending.status, pending.body or b"")
         self._drop(connection)
         if self._closed:
             return Cancelled(f"{method!r} on {connection.peer}: the client was closed meanwhile")
-        return connection.lost(pending.error, pending.status, method)
+        return connection.lost(error, pending.status, method)
 
     async def notify(
         self,
@@ -387,9 +391,12 @@ class Channel:
         """Ask the peer's core for an answer and return the seconds that took."""
         deadline = self._deadline(self._timeout if timeout is None else timeout)
         start = time.perf_counter()
-        pending = await self._send(lib.SHMRPC_PING, 0, "ping", (), {}, deadline, None, Pending)
-        if pending.status < 0:
-            await self._wait_reply(pending, "ping", deadline)
+
+        def make(connection: Connection) -> Probe:
+            return Probe(connection, self._loop)
+
+        pending = await self._send(lib.SHMRPC_PING, 0, "ping", (), {}, deadline, None, make)
+        await self._wait_reply(pending, "ping", deadline)
         if pending.status or pending.error:
             raise self._reply_error(pending, "ping")
         return time.perf_counter() - start
@@ -500,8 +507,3 @@ class _NoPending:
 
     def unregister(self) -> None:
         """Nothing to forget."""
-
-
-def _expire(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from shmrpc import loans
 from shmrpc._native import ffi, lib
-from shmrpc.codec import pack_split
+from shmrpc.codec import MsgpackCodec, pack_split
 from shmrpc.context import CallContext, enter_task, leave_task
 from shmrpc.errors import (
     STATUS_NUMBERS,
@@ -23,23 +23,25 @@ from shmrpc.errors import (
     ProtocolError,
     RemoteError,
 )
-from shmrpc.failures import Failure
+from shmrpc.failures import Failure, call_checked
 from shmrpc.metadata import pack_metadata, pack_reply_metadata, unpack_metadata
-from shmrpc.poller import FOREVER, Connection
+from shmrpc.parcels import Parcel
+from shmrpc.poller import FOREVER, Connection, metadata_of
 from shmrpc.session import Stream
+from shmrpc.values import LARGE, NotPlain, encode, may_hold_large
 
 from .calls import AsyncReceiver, send_item
+from .eager import starter_of
 from .lending import attach, meet_all, meet_now
-from .loop import LoopPoller, LoopWaiters
+from .loop import LoopPoller, LoopWaiters, decoder_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 
     from shmrpc.buffers import Source
     from shmrpc.codec import Codec
     from shmrpc.failures import Stage
     from shmrpc.lending import Steps
-    from shmrpc.parcels import Parcel
     from shmrpc.poller import Slot
     from shmrpc.registry import Method, Registry
 
@@ -48,7 +50,11 @@ __all__ = ["Handlers"]
 _log = logging.getLogger("shmrpc.server")
 
 _THREADS = 16
+_NO_KEYWORDS: dict[str, Any] = {}
+# After a coroutine function had to wait, so many calls of it get a task without trying.
+_WAITS = 32
 _EMSGSIZE, _ETIMEDOUT = -errno.EMSGSIZE, -errno.ETIMEDOUT
+_send_reply = lib.shmrpc_send_reply
 _REPLY, _NOTIFY = lib.SHMRPC_REPLY, lib.SHMRPC_NOTIFY
 _STREAM, _KEYWORDS = lib.SHMRPC_FLAG_STREAM, lib.SHMRPC_FLAG_KEYWORDS
 _OVERLOADED = STATUS_NUMBERS["RESOURCE_EXHAUSTED"]
@@ -67,53 +73,40 @@ class Host(Protocol):
 class Incoming:
     """One request and what became of it; the source of its ``current_call()``."""
 
-    __slots__ = (
-        "body",
-        "call_context",
-        "call_id",
-        "cancelled_by_caller",
-        "connection",
-        "deadline",
-        "flags",
-        "handlers",
-        "kind",
-        "method",
-        "packed_metadata",
-        "replied",
-        "reply_metadata",
-        "started",
-        "stream",
-        "task",
-    )
+    kind: int = lib.SHMRPC_REQUEST
+    flags = 0
+    deadline_ns = 0
+    packed_metadata = b""
+    body: bytes | memoryview | Parcel = b""
+    stream: Stream | None = None
+    task: asyncio.Task[None] | None = None
+    call_context: CallContext | None = None
+    reply_metadata = b""
+    replied = False
+    started = False
+    cancelled_by_caller = False
 
     def __init__(
-        self,
-        handlers: Handlers,
-        connection: Connection,
-        message: Any,
-        body: bytes | Parcel,
+        self, handlers: Handlers, connection: Connection, call_id: int, method: Method | None
     ) -> None:
         self.handlers = handlers
         self.connection = connection
-        self.call_id: int = message.call_id
-        self.kind: int = message.kind
-        self.flags: int = message.flags
-        deadline = message.deadline_ns
-        self.deadline: float | None = deadline / 1e9 if deadline else None
-        size = message.metadata_bytes
-        self.packed_metadata = (
-            bytes(ffi.buffer(message.head + message.method_bytes, size)) if size else b""
-        )
-        self.body = body
-        index = message.method
-        self.method: Method | None = handlers.registry.methods[index] if index >= 0 else None
-        self.stream: Stream | None = None
-        self.task: asyncio.Task[None] | None = None
-        self.call_context: CallContext | None = None
-        self.reply_metadata = b""
-        self.replied = False
-        self.started = False
-        self.cancelled_by_caller = False
+        self.call_id = call_id
+        self.method = method
+
+    @property
+    def deadline(self) -> float | None:
+        """``time.monotonic()`` seconds."""
+        return self.deadline_ns / 1e9 if self.deadline_ns else None
+
+    def first_step(self, coroutine: Any) -> Any:
+        """Run its handler until that waits for something; raises StopIteration with its result."""
+        token = enter_task(self)
+        try:
+            return coroutine.send(None)
+        except BaseException:
+            leave_task(token)
+            raise
 
     # ---- for current_call() ----
 
@@ -202,12 +195,18 @@ class Handlers:
         self._position = ffi.new("uint64_t *")
         self._loop = asyncio.get_running_loop()
         self._poller: LoopPoller | None = None
+        self._decode = decoder_of(codec)
+        self._methods = registry.methods
+        # Handlers begin with what is set here and now, not where somebody woke the poller.
+        self._context = contextvars.copy_context()
+        self._starter = starter_of(self._loop, self._context)
+        self._waits: dict[int, int] = {}  # by method: calls that get a task at once
 
     def serve(self, poller: LoopPoller) -> None:
         """Take the requests that come on this poller."""
         self._poller = poller
         self.registry.bind(poller)
-        poller.serve_requests(self._take, self._cancel, self._close)
+        poller.serve_requests(self._take, self._take_plain, self._cancel, self._close)
 
     @property
     def running(self) -> int:
@@ -231,6 +230,10 @@ class Handlers:
         if self._executor is not None:
             self._executor.shutdown(wait=False, cancel_futures=True)
             self._executor = None
+        if self._starter is not None:
+            self._starter.close()
+            self._starter = None
+            await asyncio.sleep(0)
 
     def meet(self, call: Incoming, steps: Steps[Any]) -> Any:
         """Do what the handler of this call needs: awaitable if that is asynchronous."""
@@ -247,13 +250,75 @@ class Handlers:
         self, connection: Connection, message: Any, body: bytes | Parcel
     ) -> Callable[[], None]:
         """A request is there (the poller's lock is held)."""
-        call = Incoming(self, connection, message, body)
+        index = message.method
+        method = self.registry.methods[index] if index >= 0 else None
+        call = Incoming(self, connection, message.call_id, method)
+        call.kind, call.flags, call.deadline_ns = message.kind, message.flags, message.deadline_ns
+        call.packed_metadata = metadata_of(message)
+        call.body = body
         if call.flags & _STREAM:
             ended = bool(call.flags & lib.SHMRPC_FLAG_ENDED)
             call.stream = Stream(LoopWaiters(self._loop), ended=ended)
             connection.session.opened(call.call_id, call.stream)
             call.stream.started = True
         return lambda: self._start(call)
+
+    def _take_plain(
+        self,
+        connection: Connection,
+        call_id: int,
+        deadline_ns: int,
+        index: int,
+        flags: int,
+        body: memoryview,
+    ) -> None:
+        """A request is there that has nothing but arguments."""
+        method = self._methods[index]
+        call = Incoming(self, connection, call_id, method)
+        if flags:
+            call.flags = flags
+        if deadline_ns:
+            call.deadline_ns = deadline_ns
+        if not method.direct or self._chain is not None or len(self._running) >= self._max:
+            call.body = bytes(body)
+            self._start(call)
+            return
+        if not method.is_async:
+            call.body = body
+            self._run_inline(call, method)
+            return
+        stage: Stage = "arguments"
+        try:
+            args, kwargs = self._decode(body), _NO_KEYWORDS
+            if flags:
+                args, kwargs = args
+            stage = "handler"
+            coroutine = method.function(*args, **kwargs)
+        except Exception as error:
+            self._fail(call, error, stage)
+            return
+        starter = self._starter
+        if starter is None or self._waits.get(index):
+            if starter is not None:
+                self._waits[index] -= 1
+            self._running[connection.conn_id, call_id] = call
+            _start_task(self._loop, self._context, self._run(call, method, coroutine), call)
+            return
+        try:
+            awaited = starter.step(call.first_step, coroutine)
+        except StopIteration as stop:
+            self._reply(call, stop.value)
+        except asyncio.CancelledError:
+            self._end(call, _CANCELLED)
+        except Exception as error:
+            self._fail(call, _without_frames(error, 2), "handler")
+        else:
+            self._waits[index] = _WAITS
+            call.started = True
+            self._running[connection.conn_id, call_id] = call
+            call.task = starter.adopt(
+                lambda rest: self._run(call, method, rest), coroutine, awaited
+            )
 
     def _cancel(self, connection: Connection, call_id: int) -> None:
         call = self._running.get((connection.conn_id, call_id))
@@ -290,32 +355,57 @@ class Handlers:
             self._run_inline(call, method)
         else:
             self._running[call.connection.conn_id, call.call_id] = call
-            _start_task(self._loop, self._run(call, method), call)
+            _start_task(self._loop, self._context, self._run(call, method), call)
 
     def _run_inline(self, call: Incoming, method: Method) -> None:
+        self._context.copy().run(self._run_here, call, method)
+
+    def _run_here(self, call: Incoming, method: Method) -> None:
         token = enter_task(call)
         stage: Stage = "arguments"
         try:
             args, kwargs = self._arguments(call)
             stage = "handler"
             result = method.function(*args, **kwargs)
-            stage = "result"
-            body, sources = pack_split(self._codec, self._pack, result)
         except Exception as error:
             self._fail(call, error, stage)
         else:
-            if sources:
-                self._running[call.connection.conn_id, call.call_id] = call
-                _start_task(self._loop, self._finish(call, body, sources), call)
-            else:
-                self._end(call, 0, body)
+            self._reply(call, result)
         finally:
             leave_task(token)
 
-    async def _finish(self, call: Incoming, body: bytes, sources: list[Source]) -> None:
-        """Send the result of an inline method, which may have to wait for room."""
+    def _reply(self, call: Incoming, result: Any) -> None:
+        """Send the result of a call that no task runs."""
+        connection = call.connection
+        try:
+            body = self._pack(result)
+            large = len(body) >= LARGE and may_hold_large(body)
+        except NotPlain:
+            body, large = b"", True
+        except Exception as error:
+            self._fail(call, error, "result")
+            return
+        if large and type(self._codec) is MsgpackCodec:
+            self._running[connection.conn_id, call.call_id] = call
+            _start_task(self._loop, self._context, self._finish(call, result), call)
+            return
+        unusual = call.reply_metadata or call.replied or call.cancelled_by_caller
+        if unusual or connection.closed or call.kind == _NOTIFY:
+            self._end(call, 0, body)
+            return
+        call.replied = True
+        slot = connection.slot()
+        sent = _send_reply(slot.c, call.call_id, body, len(body))
+        connection.slots.append(slot)
+        if sent == _EMSGSIZE:
+            self._refuse_result(call)
+
+    async def _finish(self, call: Incoming, result: Any) -> None:
+        """Send a result with buffers of a call that no task runs: it may have to wait for room."""
         call.started = True
         try:
+            body, sources = encode(result)
+            del result
             await self._end_beside(call, body, sources)
         except asyncio.CancelledError:
             self._end(call, _CANCELLED)
@@ -326,21 +416,27 @@ class Handlers:
         finally:
             self._forget(call)
 
-    async def _run(self, call: Incoming, method: Method) -> None:
+    async def _run(
+        self, call: Incoming, method: Method, called: Awaitable[Any] | None = None
+    ) -> None:
+        """``called``: the method was called with its arguments, this is what it returned."""
         call.started = True
         enter_task(call)
         stage: Stage = "arguments"
         try:
-            args, kwargs = self._arguments(call)
+            if called is None:
+                args, kwargs = self._arguments(call)
+                stage = "handler"
+                if method.requests and call.stream is not None:
+                    args = [self._requests(call, call.stream, method), *args]
+                if self._chain is not None and not method.name.startswith("shmrpc."):
+                    called = self._chain(method, self._invoke)(call, args, kwargs)
+                elif method.is_async and not method.generator:
+                    called = method.function(*args, **kwargs)
+                else:
+                    called = self._invoke(method, args, kwargs)
             stage = "handler"
-            if method.requests and call.stream is not None:
-                args = [self._requests(call, call.stream, method), *args]
-            if self._chain is not None and not method.name.startswith("shmrpc."):
-                result = await self._chain(method, self._invoke)(call, args, kwargs)
-            elif method.is_async and not method.generator:
-                result = await method.function(*args, **kwargs)
-            else:
-                result = await self._invoke(method, args, kwargs)
+            result = await called
             if method.generator and call.stream is not None:
                 await self._send_items(result, call, call.stream)
                 self._end(call, 0, b"")
@@ -348,7 +444,7 @@ class Handlers:
                 stage = "result"
                 body, sources = pack_split(self._codec, self._pack, result)
                 if sources:
-                    args, kwargs, result = (), {}, None
+                    args, kwargs, result, called = (), {}, None, None
                     await self._end_beside(call, body, sources)
                 else:
                     self._end(call, 0, body)
@@ -364,8 +460,8 @@ class Handlers:
             self._forget(call)
 
     def _arguments(self, call: Incoming) -> tuple[Any, dict[str, Any]]:
-        args = call.connection.decode(call.body)
-        call.body = b""
+        body, call.body = call.body, b""
+        args = call.connection.decode(body) if isinstance(body, Parcel) else self._decode(body)
         if call.flags & _KEYWORDS:
             return args[0], args[1]
         return args, {}
@@ -373,9 +469,9 @@ class Handlers:
     async def _invoke(self, method: Method, args: Any, kwargs: dict[str, Any]) -> Any:
         """Call the function, where it belongs; a generator function gives its generator."""
         if method.generator or (method.inline and not method.is_async):
-            return method.function(*args, **kwargs)
+            return call_checked(method.function, args, kwargs)
         if method.is_async:
-            return await method.function(*args, **kwargs)
+            return await call_checked(method.function, args, kwargs)
         try:
             inspect.signature(method.function).bind(*args, **kwargs)
         except TypeError as error:
@@ -476,13 +572,15 @@ class Handlers:
         connection = call.connection
         if connection.closed or call.cancelled_by_caller:
             return
-        sent = self._send(call, status, body, slot)
-        if sent == _EMSGSIZE:
-            text = "the result is longer than the caller accepts (its max_message_bytes)"
-            failure = Failure("shmrpc.MessageTooLarge", text, "RESOURCE_EXHAUSTED")
-            self._send(call, failure.number, failure.pack())
+        if self._send(call, status, body, slot) == _EMSGSIZE:
+            self._refuse_result(call)
         if self._poller is not None:
             self._poller.schedule()
+
+    def _refuse_result(self, call: Incoming) -> None:
+        text = "the result is longer than the caller accepts (its max_message_bytes)"
+        failure = Failure("shmrpc.MessageTooLarge", text, "RESOURCE_EXHAUSTED")
+        self._send(call, failure.number, failure.pack())
 
     def _send(self, call: Incoming, status: int, body: bytes, prepared: Slot | None = None) -> int:
         slot = prepared or call.connection.slot()
@@ -532,23 +630,37 @@ class Handlers:
             call.connection.session.requests.pop(call.call_id, None)
 
 
+def _without_frames(error: Exception, count: int) -> Exception:
+    """The error as if the handler had been called without so many frames of ours between."""
+    frames = error.__traceback__
+    for _ in range(count):
+        frames = frames.tb_next if frames is not None else None
+    return error.with_traceback(frames) if frames is not None else error
+
+
 if sys.version_info >= (3, 12):
 
     def _start_task(
-        loop: asyncio.AbstractEventLoop, run: Coroutine[Any, Any, None], call: Incoming
+        loop: asyncio.AbstractEventLoop,
+        context: contextvars.Context,
+        run: Coroutine[Any, Any, None],
+        call: Incoming,
     ) -> None:
         """Run the coroutine; one that ends without suspending never becomes a scheduled task."""
-        task = asyncio.Task(run, loop=loop, eager_start=True)
+        task = asyncio.Task(run, loop=loop, context=context.copy(), eager_start=True)
         if not task.done():
             call.task = task
 
 else:
 
     def _start_task(
-        loop: asyncio.AbstractEventLoop, run: Coroutine[Any, Any, None], call: Incoming
+        loop: asyncio.AbstractEventLoop,
+        context: contextvars.Context,
+        run: Coroutine[Any, Any, None],
+        call: Incoming,
     ) -> None:
         """Run the coroutine in a task."""
-        call.task = loop.create_task(run)
+        call.task = context.run(loop.create_task, run)  # it copies the context
 
 
 class AsyncRequests:

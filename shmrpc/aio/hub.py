@@ -35,7 +35,9 @@ class Hub:
         self.loop = loop
         self.poller = LoopPoller(MsgpackCodec(), server=True)
         lib.shmrpc_method_add(self.poller.c, METHOD, len(METHOD), 0, 0)
-        self.poller.serve_requests(self._take_request, _ignore_cancel, self._forget)
+        self.poller.serve_requests(
+            self._take_request, self._take_plain, _ignore_cancel, self._forget
+        )
         self._users = 0
         self._expected: dict[int, tuple[Connection, Callable[[Wire], None]]] = {}
 
@@ -109,6 +111,18 @@ class Hub:
         flow.started = True
         connection.session.opened(call_id, flow)
         return lambda: expected[1](Wire(connection, flow, call_id, called=True))
+
+    def _take_plain(
+        self,
+        connection: Connection,
+        call_id: int,
+        _deadline_ns: int,
+        _index: int,
+        _flags: int,
+        _body: memoryview,
+    ) -> None:
+        """A request is there that is no stream."""
+        refuse(connection, call_id)
 
     def _forget(self, connection: Connection) -> None:
         self._expected.pop(connection.conn_id, None)

@@ -60,8 +60,7 @@ def meet_now(connection: Connection, steps: Steps[T]) -> T:
                 steps.close()
                 msg = f"no room for {need.nbytes} bytes now, and an inline method can't wait for it"
                 raise Overloaded(msg)
-            else:
-                poller_of(connection).look()
+            else:  # nor look what the peer has given back
                 status = 0
             need = steps.send(status)
     except StopIteration as end:
@@ -76,7 +75,7 @@ async def _meet(connection: Connection, need: Need) -> int:
         return await asyncio.shield(growing)
     try:
         if not need.until:
-            poller.look()
+            await poller.look()
         elif not await poller.blocks(connection, need.nbytes, need.until):
             return -errno.ETIMEDOUT
     except ConnectionLost:

@@ -1,44 +1,55 @@
 """A poller whose only thread is an event loop's.
 
-While traffic flows, the loop polls the connections once an iteration: it takes whole batches, and
-spins for a moment when nothing else is ready to run. When it is quiet, the poller asks to be woken
-through its descriptor, as any socket.
+While traffic flows, the loop polls the connections once an iteration: it takes whole batches, runs
+what waits for them, and goes on so for a moment, spinning, when nothing else is ready to run. When
+it is quiet, the poller asks to be woken through its descriptor, as any socket.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
+import functools
+import struct
 import time
 from asyncio import get_running_loop
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from shmrpc._native import lib
+import msgpack
+
+from shmrpc._native import ffi, lib
+from shmrpc.codec import MsgpackCodec
 from shmrpc.errors import Error
 from shmrpc.poller import Connection, Poller, Slot, Wait
+from shmrpc.values import unpack_extension
+
+from .pending import Pending
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from shmrpc.address import Address
     from shmrpc.codec import Codec
     from shmrpc.handshake import Agreement
     from shmrpc.session import Waiting
 
-__all__ = ["LoopPoller", "LoopWaiters", "check_loop", "poller_of"]
+__all__ = ["LoopPoller", "LoopWaiters", "check_loop", "decoder_of", "poller_of"]
 
 _EVENTS = lib.SHMRPC_EVENTS
 _NOTHING = -errno.EAGAIN
 _poll = lib.shmrpc_poll
 
-# Longest spin in one iteration: with what an iteration costs besides, no timer and no other socket
-# has to wait for more than twice that.
-_SPIN_NS = 50_000
-# Calls that may end without their task having let the loop run: each takes some microseconds.
-_INLINE_MAX = 8
+_REPLY = lib.SHMRPC_REPLY
+_BRIEF = struct.Struct("=QQQiHHII")  # shmrpc_brief
+
+# How long the poller may go on while nothing else is ready, before it looks whether that is so, and
+# its longest spin: together what a timer or another socket may have to wait.
+_TURN_SECONDS = 80e-6
+_SPIN_NS = 40_000
 # Iterations in which something else was ready and nothing came, before the poller is armed.
 _QUIET_MAX = 64
-# On a loop that does not show what is ready: an iteration of this length had something else to do.
+# On a loop that does not show what is ready, time away from us that means that something else was.
 _BUSY_SECONDS = 30e-6
 
 
@@ -96,6 +107,17 @@ class LoopWaiters:
         return True
 
 
+def decoder_of(codec: Codec) -> Callable[[memoryview | bytes], Any]:
+    """Its ``decode``, without a Python call around msgpack where that is all."""
+    if type(codec) is MsgpackCodec:
+        return functools.partial(msgpack.unpackb, strict_map_key=False, ext_hook=unpack_extension)
+    return codec.decode
+
+
+def _refuse_none(*_request: object) -> None:
+    """The core gives no requests to who does not serve."""
+
+
 def _expire(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
@@ -116,18 +138,27 @@ class LoopPoller(Poller):
         self.loop = get_running_loop()
         self.active = True
         self._requests: Callable[[Connection, Any, Any], Callable[[], None] | None] | None = None
+        self._plain_requests: Callable[..., None] = _refuse_none
         self._cancels: Callable[[Connection, int], None] | None = None
         self._closes: Callable[[Connection], None] | None = None
         self._rooms: dict[int, LoopWaiters] = {}
         self._room_tellers: dict[int, Waiting] = {}
         self._after: list[Callable[[], None]] = []
+        self._decode = decoder_of(codec)
         self._slot: Slot | None = None
         self._poll_slot = self._taker
         self._scheduled = False
-        self._inline = 0
         self._quiet = 0
         self._last_poll = 0.0
-        self._ready: Any = getattr(self.loop, "_ready", None)
+        briefs = lib.shmrpc_poller_batch(self.c)
+        if briefs == ffi.NULL:
+            raise MemoryError
+        self._batch_briefs = memoryview(ffi.buffer(briefs, lib.SHMRPC_BATCH_BRIEFS * _BRIEF.size))
+        self._briefs: Iterator[tuple[Any, ...]] = iter(())  # that were not taken yet
+        batch = lib.shmrpc_poller_batch_bytes(self.c)
+        self._batch = memoryview(ffi.buffer(batch, lib.SHMRPC_BATCH_BYTES))
+        self._hidden = not hasattr(self.loop, "_ready")
+        self._ready: Any = () if self._hidden else self.loop._ready  # type: ignore[attr-defined]
         self._fd = lib.shmrpc_poller_fd(self.c)
         self.loop.add_reader(self._fd, self._readable)
 
@@ -145,11 +176,17 @@ class LoopPoller(Poller):
     def serve_requests(
         self,
         requests: Callable[[Connection, Any, Any], Callable[[], None] | None],
+        plain_requests: Callable[[Connection, int, int, int, int, memoryview], None],
         cancels: Callable[[Connection, int], None],
         closes: Callable[[Connection], None],
     ) -> None:
-        """Give requests, cancellations and ends to these from now on."""
+        """Give requests, cancellations and ends to these from now on.
+
+        ``plain_requests`` is given those without metadata and streams, as connection, call id,
+        deadline in nanoseconds, method, flags and body, which is valid until it returns.
+        """
         self._requests, self._cancels, self._closes = requests, cancels, closes
+        self._plain_requests = plain_requests
         lib.shmrpc_poller_serve_events(self.c)
 
     def close(self) -> None:
@@ -177,30 +214,69 @@ class LoopPoller(Poller):
             self._iterate()
 
     def _iterate(self) -> None:
+        """Poll, run what that brings, and go on for a turn unless something else wants to run."""
         self._scheduled = False
         if not self.active:
             return
-        self._inline = 0
-        status = _poll(self._poll_slot, 0 if self._others_ready() else _SPIN_NS)
-        if status == _EVENTS:
+        self._take_batch()  # nothing, unless an exception came between
+        now = monotonic()
+        busy = now - self._last_poll > _BUSY_SECONDS if self._hidden else bool(self._ready)
+        turn_ends = now + _TURN_SECONDS
+        while True:
+            status = _poll(self._poll_slot, 0 if busy else _SPIN_NS)
+            if status > 0:
+                self._briefs = _BRIEF.iter_unpack(self._batch_briefs[: status * _BRIEF.size])
+                self._take_batch()
+            elif status == _EVENTS:
+                self.dispatch()
+            else:
+                break
             self._quiet = 0
-            self.dispatch()
-        elif status < 0 and self._quiet < _QUIET_MAX:
+            now = monotonic()
+            if self._ready or self._hidden or now >= turn_ends or not self.active:
+                break
+        if status == _NOTHING and self._quiet < _QUIET_MAX:
             self._quiet += 1
-        elif lib.shmrpc_arm(self._poll_slot):
+        elif status <= 0 and status != _EVENTS and lib.shmrpc_arm(self._poll_slot):
             return
-        self._last_poll = time.monotonic()
+        self._last_poll = now
         self.schedule()
 
-    def _others_ready(self) -> bool:
-        """Whether other callbacks than ours wait to run."""
-        if self._ready is not None:
-            return len(self._ready) > self._scheduled
-        return time.monotonic() - self._last_poll > _BUSY_SECONDS
+    def _take_batch(self) -> None:
+        """Take the plain messages that have come, and run who waits for them."""
+        batch, decode, connections = self._batch, self._decode, self.connections
+        # An attribute, because it outlives an exception (Ctrl-C) that ends the loop for now.
+        for conn_id, call_id, deadline, method, kind, flags, start, end in self._briefs:
+            connection = connections.get(conn_id)
+            if connection is None:
+                continue
+            if kind != _REPLY:
+                self._plain_requests(connection, call_id, deadline, method, flags, batch[start:end])
+                continue
+            calls = connection.session.calls
+            pending = calls.get(call_id)
+            if type(pending) is Pending:
+                del calls[call_id]
+                try:
+                    pending.result_value = decode(batch[start:end])
+                except (ValueError, TypeError) as error:
+                    pending.error = error
+                pending.status = 0
+                pending.run_on()
+            else:
+                later = connection.session.replied(call_id, 0, b"", bytes(batch[start:end]))
+                if later is not None:
+                    later()
+                self._run_after()
+            if connection.retired:
+                connection.forget_if_done()
 
     def dispatch(self) -> None:
         """Take what the core has for us, tell those concerned, then run what they asked for."""
         super().dispatch()
+        self._run_after()
+
+    def _run_after(self) -> None:
         while self._after:
             after, self._after = self._after, []
             for run in after:
@@ -212,21 +288,6 @@ class LoopPoller(Poller):
         For those that are told under the lock (``Waiting.wake``) and run other people's code.
         """
         self._after.append(run)
-
-    def poll_inline(self) -> None:
-        """Look for replies at once, if nothing else is ready: a task need not be suspended then.
-
-        The loop gets its turn after a bounded number of that, so that others are not delayed.
-        """
-        if self._inline >= _INLINE_MAX or (
-            self._ready is not None and len(self._ready) > self._scheduled
-        ):
-            self.schedule()
-            return
-        self._inline += 1
-        if _poll(self._poll_slot, _SPIN_NS // 2) == _EVENTS:
-            self.dispatch()
-        self.schedule()
 
     # ---- what comes ----
 
@@ -264,11 +325,10 @@ class LoopPoller(Poller):
             closes = self._closes
             later.append(lambda: closes(connection))
 
-    def look(self) -> None:
-        """Take what has come, now."""
-        if _poll(self._poll_slot, 0) == _EVENTS:
-            self.dispatch()
+    async def look(self) -> None:
+        """Take what has come: what the peer has given back, above all."""
         self.schedule()
+        await asyncio.sleep(0)
 
     async def room(self, connection: Connection, slot: Slot, deadline: float) -> bool:
         """Wait until all that was sent has left this process; False at the deadline."""

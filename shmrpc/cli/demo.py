@@ -18,9 +18,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 import shmrpc
+from shmrpc.bench.machine import describe_machine
 
 from .errors import CallFailed, Ended, explain
-from .machine import describe_machine
 from .measure import PAYLOAD_BYTES, Figures, measure
 from .output import console, microseconds
 

@@ -12,6 +12,7 @@ import click
 
 import shmrpc
 
+from .bench import bench
 from .call import call
 from .demo import demo
 from .errors import Ended, failure_of, one_line
@@ -53,6 +54,7 @@ def shmrpc_command(context: click.Context) -> None:
     \b
     Examples:
       shmrpc demo                      compare shared memory, Unix sockets and TCP, here
+      shmrpc bench --quick             the same with pipes, on one CPU, at a steady rate
       shmrpc serve calc:server         run the server that calc.py defines
       shmrpc call calc add 1 2         call a method of it
       shmrpc ls                        which servers are alive
@@ -65,7 +67,7 @@ def shmrpc_command(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for _command in (demo, serve, call, ping, ls):
+for _command in (demo, bench, serve, call, ping, ls):
     shmrpc_command.add_command(_command)
 
 

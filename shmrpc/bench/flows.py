@@ -10,7 +10,8 @@ from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING
 
-from benchmarks.measure import PAYLOAD, WrongReplyError, now_ns
+from .pace import now_ns
+from .work import PAYLOAD, WrongPayloadError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,7 +32,7 @@ def add_methods(server: Server) -> None:
     @server.method
     def take(item: bytes) -> None:
         if item != PAYLOAD:
-            raise WrongReplyError
+            raise WrongPayloadError
 
     @server.method
     def give_all() -> Iterator[bytes]:
@@ -43,7 +44,7 @@ def add_methods(server: Server) -> None:
         count = 0
         for item in items:
             if item != PAYLOAD:
-                raise WrongReplyError
+                raise WrongPayloadError
             count += 1
         return count
 
@@ -53,7 +54,7 @@ def _stream_down(client: Client, until_ns: int) -> int:
     with client.stream("give_all") as items:
         for item in items:
             if item != PAYLOAD:
-                raise WrongReplyError
+                raise WrongPayloadError
             count += 1
             if now_ns() >= until_ns:
                 break
@@ -69,7 +70,7 @@ def _stream_up(client: Client, until_ns: int) -> int:
             if now_ns() >= until_ns:
                 break
         if call.result() != count:
-            raise WrongReplyError
+            raise WrongPayloadError
     return count
 
 
@@ -79,7 +80,7 @@ def _calls(client: Client, until_ns: int, *, up: bool, window: int) -> int:
     under_way = deque(client.submit(*request) for _ in range(window))
     while under_way:
         if under_way.popleft().result() != reply:
-            raise WrongReplyError
+            raise WrongPayloadError
         count += 1
         if now_ns() < until_ns:
             under_way.append(client.submit(*request))

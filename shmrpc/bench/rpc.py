@@ -5,15 +5,17 @@ from __future__ import annotations
 import signal
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.flows import FLOWS, add_methods
-from shmrpc import Client, Server, connect
+import shmrpc
+
+from .flows import FLOWS, add_methods
+from .work import answer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from benchmarks.measure import Flow
+    from .measure import Flow
 
 
 @dataclass(frozen=True)
@@ -27,10 +29,15 @@ class _Service:
 
 
 class _Connection:
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: shmrpc.Client) -> None:
         self._client = client
         self.echo: Callable[[bytes], bytes] = partial(client.call, "echo")
+        self.begin: Callable[[bytes], Any] = partial(client.submit, "echo")
         self.close = client.close
+
+    def finish(self, token: Any) -> bytes:
+        reply: bytes = token.result()
+        return reply
 
     def flow(self, direction: str, name: str) -> Flow:
         return partial(FLOWS[direction][name], self._client)
@@ -43,19 +50,16 @@ class _Rpc:
     template: str
     thread_safe: bool = True
 
-    def start(self, directory: str) -> _Service:
-        server = Server(self.template.format(directory=directory))
-
-        @server.method
-        def echo(x: bytes) -> bytes:
-            return x
-
+    def start(self, directory: str, clients: int) -> _Service:
+        _ = clients
+        server = shmrpc.Server(self.template.format(directory=directory))
+        server.method(name="echo")(answer)
         add_methods(server)
         server.start()
         return _Service(str(server.addresses[0]), partial(server.stop, grace=0))
 
     def connect(self, address: str) -> _Connection:
-        return _Connection(connect(address))
+        return _Connection(shmrpc.connect(address))
 
 
 SHM = _Rpc("shm://{directory}/socket")

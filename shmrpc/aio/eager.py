@@ -1,0 +1,128 @@
+"""Running a coroutine at once, which becomes a task only if it has to wait.
+
+Python 3.12 has that: ``asyncio.Task(eager_start=True)``. On 3.11 the first step runs here, as if in
+a task that is kept ready for it; the task takes the coroutine over if that suspends. Before 3.11 a
+task's context can't be chosen, and every coroutine gets a task as usual.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import contextvars
+    from collections.abc import Awaitable, Callable, Coroutine, Generator
+
+__all__ = ["Starter", "starter_of"]
+
+_enter_task, _leave_task = asyncio._enter_task, asyncio._leave_task
+
+
+class _Spare:
+    """A task that waits for a coroutine to take over. Nobody sees it before."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, context: contextvars.Context) -> None:
+        self.context = context.copy()
+        self.gate: asyncio.Future[None] = loop.create_future()
+        self.coroutine: Coroutine[Any, Any, None] | None = None
+        self.cancelled: asyncio.CancelledError | None = None  # before it could run on
+        # Registered and complained about as a task only once it is somebody's.
+        task: Any = asyncio.Task(_take_over(self), loop=loop, context=self.context)  # type: ignore[arg-type, call-arg, unused-ignore]
+        asyncio._unregister_task(task)
+        task._log_destroy_pending = False
+        self.task = task
+
+    def adopt(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run this coroutine."""
+        self.coroutine = coroutine
+        asyncio._register_task(self.task)
+        self.task._log_destroy_pending = True
+        if not self.gate.done():
+            self.gate.set_result(None)
+        task: asyncio.Task[None] = self.task
+        return task
+
+
+@types.coroutine
+def _take_over(spare: _Spare) -> Generator[Any, Any, None]:
+    """What a spare task runs."""
+    try:
+        yield from spare.gate
+    except asyncio.CancelledError as error:
+        if spare.coroutine is None:
+            raise
+        spare.cancelled = error
+    if spare.coroutine is not None:
+        yield from spare.coroutine.__await__()
+
+
+@types.coroutine
+def _resume(
+    coroutine: Coroutine[Any, Any, Any], awaited: Any, spare: _Spare
+) -> Generator[Any, Any, Any]:
+    """The rest of a coroutine that has suspended for ``awaited``, and its result."""
+    try:
+        if spare.cancelled is not None:
+            awaited = coroutine.throw(spare.cancelled)
+        while True:
+            try:
+                sent = yield awaited
+            except GeneratorExit:
+                coroutine.close()
+                raise
+            except BaseException as error:
+                awaited = coroutine.throw(error)
+            else:
+                awaited = coroutine.send(sent)
+    except StopIteration as stop:
+        return stop.value
+
+
+class Starter:
+    """Runs the first steps of coroutines, on 3.11. Belongs to its loop's thread."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, context: contextvars.Context) -> None:
+        """Each coroutine gets a copy of ``context``."""
+        self._loop = loop
+        self._context = context
+        self._spare = _Spare(loop, context)
+
+    def step(self, first: Callable[[Any], Any], coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Call ``first(coroutine)``, which sends it None, as if in its task. No task may run.
+
+        Returns what the coroutine waits for: ``adopt`` has to follow. Raises what it raises, that
+        is, StopIteration with its result.
+        """
+        spare = self._spare
+        if spare.gate.done() or spare.context != self._context:
+            self.close()  # the last coroutine cancelled it, or changed its context
+            spare = self._spare = _Spare(self._loop, self._context)
+        _enter_task(self._loop, spare.task)
+        try:
+            return spare.context.run(first, coroutine)
+        finally:
+            _leave_task(self._loop, spare.task)
+
+    def adopt(
+        self,
+        run: Callable[[Awaitable[Any]], Coroutine[Any, Any, None]],
+        coroutine: Coroutine[Any, Any, Any],
+        awaited: Any,
+    ) -> asyncio.Task[None]:
+        """The task that runs ``run(rest)``, where awaiting ``rest`` runs the coroutine on."""
+        spare, self._spare = self._spare, _Spare(self._loop, self._context)
+        return spare.adopt(run(_resume(coroutine, awaited, spare)))
+
+    def close(self) -> None:
+        """Give the spare task up."""
+        self._spare.task.cancel()
+
+
+def starter_of(loop: asyncio.AbstractEventLoop, context: contextvars.Context) -> Starter | None:
+    """One for this loop; None where tasks have to do, or can start eagerly by themselves."""
+    if sys.version_info[:2] == (3, 11) and loop.get_task_factory() is None:
+        return Starter(loop, context)
+    return None
