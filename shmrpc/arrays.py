@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import weakref
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import msgpack
 import numpy as np
@@ -246,7 +246,7 @@ def freeze(source: memoryview) -> None:
     while isinstance(owner, np.ndarray):
         known = _lent.get(id(owner))
         if known is not None and owner is known():
-            owner.flags.writeable = False
+            cast("Any", owner).flags.writeable = False
             return
         owner = owner.base
 

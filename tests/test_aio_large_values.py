@@ -9,12 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from conftest import TRANSPORTS, Service, address_of, short_directory
-from test_aio import first_uvloop, run
 
 import shmrpc
 from shmrpc import aio
-
-__all__ = ["first_uvloop", "run"]
 
 PROGRAM = Path(__file__).with_name("async_large_services.py")
 MIB = 1 << 20
