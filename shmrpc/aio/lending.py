@@ -10,7 +10,7 @@ import errno
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from shmrpc import lending
-from shmrpc.errors import ConnectionLost, Overloaded
+from shmrpc.errors import Overloaded
 
 from .loop import poller_of
 
@@ -73,11 +73,10 @@ async def _meet(connection: Connection, need: Need) -> int:
     if need.until is None:
         growing = poller.loop.run_in_executor(None, lending.grow, connection, need.nbytes)
         return await asyncio.shield(growing)
-    try:
-        if not need.until:
-            await poller.look()
-        elif not await poller.blocks(connection, need.nbytes, need.until):
-            return -errno.ETIMEDOUT
-    except ConnectionLost:
-        return -errno.EPIPE
-    return 0 if poller.active and not connection.closed else -errno.EPIPE
+    if need.until and not await poller.blocks(connection, need.nbytes, need.until):
+        return -errno.ETIMEDOUT
+    # What has come is taken in the loop's turn, which it gets whatever the core says of room.
+    poller.schedule()
+    await asyncio.sleep(0)
+    ended = connection.closed or connection.retired or not poller.active
+    return -errno.EPIPE if ended else 0

@@ -325,11 +325,6 @@ class LoopPoller(Poller):
             closes = self._closes
             later.append(lambda: closes(connection))
 
-    async def look(self) -> None:
-        """Take what has come: what the peer has given back, above all."""
-        self.schedule()
-        await asyncio.sleep(0)
-
     async def room(self, connection: Connection, slot: Slot, deadline: float) -> bool:
         """Wait until all that was sent has left this process; False at the deadline."""
         return await self._wait_room(
@@ -338,11 +333,15 @@ class LoopPoller(Poller):
 
     async def blocks(self, connection: Connection, size: int, deadline: float) -> bool:
         """Wait until a buffer of this size may fit into the arena; False at the deadline."""
+        if connection.closed or connection.retired:
+            return True  # it will be seen what became of it
         slot = connection.slot()
+
+        def wants() -> bool:
+            return not connection.retired and bool(lib.shmrpc_want_blocks(slot.c, size))
+
         try:
-            there = await self._wait_room(
-                connection, lambda: bool(lib.shmrpc_want_blocks(slot.c, size)), deadline
-            )
+            there = await self._wait_room(connection, wants, deadline)
         finally:
             connection.slots.append(slot)
             # The core tells us no more, now that one of us knows: the others ask again.
