@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks import bench_bytes, topics
+from benchmarks import bench_bytes, large, topics
 from benchmarks.report import machine, policy_table, table, verdict_table
 from benchmarks.targets import judge
 from shmrpc.bench.figures import as_json
@@ -63,6 +63,10 @@ def _bytes(effort: Effort) -> Iterator[Comparison]:
     yield bench_bytes.compare(effort)
 
 
+def _large(effort: Effort) -> Iterator[Comparison]:
+    yield from large.compare(effort, large.SOME_SIZES)
+
+
 _TOPICS: dict[str, Callable[[Effort], Iterator[Comparison]]] = {
     "unary": _unary,
     "layer": _layer,
@@ -71,6 +75,7 @@ _TOPICS: dict[str, Callable[[Effort], Iterator[Comparison]]] = {
     "pairs": _pairs,
     "streams": _streams,
     "bytes": _bytes,
+    "large": _large,
     "idle": _idle,
     "policy": topics.policy,
 }

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING
 
+from benchmarks.large import COPIED_IN, LOANED, STREAMED
 from benchmarks.topics import IDLE_POLICY_CASE, PLACES, pairs_case
 from shmrpc.bench import regimes
 from shmrpc.bench.regimes import FREE, ONE_CPU, TWO_CPUS
@@ -90,6 +91,12 @@ TARGETS = (
     Target("streams", None, "shm stream", "items_per_s", "shm stream", "shm 64 calls", ">=", 2),
     Target("streams", None, "shm stream", "items_per_s", "shm stream", "shm 512 calls", ">=", 2),
     Target("streams", None, "shm stream", "items_per_s", "shm stream", "unix stream", ">=", 3),
+    Target("large", ("echo of 1 MB",), "shm", "p50_us", "raw-uds", "shm", ">=", 10),
+    Target("large", ("echo of 1 MB",), "shm", "p50_us", "iceoryx2", "shm", ">=", 1.2),
+    Target("large", ("echo of 4 KB",), "shm", "p50_us", "raw-uds", "shm", ">=", 5),
+    Target("large", (LOANED,), "256 MB", "p50_us", "256 MB", "64 KB", "<=", 1.5),
+    Target("large", (COPIED_IN,), "shm", "p50_us", "memcpy", "shm", ">=", 0.7),
+    Target("large", STREAMED, "shm", "items_per_s", "shm", "raw-uds", ">=", 5),
     Target("bytes", None, "shm", "bytes_per_s", "shm", "raw-uds", ">=", 2),
 )
 """`cases` None: every case of the topic. `subject` is whose speed it is about."""

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any, Literal, TypeAlias
+import weakref
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import msgpack
 import numpy as np
 
 from .buffers import Source, Unwritten
 
-__all__ = ["is_number", "make_array", "memory_of", "split"]
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["freeze", "is_number", "make_array", "memory_of", "plan", "split"]
 
 _U1 = np.dtype(np.uint8)
 _KINDS = frozenset("biufcmMSUV")  # neither objects nor numpy's variable-length strings
@@ -209,6 +213,42 @@ def _parse_array(described: bytes) -> _Known:
     if len(described) <= _KNOWN_BYTES_MAX:
         _parsed[described] = known
     return known
+
+
+# ---- arrays in memory that was lent ----
+
+_lent: dict[int, weakref.ref[Any]] = {}  # by id
+
+
+def plan(shape: Any, dtype: Any) -> tuple[int, Callable[[memoryview], Any]]:
+    """How many bytes an array takes, and what makes a writable one over such memory.
+
+    TypeError or ValueError for what is no shape, or no dtype that can be sent.
+    """
+    kind = np.dtype(dtype)
+    _describe(kind)
+    model = np.broadcast_to(np.zeros((), kind), shape)
+    if not model.nbytes:
+        return 0, lambda _: np.empty(model.shape, kind)
+
+    def make(memory: memoryview) -> Any:
+        array = np.ndarray(model.shape, kind, memory)
+        key = id(array)
+        _lent[key] = weakref.ref(array, lambda _: _lent.pop(key, None))
+        return array
+
+    return model.nbytes, make
+
+
+def freeze(source: memoryview) -> None:
+    """Make the array that ``plan`` made, and this is a view of, read-only: it is being sent."""
+    owner: Any = source.obj
+    while isinstance(owner, np.ndarray):
+        known = _lent.get(id(owner))
+        if known is not None and owner is known():
+            cast("Any", owner).flags.writeable = False
+            return
+        owner = owner.base
 
 
 def _is_shape(shape: Any) -> bool:

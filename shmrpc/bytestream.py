@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from ._native import ffi, lib
 from .address import parse
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from .address import Address
     from .poller import Connection
-    from .session import Waiting
+    from .session import Body, Run, Waiting
 
 __all__ = ["METHOD", "ByteStream", "Flow", "Wire", "byte_terms", "connect_bytes"]
 
@@ -65,6 +65,12 @@ class Flow(Stream):
     __slots__ = ()
 
     window_bytes = _WINDOW_BYTES
+
+    def items(self, run: Run) -> bool:
+        """Bytes have come. Buffers beside them are nothing that a byte stream has."""
+        if not isinstance(run.data, bytes):
+            self.overrun = True
+        return super().items(run)
 
     def replied(self, status: int, metadata: bytes, body: Body) -> Callable[[], None] | None:
         """As ``Pending.replied``."""
@@ -161,7 +167,7 @@ class Wire:
             data = b""
         if not stream.ended:
             self.return_credit()
-        return data
+        return cast("bytes", data)  # see Flow.items
 
     def return_credit(self) -> None:
         """Let the peer send more, if that is due."""

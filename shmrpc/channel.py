@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 
 import msgpack
 
+from . import loans
 from ._native import ffi, lib
 from .calls import Call
 from .codec import PACKING_ERRORS, Codec, MsgpackCodec, explain_arguments, pack_split
 from .errors import Cancelled, Error, ProtocolError
 from .futures import CallFuture
-from .lending import attach, empty, loan
+from .lending import attach
 from .metadata import Metadata, pack_metadata
 from .outcomes import remote_error, send_error
 from .poller import FOREVER, Connection, Slot, check_timeout, nanoseconds_until
@@ -25,7 +26,7 @@ from .proxy import Proxy, make_proxy
 from .registry import make_name
 from .session import NOT_SENT, Body
 from .values import LARGE as _LARGE
-from .values import NotPlain, may_hold_large, unpack_extension
+from .values import NotPlain, encode, may_hold_large, unpack_extension
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -183,7 +184,7 @@ class Channel:
 
     def _call_beside(self, slot: Slot, method: str, args: tuple[Any, ...]) -> Any:
         slot.connection.slots.append(slot)
-        return self._call_with(method, args, {}, None, None)
+        return self._call_with(method, args, {}, None, None, large=True)
 
     def _call_with(
         self,
@@ -193,14 +194,19 @@ class Channel:
         timeout: float | None,
         metadata: Metadata | None,
         reply_metadata: list[bytes] | None = None,
+        *,
+        large: bool = False,
     ) -> Any:
-        """Call with more than arguments; the timeout includes connecting again."""
+        """Call with more than arguments; the timeout includes connecting again.
+
+        ``large``: it is known that the arguments have buffers.
+        """
         beside = b"" if metadata is None else pack_metadata(metadata)
         deadline = FOREVER if timeout is None else time.monotonic() + check_timeout(timeout)
         while True:
             slot = self._slot(deadline)
             name = self._names.get(method) or self._name(method)
-            body, alive = self._pack(slot, method, args, kwargs, deadline)
+            body, alive = self._pack(slot, method, args, kwargs, deadline, large=large)
             left_ns = nanoseconds_until(deadline)
             flags = lib.SHMRPC_FLAG_KEYWORDS if kwargs else 0
             try:
@@ -222,11 +228,16 @@ class Channel:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         deadline: float,
+        *,
+        large: bool = False,
     ) -> tuple[bytes, Any]:
         """The body of a request, and what has to live until it was sent with this slot."""
         values = [args, kwargs] if kwargs else args
         try:
-            body, sources = pack_split(self._codec, slot.pack, values)
+            if large:
+                body, sources = encode(values)
+            else:
+                body, sources = pack_split(self._codec, slot.pack, values)
         except PACKING_ERRORS as error:
             raise self._unpackable(slot, method, args, kwargs, error) from error
         if not sources:
@@ -500,36 +511,28 @@ class Channel:
                 return 0  # what became of it is told later: it may have run, its reply be here
         return status
 
-    # ---- memory for values ----
+    # ---- memory that is sent without a copy ----
 
-    def empty(self, shape: Any, dtype: Any = "float64") -> Any:
-        """Return a numpy array in shared memory, with any content: sending it copies nothing.
+    def empty(self, shape: Any, dtype: Any = "float64", *, timeout: float | None = None) -> Any:
+        """Return a numpy array, with any contents, in memory shared with the peer.
 
-        ``shape`` is an int or a tuple. Write to it, then send it, or a contiguous part of it, by
-        this client: from then on the peer reads that memory, and the array is read-only. Views of
-        it that were made before stay writable; writing to them changes what the peer reads.
-        It may be sent again, goes back to the arena when it and all views of it are gone and the
-        peer has let go, and can be read also after ``close``. Sent by another client, or after
-        a reconnection, it is copied as any array; over unix and tcp its memory is ordinary.
-
-        Raises ValueError for an impossible shape, TypeError for a dtype of Python objects,
-        ``Overloaded`` when ``max_memory_bytes`` are in use and nothing comes back,
-        ``ConnectError``. Needs numpy: ``pip install 'shmrpc[numpy]'``.
+        Sent over this connection it, or a contiguous part of it, is not copied; it becomes
+        read-only then. It goes back when nothing refers to it. Over unix and tcp it is an ordinary
+        array. Waits for room at most ``timeout`` seconds. Raises ``DeadlineExceeded`` or
+        ``Overloaded`` if there is none, ``ConnectError``, TypeError, ValueError, MemoryError.
         """
-        return empty(self._connected(), shape, dtype)
+        return loans.empty(*self._lender(timeout, shape, dtype))
 
-    def loan(self, nbytes: int) -> memoryview:
-        """Return ``nbytes`` of shared memory, with any content: sending them copies nothing.
+    def loan(self, nbytes: int, *, timeout: float | None = None) -> memoryview:
+        """Return a writable memoryview of such memory; else as ``empty``, but it stays writable."""
+        return loans.borrow(*self._lender(timeout, nbytes))
 
-        As ``empty``, but that a memoryview can't be made read-only: don't write to it, nor to any
-        view of it, once it was sent, as long as the peer may read it.
-        """
-        return loan(self._connected(), nbytes)
-
-    def _connected(self) -> Connection:
-        slot = self._slot()
+    def _lender(self, timeout: float | None, *what: Any) -> Any:
+        deadline = FOREVER if timeout is None else time.monotonic() + check_timeout(timeout)
+        deadline = _inherit(deadline)
+        slot = self._slot(deadline)
         slot.connection.slots.append(slot)
-        return slot.connection
+        return slot.connection, *what, deadline
 
     # ---- views ----
 

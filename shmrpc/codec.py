@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from . import values
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from .buffers import Source
 
@@ -55,14 +55,14 @@ class MsgpackCodec:
 
 def pack_split(
     codec: Codec, pack: Callable[[Any], bytes], value: Any
-) -> tuple[bytes, Sequence[Source]]:
+) -> tuple[bytes, list[Source]]:
     """Pack a value with this encoder of the codec: a body, and the buffers that go beside it."""
     try:
         body = pack(value)
         if len(body) < values.LARGE or type(codec) is not MsgpackCodec:
-            return body, ()
+            return body, []
         if not values.may_hold_large(body):
-            return body, ()
+            return body, []
     except values.NotPlain:
         pass
     return values.encode(value)

@@ -7,9 +7,7 @@ import time
 from contextvars import ContextVar, Token
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .lending import empty, loan
 from .metadata import Metadata, check_metadata
-from .poller import FOREVER
 
 if TYPE_CHECKING:
     from .poller import Connection
@@ -38,6 +36,12 @@ class CallSource(Protocol):
 
     def caller(self, context: CallContext) -> Any:
         """What calls the caller of this call."""
+
+    def empty(self, context: CallContext, shape: Any, dtype: Any) -> Any:
+        """An array in memory shared with the caller."""
+
+    def loan(self, context: CallContext, nbytes: int) -> Any:
+        """Such memory as it is."""
 
     def set_metadata(self, context: CallContext) -> None:
         """Send the reply with the context's metadata."""
@@ -107,27 +111,15 @@ class CallContext:
         return self._source.caller(self)
 
     def empty(self, shape: Any, dtype: Any = "float64") -> Any:
-        """Return a numpy array in shared memory for the result, or an item: as ``Client.empty``.
+        """As ``Client.empty``: an array that is this call's result, or an item, without a copy.
 
-        RuntimeError when the caller is gone.
+        In an asynchronous handler it has to be awaited.
         """
-        return empty(self._connected(), shape, dtype, self._until())
+        return self._source.empty(self, shape, dtype)
 
-    def loan(self, nbytes: int) -> memoryview:
-        """Return writable shared memory for the result, or an item: as ``Client.loan``.
-
-        RuntimeError when the caller is gone.
-        """
-        return loan(self._connected(), nbytes, self._until())
-
-    def _until(self) -> float:
-        return FOREVER if self.deadline is None else self.deadline
-
-    def _connected(self) -> Connection:
-        if self.connection is None:
-            msg = f"the caller of {self.method!r} is gone, or the call is over"
-            raise RuntimeError(msg)
-        return self.connection
+    def loan(self, nbytes: int) -> Any:
+        """As ``Client.loan``. In an asynchronous handler it has to be awaited."""
+        return self._source.loan(self, nbytes)
 
     def set_trailing_metadata(self, metadata: Metadata) -> None:
         """Add to what goes to the caller with the end of this call.

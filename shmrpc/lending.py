@@ -9,37 +9,67 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import math
 import os
 import queue
+import sys
 import threading
 import time
 import weakref
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from . import segments
 from ._native import ffi, lib
 from .buffers import Unwritten
 from .errors import ConnectError, ConnectionLost, DeadlineExceeded, MessageTooLarge, Overloaded
-from .poller import FOREVER, nanoseconds_until
+from .poller import nanoseconds_until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Generator, Sequence
+    from typing import TypeAlias
 
     from .buffers import Source
     from .poller import Connection
 
-__all__ = ["MEMORY_BYTES", "arena_stats", "attach", "empty", "loan", "total_stats"]
+__all__ = [
+    "MEMORY_BYTES",
+    "Need",
+    "arena_stats",
+    "attach",
+    "attaching",
+    "finding_room",
+    "grow",
+    "meet_all",
+    "total_stats",
+    "wants_room",
+]
+
+T = TypeVar("T")
 
 MEMORY_BYTES = 1 << 30  # of values under way on one connection, unless the user says otherwise
 PATIENCE = 10.0  # seconds in which something comes back, for a call that waits for ever
 QUIET = 5.0  # seconds after which memory that nothing is in goes back to the system
 
+_ARRAYS = f"{__package__}.arrays"  # imported if there is a numpy array
+
 _INLINE, _LOANED = 1, 2
 _GROW, _FULL, _STOPPED = lib.SHMRPC_GROW, lib.SHMRPC_FULL, lib.SHMRPC_STOPPED
 _ENDED = frozenset((-errno.EPIPE, -errno.EPROTO, _STOPPED))
 _OVER = frozenset((0, -errno.ETIMEDOUT, *_ENDED))
+
+
+class Need(NamedTuple):
+    """What has to happen before room for so many bytes is looked for again.
+
+    The arena has to grow (``until`` is None), or the peer to give something back until then.
+    Whoever meets it answers with 0 if that happened, else -errno.
+    """
+
+    nbytes: int
+    until: float | None
+
+
+if TYPE_CHECKING:
+    Steps: TypeAlias = Generator[Need, int, T]
 
 
 def attach(
@@ -51,19 +81,50 @@ def attach(
     Raises ``DeadlineExceeded`` or ``Overloaded`` if there is no room for ``what``, naming who holds
     it, ``MessageTooLarge``, MemoryError. On a lost connection sending fails, and says how.
     """
+    return meet_all(connection, attaching(connection, slot, sources, deadline, what))
+
+
+def meet_all(connection: Connection, steps: Steps[T]) -> T:
+    """Do what is needed, in this thread, until it is done."""
+    try:
+        need = next(steps)
+        while True:
+            try:
+                if need.until is None:
+                    status = grow(connection, need.nbytes)
+                else:
+                    status = _wait(connection, need.nbytes, need.until)
+            except BaseException as error:
+                need = steps.throw(error)
+            else:
+                need = steps.send(status)
+    except StopIteration as end:
+        result: T = end.value
+        return result
+
+
+# ---- what is done, and needed ----
+
+
+def attaching(
+    connection: Connection, slot: Any, sources: Sequence[Source], deadline: float, what: str
+) -> Steps[list[Any]]:
+    """As ``attach``, for who meets its needs in another way."""
     alive: list[Any] = []
     lib.shmrpc_attach(slot, ffi.NULL, 0)
     try:
         for source in sources:
             if isinstance(source, Unwritten):
-                _attach_unwritten(connection, slot, source, alive, deadline, what)
+                yield from _attach_unwritten(connection, slot, source, alive, deadline, what)
             else:
                 data = ffi.from_buffer(source)
-                status = _attach(connection, slot, data, len(data), deadline, what)
+                status = yield from _attach(connection, slot, data, len(data), deadline, what)
                 if status == _INLINE:
                     alive.append(data)
-                elif status == _LOANED and connection.loans:
-                    _freeze(connection, int(ffi.cast("uintptr_t", data)), len(data))
+                elif status == _LOANED:
+                    arrays = sys.modules.get(_ARRAYS)
+                    if arrays is not None:
+                        arrays.freeze(source)
     except BaseException:
         lib.shmrpc_detach(slot)
         raise
@@ -72,14 +133,14 @@ def attach(
 
 def _attach(
     connection: Connection, slot: Any, data: Any, size: int, deadline: float, what: str
-) -> int:
+) -> Steps[int]:
     """``_INLINE`` if it goes with the body, ``_LOANED`` if it lies in a loan."""
     status: int = lib.shmrpc_attach(slot, data, size)
-    if status in (_GROW, _FULL):
-        status = _find_room(
+    if wants_room(status):
+        status = yield from finding_room(
             connection, size, lambda: lib.shmrpc_attach(slot, data, size), deadline, what
         )
-        if status in _ENDED or status in (_GROW, _FULL):
+        if status in _ENDED or wants_room(status):
             status = lib.shmrpc_attach_inline(slot, data, size)
     if status == -errno.EMSGSIZE:
         msg = f"{what} has more buffers than a message can: 65536, or 4 GiB outside of an arena"
@@ -97,7 +158,7 @@ def _attach_unwritten(
     alive: list[Any],
     deadline: float,
     what: str,
-) -> None:
+) -> Steps[None]:
     """Write it where it is to lie, if that is in the arena."""
     size = source.nbytes
     loan, data = ffi.new("shmrpc_loan **"), ffi.new("uint8_t **")
@@ -107,12 +168,12 @@ def _attach_unwritten(
         return status
 
     status = borrow()
-    if status in (_GROW, _FULL):
-        status = _find_room(connection, size, borrow, deadline, what)
+    if wants_room(status):
+        status = yield from finding_room(connection, size, borrow, deadline, what)
     if status == 0:
         try:
             source.write(memoryview(ffi.buffer(data[0], size)))
-            _attach(connection, slot, data[0], size, deadline, what)
+            yield from _attach(connection, slot, data[0], size, deadline, what)
         finally:
             lib.shmrpc_loan_free(loan[0], ffi.NULL)
         return
@@ -126,81 +187,27 @@ def _attach_unwritten(
     lib.shmrpc_attach_inline(slot, copy, size)
 
 
-# ---- loans ----
-
-
-def loan(connection: Connection, nbytes: Any, deadline: float = FOREVER) -> memoryview:
-    """Writable memory in the arena, or of our own where there is no arena that could hold it.
-
-    Raises as ``attach``.
-    """
-    if isinstance(nbytes, bool) or not isinstance(nbytes, int) or nbytes < 0:
-        msg = f"nbytes must be a number of bytes from 0 on, not {nbytes!r}"
-        raise ValueError(msg)
-    made, data = ffi.new("shmrpc_loan **"), ffi.new("uint8_t **")
-    with connection.slotted() as slot:
-
-        def borrow() -> int:
-            status: int = lib.shmrpc_loan_new(slot, nbytes, made, data)
-            return status
-
-        status = borrow() if nbytes else -errno.EOPNOTSUPP
-        if status in (_GROW, _FULL):
-            status = _find_room(connection, nbytes, borrow, deadline, "a loan")
-    if status != 0:
-        return memoryview(bytearray(nbytes))
-    memory = ffi.gc(data[0], partial(lib.shmrpc_loan_free, made[0]), nbytes)
-    return memoryview(ffi.buffer(memory, nbytes))
-
-
-def empty(connection: Connection, shape: Any, dtype: Any, deadline: float = FOREVER) -> Any:
-    """A numpy array in such memory, with any content."""
-    import numpy as np
-
-    kind = np.dtype(dtype)
-    if kind.hasobject:
-        msg = f"an array of {kind} holds Python objects, not their bytes"
-        raise TypeError(msg)
-    shape = (shape,) if isinstance(shape, (int, np.integer)) else tuple(shape)
-    count = math.prod(int(length) for length in shape)
-    if any(length < 0 for length in shape):
-        msg = f"negative dimensions in {shape}"
-        raise ValueError(msg)
-    if not count or not kind.itemsize:
-        return np.empty(shape, kind)
-    memory = loan(connection, count * kind.itemsize, deadline)
-    array: Any = np.frombuffer(memory, kind, count).reshape(shape)
-    loans, address = connection.loans, array.ctypes.data
-    loans[address] = weakref.ref(array, lambda _: loans.pop(address, None))
-    return array
-
-
-def _freeze(connection: Connection, address: int, size: int) -> None:
-    """What is sent is read elsewhere from now on: its array can't be written any more."""
-    for start, ref in list(connection.loans.items()):
-        array = ref()
-        if array is not None and address < start + array.nbytes and start < address + size:
-            array.flags.writeable = False
-
-
 # ---- room ----
 
 
-def _find_room(
+def wants_room(status: int) -> bool:
+    """Whether the core has said that there is no room."""
+    return status in (_GROW, _FULL)
+
+
+def finding_room(
     connection: Connection, size: int, attempt: Callable[[], int], deadline: float, what: str
-) -> int:
+) -> Steps[int]:
     """Attempt again after growing, or waiting: its status, ``SHMRPC_GROW`` if growing failed."""
-    blocks = connection.poller.blocks
-    if blocks:
-        _look(connection, size)
+    yield Need(size, 0)  # take in what the peer has given back without ringing
     patience = time.monotonic() + PATIENCE
     while True:
         status = attempt()
         if status == _GROW:
-            if not _grow(connection, size):
+            if (yield Need(size, None)) < 0:
                 return status
-        elif status == _FULL and blocks:
-            waited = _wait(connection, size, min(deadline, patience))
+        elif status == _FULL:
+            waited = yield Need(size, min(deadline, patience))
             if waited in _ENDED:
                 return waited
             if waited == 0:
@@ -230,13 +237,8 @@ def _wait(connection: Connection, size: int, deadline: float) -> int:
     return status
 
 
-def _look(connection: Connection, size: int) -> None:
-    """Take in what the peer has given back without ringing."""
-    _wait(connection, size, 0)
-
-
-def _grow(connection: Connection, size: int) -> bool:
-    """Add a segment to the arena; False if there is no memory, or the peer can't take it."""
+def grow(connection: Connection, size: int) -> int:
+    """Add a segment to the arena; below 0 if there is no memory, or the peer can't take it."""
     try:
         slot = connection.slot()
         with connection.growing:
@@ -244,10 +246,10 @@ def _grow(connection: Connection, size: int) -> bool:
             if wants:  # else another thread has been faster
                 _add_segment(connection, slot.c, wants)
     except (ConnectError, ConnectionLost, OSError):
-        return False
+        return -errno.ENOMEM
     connection.slots.append(slot)
     _trimmer.watch(connection)
-    return True
+    return 0
 
 
 def _add_segment(connection: Connection, slot: Any, nbytes: int) -> None:
@@ -359,7 +361,8 @@ _trimmer = _Trimmer()
 
 def _after_fork_in_child() -> None:
     """Nothing of it is ours, the thread least of all."""
-    _trimmer.__init__()  # type: ignore[misc]
+    global _trimmer  # noqa: PLW0603 - its lock may be held by a thread that is not here
+    _trimmer = _Trimmer()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

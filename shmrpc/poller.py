@@ -6,7 +6,6 @@ whoever waits reads for all, and hands what is not for the core to the sessions 
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import functools
 import logging
@@ -24,7 +23,7 @@ from .rendezvous import Credentials
 from .session import Body, Pending, Run, Session, Stream
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from .address import Address
     from .codec import Codec
@@ -147,10 +146,11 @@ class Connection:
             self.credentials = Credentials(agreement.peer_pid)
         self.peer_pid = agreement.peer_pid
         self.trusted = agreement.trusted
+        # Whose values are checked to the last offset, in copies that only we can write to.
+        self.untrusted_values = not agreement.trusted or address.transport == "tcp"
         self.max_request_bytes = agreement.peer_max_message_bytes
         self.max_memory_bytes = agreement.max_memory_bytes
         self.backing = agreement.terms.backing
-        self.loans: dict[int, Any] = {}  # address -> weak reference to a numpy array there
         self.growing = threading.Lock()  # held while a segment is added to our arena
         self.session = Session()
         self.slots: list[Slot] = []
@@ -189,14 +189,7 @@ class Connection:
 
     def parcel(self, slot: Any, message: Any, body: bytes | memoryview) -> Parcel:
         """The message in this C slot, which has buffers. Of a peer whom we don't trust: copies."""
-        return parcel_of(slot, message, body, untrusted=not self.trusted)
-
-    @contextlib.contextmanager
-    def slotted(self) -> Iterator[Any]:
-        """A free C slot for something short."""
-        slot = self.slot()
-        yield slot.c
-        self.slots.append(slot)
+        return parcel_of(slot, message, body, untrusted=self.untrusted_values)
 
     def register(self, call_id: int, pending: Pending | Stream) -> None:
         """A call of ours is about to be sent: take frames for it."""
@@ -326,8 +319,6 @@ _pollers: weakref.WeakSet[Poller] = weakref.WeakSet()
 
 class Poller:
     """The core's poller, its connections, and its worker threads if it serves."""
-
-    blocks = True  # whether threads may wait on it
 
     def __init__(
         self,
@@ -509,7 +500,7 @@ class Poller:
         parcel: Parcel | None = self._unfinished
         if parcel is None:
             weight = lib.shmrpc_message_weight(message)
-            parcel = self._unfinished = Parcel(body, weight, untrusted=not connection.trusted)
+            parcel = self._unfinished = Parcel(body, weight, untrusted=connection.untrusted_values)
         parcel.fill(self._taker, message)
         return parcel
 

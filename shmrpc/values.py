@@ -177,6 +177,8 @@ class _Encoder:
         return self._memory(view)
 
     def _array(self, kind: int, value: Any) -> Any:
+        if self._buffers is None and value.nbytes >= LARGE:
+            raise NotPlain  # at once: the next attempt has room for it
         arrays = _arrays()
         described, array, fortran = arrays.split(value)
         if array.nbytes >= LARGE:
@@ -320,7 +322,7 @@ class _Decoder:
         """A buffer, once: copying the same one out over and over would take memory without end."""
         if len(packed) != _NUMBER.size:
             raise ValueError(_DAMAGED)
-        (number,) = _NUMBER.unpack(packed)
+        number: int = _NUMBER.unpack(packed)[0]
         buffer = self._buffers[number] if number < len(self._buffers) else None
         if buffer is None:
             msg = f"a value has buffer {number}, which the message has not, or no more"
@@ -356,11 +358,11 @@ def _bytes(memory: memoryview | bytes) -> bytes:
     return bytes(memory)
 
 
-def _view(memory: memoryview | bytes, code: Any, shape: Any) -> memoryview:
+def _view(memory: memoryview | bytes, code: Any, shape: Any) -> Any:
     if code not in _FORMATS or type(shape) is not list:
         raise ValueError(_DAMAGED)
     try:
-        view: memoryview = memoryview(memory).cast(code)
+        view = memoryview(memory).cast(code)
         if list(view.shape or ()) != shape:
             view = view.cast("B").cast(code, shape)
         return view

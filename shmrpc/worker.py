@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from msgpack import unpackb
 
+from . import loans
 from ._native import ffi, lib
 from .calls import Requests
 from .codec import Codec, MsgpackCodec, pack_split
@@ -211,7 +212,8 @@ class Worker:
                 alive = self._attach(sources, "the result")
                 # Views of the caller's blocks go back before the reply, not after it: then its
                 # next call finds them free, and still in the caches.
-                args = result = sources = ()
+                args = result = ()
+                sources.clear()
                 self._reply(packed)
                 del alive
         except BaseException as error:
@@ -508,6 +510,21 @@ class Worker:
             msg = f"the caller of {context.method!r} is gone"
             raise ConnectionLost(msg, "not_sent")
         return self._host.caller_of(context.connection)
+
+    def empty(self, context: CallContext, shape: Any, dtype: Any) -> Any:
+        """An array in memory shared with the caller."""
+        return loans.empty(self._lender(context), shape, dtype, context.deadline or FOREVER)
+
+    def loan(self, context: CallContext, nbytes: int) -> memoryview:
+        """Such memory as it is."""
+        return loans.borrow(self._lender(context), nbytes, context.deadline or FOREVER)
+
+    def _lender(self, context: CallContext) -> Connection:
+        self._check_handler(context)
+        if context.connection is None or context.connection.closed:
+            msg = f"the caller of {context.method!r} is gone"
+            raise ConnectionLost(msg, "not_sent")
+        return context.connection
 
     def set_metadata(self, context: CallContext) -> None:
         """Send the reply with the context's metadata."""

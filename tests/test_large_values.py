@@ -1,4 +1,4 @@
-"""Values with large memory in them, by each transport: as they were, and nothing is left."""
+"""Values with large memory in them, by each transport: they arrive, and nothing is left."""
 
 import concurrent.futures
 import gc

@@ -8,18 +8,21 @@ import time
 from typing import TYPE_CHECKING, Any, Protocol
 
 from shmrpc._native import lib
+from shmrpc.codec import pack_split
 from shmrpc.errors import Cancelled, DeadlineExceeded, Error, MessageTooLarge, ProtocolError
 from shmrpc.metadata import unpack_metadata, unpack_reply_metadata
 from shmrpc.parcels import Parcel
 from shmrpc.poller import FOREVER, check_timeout
 from shmrpc.session import Body, Stream
 
-from .loop import LoopPoller, LoopWaiters
+from .lending import attach
+from .loop import LoopWaiters, poller_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
     from types import TracebackType
 
+    from shmrpc.buffers import Source
     from shmrpc.poller import Connection
 
 __all__ = ["AsyncReceiver", "Call", "send_item"]
@@ -31,14 +34,6 @@ class Channel(Protocol):
     def _remote_error(
         self, connection: Connection, method: str, status: int, body: Body
     ) -> Error: ...
-
-
-def poller_of(connection: Connection) -> LoopPoller:
-    """The loop's poller of an aio connection."""
-    poller = connection.poller
-    if not isinstance(poller, LoopPoller):
-        raise TypeError
-    return poller
 
 
 class AsyncReceiver:
@@ -100,10 +95,14 @@ async def send_item(
     call_id: int,
     flags: int,
     body: bytes,
+    sources: Sequence[Source],
     may_send: Callable[[], bool],
     deadline: float,
 ) -> int:
-    """Send one packed item when there is credit: 0, or -errno (-ETIMEDOUT without credit)."""
+    """Send one packed item when there is credit: 0, or -errno (-ETIMEDOUT without credit).
+
+    It waits for room for what goes beside it, and raises as ``shmrpc.lending.attach``.
+    """
     waiters = stream.waiters
     if not isinstance(waiters, LoopWaiters):
         raise TypeError
@@ -112,10 +111,18 @@ async def send_item(
     if not stream.may_send():
         return 0  # over: the caller of this looks why
     slot = connection.slot()
-    status = lib.shmrpc_send_item(slot.c, flags, call_id, body, len(body))
-    connection.slots.append(slot)
+    size = len(body)
+    alive: Any = None  # until it was sent
+    try:
+        if sources:
+            alive = await attach(connection, slot.c, sources, deadline, "an item of a stream")
+            size += lib.shmrpc_attached_weight(slot.c)
+        status = lib.shmrpc_send_item(slot.c, flags, call_id, body, len(body))
+    finally:
+        connection.slots.append(slot)
+        del alive
     if status >= 0:
-        stream.sent(len(body))
+        stream.sent(size)
         poller_of(connection).schedule()
         return 0
     return status
@@ -232,8 +239,9 @@ class Call:
         stream = self._stream
         if not self._sends or stream.ended or self._closed:
             self._refuse_send()
+        codec = self._connection.codec
         try:
-            body = self._connection.codec.encoder()(item)
+            body, sources = pack_split(codec, codec.encoder(), item)
         except Exception as error:
             kind = type(item).__qualname__
             msg = f"a message for {self.method!r} can't be sent: {error} (of type {kind})"
@@ -249,6 +257,7 @@ class Call:
                 self.call_id,
                 lib.SHMRPC_FLAG_CALLER,
                 body,
+                sources,
                 may_send,
                 self.deadline,
             )

@@ -8,8 +8,9 @@ import time
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 
+from shmrpc import loans
 from shmrpc._native import ffi, lib
-from shmrpc.codec import PACKING_ERRORS, Codec, MsgpackCodec, explain_arguments
+from shmrpc.codec import PACKING_ERRORS, Codec, MsgpackCodec, explain_arguments, pack_split
 from shmrpc.context import inherited_deadline
 from shmrpc.errors import Cancelled, DeadlineExceeded, Error, ProtocolError
 from shmrpc.metadata import Metadata, pack_metadata
@@ -17,14 +18,19 @@ from shmrpc.outcomes import remote_error, send_error
 from shmrpc.poller import FOREVER, Connection, Slot, check_timeout
 from shmrpc.proxy import Proxy, make_proxy
 from shmrpc.registry import make_name
-from shmrpc.session import NOT_SENT, Body
+from shmrpc.session import NOT_SENT
+from shmrpc.values import LARGE, NotPlain, may_hold_large
 
 from .calls import Call
+from .lending import attach, meet_all
 from .loop import LoopPoller, check_loop
 from .pending import Pending, Probe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from shmrpc.buffers import Source
+    from shmrpc.session import Body
 
 __all__ = ["STREAM", "STREAM_ENDED", "Channel"]
 
@@ -92,7 +98,7 @@ class Channel:
 
     def _send_request(
         self,
-        connection: Connection,
+        slot: Slot,
         pending: Registered,
         kind: int,
         flags: int,
@@ -102,7 +108,6 @@ class Channel:
         deadline: float,
     ) -> int:
         """Send it: 0, 1 if it waits for room, or -errno (and it is not registered any more)."""
-        slot = connection.slot()
         position = ffi.new("uint64_t *", NOT_SENT[0])
         pending.position = position
         deadline_ns = 0
@@ -123,16 +128,15 @@ class Channel:
             deadline_ns,
             position,
         )
-        connection.slots.append(slot)
         if status < 0:
             pending.unregister()
         return status
 
     def _pack(
         self, slot: Slot, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> bytes:
+    ) -> tuple[bytes, Sequence[Source]]:
         try:
-            return slot.pack([args, kwargs] if kwargs else args)
+            return pack_split(self._codec, slot.pack, [args, kwargs] if kwargs else args)
         except PACKING_ERRORS as error:
             slot.pack = self._codec.encoder()  # the old one may hold half a message
             raise explain_arguments(self._codec, method, args, kwargs, error) from error
@@ -186,11 +190,19 @@ class Channel:
         slot = connection.slot()
         try:
             body = slot.pack(args)
+            size = len(body)
+            large = size >= LARGE and self._plain and may_hold_large(body)
+        except NotPlain:
+            body, size, large = b"", 0, True
         except PACKING_ERRORS:
-            body = self._pack(slot, method, args, kwargs)  # says why
+            body, _ = self._pack(slot, method, args, kwargs)  # says why
+            large, size = False, len(body)
+        if large:
+            connection.slots.append(slot)
+            return await self._call_with(method, args, kwargs, timeout, metadata)
         pending = Pending(connection, self._loop)
         pending.register()
-        position = _send_request(slot.c, pending.call_id, name, body, len(body))
+        position = _send_request(slot.c, pending.call_id, name, body, size)
         connection.slots.append(slot)
         if position < 0:
             pending.unregister()
@@ -244,13 +256,23 @@ class Channel:
             if connection is None:
                 connection = await self._connect(deadline)
             slot = connection.slot()
-            body = self._pack(slot, method, args, kwargs)
-            connection.slots.append(slot)
-            pending = Pending(connection, self._loop)
-            flags = lib.SHMRPC_FLAG_KEYWORDS if kwargs else 0
-            status = self._send_request(
-                connection, pending, _REQUEST, flags, name, beside, body, deadline
-            )
+            alive: Any = None  # until it was sent
+            try:
+                body, sources = self._pack(slot, method, args, kwargs)
+                if sources:
+                    what = f"the request of {method!r}"
+                    alive = await attach(connection, slot.c, sources, deadline, what)
+                    if self._link is not connection:  # it was closed or lost meanwhile
+                        lib.shmrpc_detach(slot.c)
+                        continue
+                pending = Pending(connection, self._loop)
+                flags = lib.SHMRPC_FLAG_KEYWORDS if kwargs else 0
+                status = self._send_request(
+                    slot, pending, _REQUEST, flags, name, beside, body, deadline
+                )
+            finally:
+                connection.slots.append(slot)
+                del alive
             if status >= 0:
                 break
             if status != _ENOTCONN:
@@ -333,12 +355,24 @@ class Channel:
         while True:
             connection = self._link or await self._connect(deadline)
             slot = connection.slot()
-            body = b"" if kind == lib.SHMRPC_PING else self._pack(slot, method, args, kwargs)
-            connection.slots.append(slot)
-            pending = make(connection)
-            status = self._send_request(
-                connection, pending, kind, flags, name, beside, body, deadline
-            )
+            alive: Any = None  # until it was sent
+            body = b""
+            try:
+                if kind != lib.SHMRPC_PING:
+                    body, sources = self._pack(slot, method, args, kwargs)
+                    if sources:
+                        what = f"the request of {method!r}"
+                        alive = await attach(connection, slot.c, sources, deadline, what)
+                        if self._link is not connection:  # it was closed or lost meanwhile
+                            lib.shmrpc_detach(slot.c)
+                            continue
+                pending = make(connection)
+                status = self._send_request(
+                    slot, pending, kind, flags, name, beside, body, deadline
+                )
+            finally:
+                connection.slots.append(slot)
+                del alive
             if status >= 0:
                 break
             if status != _ENOTCONN:
@@ -428,6 +462,25 @@ class Channel:
 
         await self._send(_REQUEST, flags, method, args, kwargs, deadline, metadata, attach)
         return call
+
+    # ---- memory that is sent without a copy ----
+
+    async def empty(
+        self, shape: Any, dtype: Any = "float64", *, timeout: float | None = None
+    ) -> Any:
+        """Return a numpy array in memory shared with the peer; as ``shmrpc.Client.empty``."""
+        check_loop(self._loop, repr(self))
+        deadline = self._deadline(timeout)
+        connection = self._link or await self._connect(deadline)
+        return await meet_all(connection, loans.making(connection, shape, dtype, deadline))
+
+    async def loan(self, nbytes: int, *, timeout: float | None = None) -> memoryview:
+        """Return a writable memoryview of such memory; as ``shmrpc.Client.loan``."""
+        check_loop(self._loop, repr(self))
+        deadline = self._deadline(timeout)
+        nbytes = loans.check_size(nbytes)
+        connection = self._link or await self._connect(deadline)
+        return await meet_all(connection, loans.borrowing(connection, nbytes, deadline))
 
     # ---- views ----
 

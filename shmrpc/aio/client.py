@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from shmrpc._native import lib
 from shmrpc.errors import Cancelled, ConnectError, ForkedError
+from shmrpc.lending import arena_stats
 from shmrpc.link import shake_hands
 from shmrpc.registry import Registry
 
@@ -200,7 +201,7 @@ class Client(Channel):
 
     # ---- the rest ----
 
-    async def stats(self) -> dict[str, int]:
+    async def stats(self) -> dict[str, int | float]:
         """Counters of the current connection; as ``shmrpc.Client.stats``."""
         link = self._link or await self._connect(time.monotonic() + self._timeout)
         counters = link.poller.stats()
@@ -215,7 +216,11 @@ class Client(Channel):
             "late_replies",
             "outbox_bytes",
         )
-        return {name: counters[name] for name in shown} | {"reconnects": self._reconnects}
+        return {
+            **{name: counters[name] for name in shown},
+            **arena_stats(link),
+            "reconnects": self._reconnects,
+        }
 
     async def close(self) -> None:
         """Hang up. Calls under way in other tasks end with ``Cancelled``. Safe to repeat."""

@@ -13,7 +13,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol
 
+from shmrpc import loans
 from shmrpc._native import ffi, lib
+from shmrpc.codec import MsgpackCodec, pack_split
 from shmrpc.context import CallContext, enter_task, leave_task
 from shmrpc.errors import (
     STATUS_NUMBERS,
@@ -25,19 +27,24 @@ from shmrpc.errors import (
 )
 from shmrpc.failures import Failure, call_checked
 from shmrpc.metadata import pack_metadata, pack_reply_metadata, unpack_metadata
+from shmrpc.parcels import Parcel
 from shmrpc.poller import FOREVER, Connection, Running, metadata_of
 from shmrpc.session import Stream
+from shmrpc.values import LARGE, NotPlain, encode, may_hold_large
 
 from .calls import AsyncReceiver, send_item
 from .eager import starter_of
+from .lending import attach, meet_all, meet_now
 from .loop import LoopPoller, LoopWaiters, decoder_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 
+    from shmrpc.buffers import Source
     from shmrpc.codec import Codec
     from shmrpc.failures import Stage
-    from shmrpc.parcels import Parcel
+    from shmrpc.lending import Steps
+    from shmrpc.poller import Slot
     from shmrpc.registry import Method, Registry
 
 __all__ = ["Handlers"]
@@ -131,6 +138,23 @@ class Incoming:
     def caller(self, _context: CallContext) -> Any:
         """What calls the caller of this call."""
         return self.handlers.host.caller_of(self.connection)
+
+    def empty(self, context: CallContext, shape: Any, dtype: Any) -> Any:
+        """An array in memory shared with the caller; to be awaited in an asynchronous handler."""
+        deadline = context.deadline or FOREVER
+        return self._lent(context, loans.making(self.connection, shape, dtype, deadline))
+
+    def loan(self, context: CallContext, nbytes: int) -> Any:
+        """Such memory as it is."""
+        deadline = context.deadline or FOREVER
+        nbytes = loans.check_size(nbytes)
+        return self._lent(context, loans.borrowing(self.connection, nbytes, deadline))
+
+    def _lent(self, context: CallContext, steps: Steps[Any]) -> Any:
+        if self.replied or self.connection.closed:
+            msg = f"the call of {context.method!r} is over"
+            raise RuntimeError(msg)
+        return self.handlers.meet(self, steps)
 
     def set_metadata(self, context: CallContext) -> None:
         """Send the reply with the context's metadata."""
@@ -243,6 +267,15 @@ class Handlers:
             self._starter.close()
             self._starter = None
             await asyncio.sleep(0)
+
+    def meet(self, call: Incoming, steps: Steps[Any]) -> Any:
+        """Do what the handler of this call needs: awaitable if that is asynchronous."""
+        if asyncio._get_running_loop() is not self._loop:  # it runs on a thread
+            meeting = meet_all(call.connection, steps)
+            return asyncio.run_coroutine_threadsafe(meeting, self._loop).result()
+        if call.method is not None and call.method.inline and not call.method.is_async:
+            return meet_now(call.connection, steps)
+        return meet_all(call.connection, steps)
 
     # ---- what comes ----
 
@@ -382,8 +415,15 @@ class Handlers:
         connection = call.connection
         try:
             body = self._pack(result)
+            large = len(body) >= LARGE and may_hold_large(body)
+        except NotPlain:
+            body, large = b"", True
         except Exception as error:
             self._fail(call, error, "result")
+            return
+        if large and type(self._codec) is MsgpackCodec:
+            self._running[connection.conn_id, call.call_id] = call
+            _start_task(self._loop, self._context, self._finish(call, result), call)
             return
         unusual = call.reply_metadata or call.replied or call.cancelled_by_caller
         if unusual or connection.closed or call.kind == _NOTIFY:
@@ -395,6 +435,22 @@ class Handlers:
         connection.slots.append(slot)
         if sent == _EMSGSIZE:
             self._refuse_result(call)
+
+    async def _finish(self, call: Incoming, result: Any) -> None:
+        """Send a result with buffers of a call that no task runs: it may have to wait for room."""
+        call.started = True
+        try:
+            body, sources = encode(result)
+            del result
+            await self._end_beside(call, body, sources)
+        except asyncio.CancelledError:
+            self._end(call, _CANCELLED)
+            if not call.cancelled_by_caller:
+                raise
+        except Exception as error:
+            self._fail(call, error, "result")
+        finally:
+            self._forget(call)
 
     async def _run(
         self, call: Incoming, method: Method, called: Awaitable[Any] | None = None
@@ -422,7 +478,12 @@ class Handlers:
                 self._end(call, 0, b"")
             else:
                 stage = "result"
-                self._end(call, 0, self._pack(result))
+                body, sources = pack_split(self._codec, self._pack, result)
+                if sources:
+                    args, kwargs, result, called = (), {}, None, None
+                    await self._end_beside(call, body, sources)
+                else:
+                    self._end(call, 0, body)
         except asyncio.CancelledError:
             # By the caller, who waits no more, or because we are stopping.
             self._end(call, _CANCELLED)
@@ -435,8 +496,8 @@ class Handlers:
             self._forget(call)
 
     def _arguments(self, call: Incoming) -> tuple[Any, dict[str, Any]]:
-        args = call.connection.decode(call.body)
-        call.body = b""
+        body, call.body = call.body, b""
+        args = call.connection.decode(body) if isinstance(body, Parcel) else self._decode(body)
         if call.flags & _KEYWORDS:
             return args[0], args[1]
         return args, {}
@@ -479,9 +540,9 @@ class Handlers:
 
         try:
             async for item in source:
-                body = self._pack(item)
+                body, sources = pack_split(self._codec, self._pack, item)
                 status = await send_item(
-                    call.connection, stream, call.call_id, 0, body, may_send, deadline
+                    call.connection, stream, call.call_id, 0, body, sources, may_send, deadline
                 )
                 if status == _EMSGSIZE:
                     peer = call.connection.peer
@@ -518,15 +579,36 @@ class Handlers:
             call.connection.session.requests.pop(call.call_id, None)
         call.task = None
 
-    def _end(self, call: Incoming, status: int, body: bytes = b"") -> None:
-        """Send the reply, if there is somebody who wants one."""
+    async def _end_beside(self, call: Incoming, body: bytes, sources: list[Source]) -> None:
+        """Send a result that has buffers beside it."""
+        connection = call.connection
+        if call.kind == _NOTIFY or connection.closed:
+            return
+        slot = connection.slot()
+        deadline = call.deadline if call.deadline is not None else FOREVER
+        alive: Any = None  # until it was sent
+        try:
+            what = f"the result of {call.method.name!r}" if call.method is not None else "a result"
+            alive = await attach(connection, slot.c, sources, deadline, what)
+            # If these are views of the caller's blocks, they go back before the reply: its next
+            # call finds them free, and still in the caches.
+            sources.clear()
+            self._end(call, 0, body, slot)
+        finally:
+            connection.slots.append(slot)
+            del alive
+
+    def _end(
+        self, call: Incoming, status: int, body: bytes = b"", slot: Slot | None = None
+    ) -> None:
+        """Send the reply, if there is somebody who wants one; from a slot with its buffers."""
         if call.kind == _NOTIFY or call.replied:
             return
         call.replied = True
         connection = call.connection
         if connection.closed or call.cancelled_by_caller:
             return
-        if self._send(call, status, body) == _EMSGSIZE:
+        if self._send(call, status, body, slot) == _EMSGSIZE:
             self._refuse_result(call)
         if self._poller is not None:
             self._poller.schedule()
@@ -536,8 +618,8 @@ class Handlers:
         failure = Failure("shmrpc.MessageTooLarge", text, "RESOURCE_EXHAUSTED")
         self._send(call, failure.number, failure.pack())
 
-    def _send(self, call: Incoming, status: int, body: bytes) -> int:
-        slot = call.connection.slot()
+    def _send(self, call: Incoming, status: int, body: bytes, prepared: Slot | None = None) -> int:
+        slot = prepared or call.connection.slot()
         metadata = call.reply_metadata
         sent: int = lib.shmrpc_send(
             slot.c,
@@ -553,7 +635,8 @@ class Handlers:
             0,
             self._position,
         )
-        call.connection.slots.append(slot)
+        if prepared is None:
+            call.connection.slots.append(slot)
         return sent
 
     def _fail(self, call: Incoming, error: BaseException, stage: Stage) -> None:

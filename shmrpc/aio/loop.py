@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from shmrpc.handshake import Agreement
     from shmrpc.session import Waiting
 
-__all__ = ["LoopPoller", "LoopWaiters", "check_loop", "decoder_of"]
+__all__ = ["LoopPoller", "LoopWaiters", "check_loop", "decoder_of", "poller_of"]
 
 _EVENTS = lib.SHMRPC_EVENTS
 _NOTHING = -errno.EAGAIN
@@ -60,6 +60,14 @@ def check_loop(loop: asyncio.AbstractEventLoop, what: str) -> None:
         where = "no event loop" if running is None else "another event loop"
         msg = f"{what} belongs to the event loop that made it, and was used from {where}"
         raise RuntimeError(msg)
+
+
+def poller_of(connection: Connection) -> LoopPoller:
+    """The loop's poller of an aio connection."""
+    poller = connection.poller
+    if not isinstance(poller, LoopPoller):
+        raise TypeError
+    return poller
 
 
 class LoopWaiters:
@@ -189,6 +197,9 @@ class LoopPoller(Poller):
             self._poll_slot = self._taker
             if not self.loop.is_closed():
                 self.loop.remove_reader(self._fd)
+            for waiters in self._rooms.values():
+                waiters.wake()
+            self._rooms.clear()
 
     # ---- polling ----
 
@@ -316,7 +327,31 @@ class LoopPoller(Poller):
 
     async def room(self, connection: Connection, slot: Slot, deadline: float) -> bool:
         """Wait until all that was sent has left this process; False at the deadline."""
-        while not connection.closed and lib.shmrpc_want_room(slot.c):
+        return await self._wait_room(
+            connection, lambda: bool(lib.shmrpc_want_room(slot.c)), deadline
+        )
+
+    async def blocks(self, connection: Connection, size: int, deadline: float) -> bool:
+        """Wait until a buffer of this size may fit into the arena; False at the deadline."""
+        if connection.closed or connection.retired:
+            return True  # it will be seen what became of it
+        slot = connection.slot()
+
+        def wants() -> bool:
+            return not connection.retired and bool(lib.shmrpc_want_blocks(slot.c, size))
+
+        try:
+            there = await self._wait_room(connection, wants, deadline)
+        finally:
+            connection.slots.append(slot)
+            # The core tells us no more, now that one of us knows: the others ask again.
+            self._take_room(connection)
+        return there
+
+    async def _wait_room(
+        self, connection: Connection, wants: Callable[[], bool], deadline: float
+    ) -> bool:
+        while self.active and not connection.closed and wants():
             waiters = self._rooms.setdefault(connection.conn_id, LoopWaiters(self.loop))
             self.schedule()
 
@@ -336,8 +371,6 @@ class LoopPoller(Poller):
             self._room_tellers[connection.conn_id] = waiting
             self.schedule()
         return waits
-
-    blocks = False
 
     def wait(self, _slot: Slot, _deadline: float, /) -> bool:
         """Threads don't wait on it."""

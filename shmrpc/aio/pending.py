@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from contextvars import Context
 
     from shmrpc.poller import Connection
+    from shmrpc.session import Body
 
 __all__ = ["Pending", "Probe"]
 

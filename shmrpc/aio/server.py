@@ -17,7 +17,7 @@ from shmrpc.acceptor import Acceptor
 from shmrpc.codec import Codec, MsgpackCodec
 from shmrpc.errors import Error, ForkedError
 from shmrpc.inspection import Inspection
-from shmrpc.lending import MEMORY_BYTES
+from shmrpc.lending import MEMORY_BYTES, total_stats
 from shmrpc.link import check_options
 from shmrpc.proxy import public_methods
 from shmrpc.registry import Registry
@@ -259,11 +259,15 @@ class Server:
     ) -> None:
         await self.stop()
 
-    def stats(self) -> dict[str, int]:
+    def stats(self) -> dict[str, int | float]:
         """Counters of the server; as ``shmrpc.Server.stats``."""
         if self._poller is None or self._handlers is None:
             return {}
-        return {**self._poller.stats(), "running": self._handlers.running}
+        return {
+            **self._poller.stats(),
+            **total_stats(list(self._poller.connections.values())),
+            "running": self._handlers.running,
+        }
 
     # ---- what the acceptor and handlers need ----
 

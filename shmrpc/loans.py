@@ -1,0 +1,74 @@
+"""Memory of a connection's arena that users write to, and then send without a copy.
+
+Where a connection has no shared memory, or not so much, it is ordinary memory, and sent as that.
+"""
+
+from __future__ import annotations
+
+import errno
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from ._native import ffi, lib
+from .lending import finding_room, meet_all, wants_room
+
+if TYPE_CHECKING:
+    from .lending import Steps
+    from .poller import Connection
+
+__all__ = ["borrow", "borrowing", "check_size", "empty", "making"]
+
+
+def check_size(nbytes: Any) -> int:
+    """Refuse what is no number of bytes."""
+    if isinstance(nbytes, bool) or not isinstance(nbytes, int) or nbytes < 0:
+        msg = f"a loan is a number of bytes from 0 on, not {nbytes!r}"
+        raise ValueError(msg)
+    return nbytes
+
+
+def borrow(connection: Connection, nbytes: int, deadline: float) -> memoryview:
+    """A writable view of so many bytes; waits for room as ``lending.attach``, and raises so."""
+    return meet_all(connection, borrowing(connection, check_size(nbytes), deadline))
+
+
+def empty(connection: Connection, shape: Any, dtype: Any, deadline: float) -> Any:
+    """The same as a numpy array."""
+    return meet_all(connection, making(connection, shape, dtype, deadline))
+
+
+def borrowing(connection: Connection, nbytes: int, deadline: float) -> Steps[memoryview]:
+    """As ``borrow``, for who meets its needs in another way."""
+    if not nbytes:
+        return memoryview(bytearray())
+    loan, data = ffi.new("shmrpc_loan **"), ffi.new("uint8_t **")
+    slot = connection.slot()
+
+    def attempt() -> int:
+        status: int = lib.shmrpc_loan_new(slot.c, nbytes, loan, data)
+        return status
+
+    try:
+        status = attempt()
+        if wants_room(status):
+            what = f"a loan of {nbytes} bytes"
+            status = yield from finding_room(connection, nbytes, attempt, deadline, what)
+    finally:
+        connection.slots.append(slot)
+    if status == 0:
+        # Goes back when the last view of it dies, from whatever thread.
+        owner = ffi.gc(data[0], partial(lib.shmrpc_loan_free, loan[0]), nbytes)
+        return memoryview(ffi.buffer(owner, nbytes))
+    if status == -errno.ENOMEM:
+        msg = f"no memory for a loan of {nbytes} bytes"
+        raise MemoryError(msg)
+    return memoryview(bytearray(nbytes))
+
+
+def making(connection: Connection, shape: Any, dtype: Any, deadline: float) -> Steps[Any]:
+    """As ``empty``, for who meets its needs in another way."""
+    from . import arrays
+
+    nbytes, make = arrays.plan(shape, dtype)
+    view = yield from borrowing(connection, nbytes, deadline)
+    return make(view)
