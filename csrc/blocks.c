@@ -275,6 +275,19 @@ int blocks_send(struct shmrpc_slot *slot, struct outgoing *message, int body, at
     return status;
 }
 
+int blocks_pass(struct shmrpc_slot *slot, const shmrpc_message *message)
+{
+    if ((message->flags & SHMRPC_FLAG_BLOCKS) == 0)
+        return 0;
+    shmrpc_detach(slot);
+    int status = begin_attaching(slot);
+    for (uint32_t i = 0; i < message->block_count && status >= 0; i++)
+        status = shmrpc_attach_inline(slot, message->blocks[i].data, message->blocks[i].bytes);
+    if (status < 0)
+        shmrpc_detach(slot);
+    return status < 0 ? status : 0;
+}
+
 /* ---- what was received ---- */
 
 shmrpc_lease *shmrpc_lease_take(shmrpc_slot *slot, uint32_t index)

@@ -577,6 +577,7 @@ static int64_t call(struct shmrpc_slot *slot, struct outgoing *message, int64_t 
     poller_lock(poller);
     if (slot->origin != NULL && slot->unwanted) {
         poller_unlock(poller);
+        shmrpc_detach(slot);
         end_forward(slot);
         return -ECANCELED;
     }
@@ -655,7 +656,12 @@ int64_t shmrpc_forward(shmrpc_slot *slot, shmrpc_slot *worker, int64_t timeout_n
         slot->origin = NULL;
         return -ECANCELED;
     }
-    return call(slot, &message, timeout_ns);
+    int status = blocks_pass(slot, request);
+    if (status == 0)
+        return call(slot, &message, timeout_ns);
+    end_forward(slot);
+    slot->message.outcome = SHMRPC_NOT_SENT;
+    return status;
 }
 
 void callers_unwanted(struct shmrpc_slot *slot)

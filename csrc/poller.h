@@ -287,6 +287,9 @@ struct shmrpc_slot *slot_new(struct shmrpc_poller *poller, uint64_t conn_id, boo
 
 int blocks_send(struct shmrpc_slot *slot, struct outgoing *message, int body,
                 atomic_u64 *position);
+/* The slot's next message carries the buffers of this one, if it has any: with its body, because
+ * nobody here can grow an arena. They have to stay until it was sent. 0, -ENOMEM, -EMSGSIZE. */
+int blocks_pass(struct shmrpc_slot *slot, const shmrpc_message *message);
 /* RETURN or WITHDRAW has arrived. Consumes it. */
 int blocks_frame(struct shmrpc_poller *poller, struct conn *conn,
                  const struct frame_header *header);

@@ -920,7 +920,9 @@ int shmrpc_reply_from(shmrpc_slot *worker, const shmrpc_slot *slot)
 
     if (!worker->running || worker->replied)
         return 0;
-    int result = poller_send(worker->poller, worker->conn, &message, &position);
+    int result = blocks_pass(worker, reply);
+    if (result == 0)
+        result = slot_send(worker, &message, 1, &position);
     worker->replied = result != -EMSGSIZE && result != -ENOMEM;
     return result < 0 ? result : 0;
 }

@@ -163,8 +163,6 @@ class Wire:
         """What came next; IndexError if there is nothing now."""
         stream = self.stream
         data, _ = stream.take()
-        if not isinstance(data, bytes):  # with buffers, as no byte stream sends them
-            data = b""
         if not stream.ended:
             self.return_credit()
         return cast("bytes", data)  # see Flow.items

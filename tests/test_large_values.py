@@ -545,7 +545,7 @@ def test_loans_over_every_transport(client):
     assert client.empty(()).shape == ()
     assert len(client.loan(0)) == 0
     for wrong in (-1, 1.5, True):
-        with pytest.raises(ValueError, match="nbytes"):
+        with pytest.raises(ValueError, match="number of bytes"):
             client.loan(wrong)
     with pytest.raises(ValueError, match="negative"):
         client.empty((3, -1))

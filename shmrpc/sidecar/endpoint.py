@@ -13,15 +13,17 @@ from shmrpc.channel import _GOES_ON as GOES_ON
 from shmrpc.client import Client
 from shmrpc.errors import Cancelled, ConnectionLost
 from shmrpc.futures import CallFuture
+from shmrpc.lending import attach
 from shmrpc.metadata import PackedMetadata
 
-from .raw import RawCodec, Reply, Request
+from .raw import RawCodec, Reply, Request, split
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from shmrpc.buffers import Source
     from shmrpc.poller import Connection, Slot
-    from shmrpc.session import Stream
+    from shmrpc.session import Body, Stream
 
 __all__ = ["NativeEndpoint", "RawCall", "RawRequests"]
 
@@ -41,6 +43,25 @@ class RelayClient(Client):
 
     def _connection(self, deadline: float) -> Connection:
         return self._connect(min(deadline, time.monotonic() + self._timeout), once=True)
+
+    def _pack(
+        self,
+        slot: Slot,
+        method: str,
+        args: tuple[Any, ...],
+        _kwargs: dict[str, Any],
+        deadline: float,
+        **_large: bool,
+    ) -> tuple[bytes, Any]:
+        body, sources = split(args[0])
+        if not sources:
+            return body, None
+        try:
+            what = f"the request of {method!r}"
+            return body, attach(slot.connection, slot.c, sources, deadline, what)
+        except BaseException:
+            slot.connection.slots.append(slot)
+            raise
 
     def forward(
         self, worker: Any, method: bytes, timeout_ns: int, slot: Slot | None = None, status: int = 0
@@ -141,7 +162,7 @@ class RelayClient(Client):
 class RawFuture(CallFuture):
     """A call under way; its result is a ``Reply``."""
 
-    def _settle(self, status: int, body: bytes) -> None:
+    def _settle(self, status: int, body: Body) -> None:
         if status == _UNAVAILABLE and not body:
             super()._settle(status, body)
         else:
@@ -167,12 +188,12 @@ class _NoPending:
 class _RawReceiver(Receiver):
     """Messages of a stream as they came."""
 
-    def _decode(self, data: bytes, ends: Sequence[int]) -> Iterator[Any]:
+    def _decode(self, data: Body, ends: Sequence[int]) -> Iterator[Any]:
         return iter(_split(data, ends))
 
 
-def _split(data: bytes, ends: Sequence[int]) -> list[bytes]:
-    if len(ends) == 1:
+def _split(data: Body, ends: Sequence[int]) -> list[Body]:
+    if len(ends) == 1 or not isinstance(data, bytes):  # one, with buffers, has come alone
         return [data]
     starts = (0, *ends[:-1])
     return [data[start:end] for start, end in zip(starts, ends, strict=True)]
@@ -193,6 +214,10 @@ class RawCall(Call):
 
     _failed: BaseException | None = None
 
+    def _split(self, slot: Slot, item: Any, _error: Exception) -> tuple[bytes, Sequence[Source]]:
+        slot.pack = self._connection.codec.encoder()
+        return split(item)
+
     def woken(self, _caller: Stream) -> None:
         """Something has happened to the caller's stream: ``take`` is to look at it."""
         self._waiters.wake()
@@ -208,7 +233,7 @@ class RawCall(Call):
             self._failed = error
             self.cancel()
 
-    def take(self, caller: Stream | None = None) -> list[bytes] | None:
+    def take(self, caller: Stream | None = None) -> list[Body] | None:
         """Wait for messages and return those that have come together; None at the end.
 
         None of them when initial metadata has come, or ``caller`` is cancelled. Raises as

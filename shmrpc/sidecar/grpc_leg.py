@@ -23,12 +23,12 @@ from .grpcs import (
     reply_of_error,
     request_metadata,
 )
-from .raw import Reply, Request
+from .raw import Reply, Request, flat
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from shmrpc.session import Stream
+    from shmrpc.session import Body, Stream
 
     from .config import TlsConfig
 
@@ -144,7 +144,7 @@ class GrpcLeg:
         self._connect(timeout)
         left = None if until is None else max(0.0, until - time.monotonic())
         entries = request_metadata(request.method, request.metadata, keywords=request.keywords)
-        future = self._unary.future(request.body, timeout=left, metadata=entries)
+        future = self._unary.future(flat(request.body), timeout=left, metadata=entries)
         return _Pending(self, request.method, future)
 
     def notify(self, request: Request, timeout: float | None) -> None:
@@ -152,7 +152,7 @@ class GrpcLeg:
         self._connect(timeout)
         entries = request_metadata(request.method, request.metadata, keywords=request.keywords)
         try:
-            self._notify(request.body, timeout=timeout, metadata=entries)
+            self._notify(flat(request.body), timeout=timeout, metadata=entries)
         except grpc.RpcError as error:
             raise self.lost(error, request.method) from None
 
@@ -162,7 +162,7 @@ class GrpcLeg:
         self._connect(timeout)
         left = None if until is None else max(0.0, until - time.monotonic())
         entries = request_metadata(request.method, request.metadata, keywords=request.keywords)
-        outgoing = _Outgoing(request.body)
+        outgoing = _Outgoing(flat(request.body))
         if ended:
             outgoing.end()
         rpc = self._stream(iter(outgoing), timeout=left, metadata=entries)
@@ -289,9 +289,9 @@ class GrpcCall:
         self._failed: BaseException | None = None
         rpc.add_callback(lambda: outgoing.end(drop=True))
 
-    def send(self, item: bytes) -> None:
+    def send(self, item: Body) -> None:
         """Pass on one message of the caller."""
-        if not self._outgoing.put(item):
+        if not self._outgoing.put(flat(item)):
             msg = f"the call of {self.method!r} is over, its handler takes no more messages"
             raise Cancelled(msg)
 

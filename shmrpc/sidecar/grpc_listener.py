@@ -16,7 +16,7 @@ from shmrpc.metadata import unpack_metadata, unpack_reply_metadata
 
 from .grpc_leg import read_file
 from .grpcs import ITEM, RESULT, SERVICE, as_is, from_grpc, options, place_of, to_grpc, trailers_of
-from .raw import Reply, Request, failure_reply
+from .raw import Reply, Request, failure_reply, flat
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -165,10 +165,11 @@ class GrpcListener:
                     reply = Reply(body=msgpack.packb(self.sidecar.describe(name)))
                 else:
                     reply = _carry(passage, request)
+                    reply.body = flat(reply.body)
             except Exception as error:
                 reply = failure_reply(error)
             passage.end(reply, request.method)
-            return reply.body if reply.status == 0 else b""
+            return flat(reply.body) if reply.status == 0 else b""
 
     def _notify(self, body: bytes, context: Any) -> bytes:
         with _Passage(self, context) as passage:
@@ -217,19 +218,20 @@ class GrpcListener:
                             context.send_initial_metadata(to_grpc(unpack_metadata(call.initial)))
                             told = True
                         for item in items:
-                            yield ITEM + item
+                            yield ITEM + flat(item)
                     reply = call.reply()
                 except BaseException as error:
                     over(error)
                     raise
                 over(None)
+                reply.body = flat(reply.body)
             except Exception as error:
                 reply = failure_reply(error)
             finally:
                 if call is not None:
                     call.close()
             if reply.status == 0 and reply.body:
-                yield RESULT + reply.body
+                yield RESULT + flat(reply.body)
             passage.end(reply, request.method, initial_sent=told)
 
 

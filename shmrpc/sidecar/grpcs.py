@@ -20,7 +20,7 @@ except ImportError as error:
 from shmrpc.errors import STATUS_NAMES, Error, MethodNotFound, Overloaded, RemoteError
 from shmrpc.metadata import unpack_metadata
 
-from .raw import Reply, failure_reply
+from .raw import Reply, failure_reply, flat
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -131,7 +131,7 @@ def request_metadata(
 
 def trailers_of(reply: Reply, method: str) -> tuple[Any, str, bytes]:
     """The gRPC code and text of a failed reply, and the error's map for those who know it."""
-    body = reply.body
+    body = flat(reply.body)
     if not body:  # the upstream's core has said it by a number
         body = failure_reply(_core_error(reply.status, method)).body
     try:

@@ -24,11 +24,16 @@ from shmrpc.errors import (
     ProtocolError,
     RemoteError,
 )
+from shmrpc.parcels import Parcel
+from shmrpc.values import NotPlain
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-__all__ = ["RawCodec", "Reply", "Request", "failure_reply", "seconds_left"]
+    from shmrpc.buffers import Source
+    from shmrpc.session import Body
+
+__all__ = ["RawCodec", "Reply", "Request", "failure_reply", "flat", "same", "seconds_left", "split"]
 
 # How errors of our own travel: a caller makes the same error of them (outcomes.py).
 _NAMES: list[tuple[type[Error], str]] = [
@@ -54,8 +59,32 @@ class RawCodec:
 
 
 def _unwrap(value: Any) -> bytes:
-    body: bytes = value[0] if type(value) is tuple else value
-    return body
+    return same(value[0] if type(value) is tuple else value)
+
+
+def same(body: Any) -> bytes:
+    """The body as it is: ``NotPlain`` for one with buffers, as encoders raise it."""
+    if type(body) is Parcel:
+        raise NotPlain
+    packed: bytes = body
+    return packed
+
+
+def split(body: Any) -> tuple[bytes, Sequence[Source]]:
+    """A body, and the buffers that go beside it."""
+    return (bytes(body.body), body.buffers) if type(body) is Parcel else (body, ())
+
+
+def flat(body: Any) -> bytes:
+    """A body without buffers beside it, for gRPC, which has nothing that they could travel in."""
+    if type(body) is not Parcel:
+        packed: bytes = body
+        return packed
+    try:
+        return bytes(msgpack.packb(body.decode()))
+    except (TypeError, ValueError) as error:
+        msg = f"gRPC carries what MessagePack has, not arrays and tables: {error}"
+        raise RemoteError(msg, type="TypeError", code="INVALID_ARGUMENT") from error
 
 
 @dataclass
@@ -63,7 +92,7 @@ class Request:
     """One request, as it came."""
 
     method: str
-    body: bytes
+    body: Body
     metadata: bytes = b""  # packed; empty: none
     keywords: bool = False  # the body has named arguments too
     deadline: float | None = None  # time.monotonic() seconds
@@ -75,7 +104,7 @@ class Reply:
 
     status: int = 0
     metadata: bytes = b""
-    body: bytes = b""
+    body: Body = b""
 
 
 def seconds_left(deadline: float | None) -> float | None:

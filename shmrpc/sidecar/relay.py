@@ -15,18 +15,20 @@ from typing import TYPE_CHECKING, Any
 
 from shmrpc._native import ffi, lib
 from shmrpc.errors import Cancelled, Error
+from shmrpc.parcels import Parcel
 from shmrpc.poller import FOREVER, Waiters
 from shmrpc.server import Server
 from shmrpc.worker import Worker
 
 from .endpoint import RawRequests
-from .raw import Reply, Request, failure_reply
+from .raw import Reply, Request, failure_reply, same, split
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
+    from shmrpc.buffers import Source
     from shmrpc.poller import Connection, Poller, Slot
-    from shmrpc.session import Stream
+    from shmrpc.session import Body, Stream
 
     from .counts import Cell
     from .endpoint import RawCall
@@ -47,10 +49,6 @@ _next, _forward = lib.shmrpc_next, lib.shmrpc_forward
 _reply_from = lib.shmrpc_reply_from
 _MESSAGE, _STREAM = lib.SHMRPC_MESSAGE, lib.SHMRPC_FLAG_STREAM
 _buffer = ffi.buffer
-
-
-def _same(item: bytes) -> bytes:
-    return item
 
 
 class _RelayWorker(Worker):
@@ -206,16 +204,28 @@ class _RelayWorker(Worker):
     def _send(self, reply: Reply) -> None:
         if reply.metadata:
             lib.shmrpc_reply_metadata(self._slot, reply.metadata, len(reply.metadata))
-        size = len(reply.body)
-        if lib.shmrpc_reply(self._slot, reply.status, reply.body, size) < 0:
+        body, sources = split(reply.body)
+        alive = self._attach(sources, "the result")
+        status = lib.shmrpc_reply(self._slot, reply.status, body, len(body))
+        del alive
+        if status < 0:
             self._reply_error("shmrpc.MessageTooLarge", _EMSGSIZE_TEXT, "RESOURCE_EXHAUSTED")
+
+    def _split(self, item: Any) -> tuple[bytes, Sequence[Source]]:
+        return split(item)
 
     def _request(self) -> Request:
         message = self._message
         size = message.body_bytes
+        body: Body = bytes(_buffer(message.body, size)) if size else b""
+        if message.flags & lib.SHMRPC_FLAG_BLOCKS:
+            # Copies: the slot keeps its buffers for the next attempt, which may forward them.
+            blocks = message.blocks[0 : message.block_count]
+            body = Parcel(bytes(body), 0, untrusted=True)
+            body.buffers.extend(memoryview(bytes(_buffer(b.data, b.bytes))) for b in blocks)
         return Request(
             self._method_name(),
-            bytes(_buffer(message.body, size)) if size else b"",
+            body,
             self._request_metadata(),
             bool(message.flags & lib.SHMRPC_FLAG_KEYWORDS),
             self._deadline(),
@@ -294,7 +304,7 @@ class _RelayWorker(Worker):
                 up.join()
 
     def _send_down(self, call: RawCall, connection: Connection, stream: Stream) -> int:
-        self._pack = _same
+        self._pack = same
         try:
             deadline = self._deadline() or FOREVER
             self._send_items(self._replies(call, stream), connection, stream, deadline)
@@ -304,7 +314,7 @@ class _RelayWorker(Worker):
         self._send(reply)
         return reply.status
 
-    def _replies(self, call: RawCall, stream: Stream) -> Iterator[bytes]:
+    def _replies(self, call: RawCall, stream: Stream) -> Iterator[Body]:
         told = False
         while True:
             items = call.take(stream)

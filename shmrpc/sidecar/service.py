@@ -17,7 +17,7 @@ import msgpack
 from .config import ConfigError, is_grpc
 from .counts import Counts
 from .endpoint import NativeEndpoint
-from .raw import Reply, Request
+from .raw import Reply, Request, flat
 from .relay import RelayServer
 from .routes import Route, Table
 from .upstream import Upstream
@@ -230,7 +230,7 @@ class Sidecar:
 
         reply, over = route.carry(method, attempt)
         over(None)
-        described = msgpack.unpackb(reply.body) if reply.status == 0 and reply.body else None
+        described = msgpack.unpackb(flat(reply.body)) if reply.status == 0 and reply.body else None
         return described if isinstance(described, dict) else None
 
     def status(self) -> dict[str, Any]:
