@@ -49,9 +49,10 @@ class RelayClient(Client):
         slot: Slot,
         method: str,
         args: tuple[Any, ...],
-        _kwargs: dict[str, Any],
+        kwargs: dict[str, Any],  # noqa: ARG002 - there are none: they are in the body
         deadline: float,
-        **_large: bool,
+        *,
+        large: bool = False,  # noqa: ARG002 - as it came
     ) -> tuple[bytes, Any]:
         body, sources = split(args[0])
         if not sources:

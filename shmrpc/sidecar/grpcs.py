@@ -133,7 +133,7 @@ def trailers_of(reply: Reply, method: str) -> tuple[Any, str, bytes]:
     """The gRPC code and text of a failed reply, and the error's map for those who know it."""
     body = flat(reply.body)
     if not body:  # the upstream's core has said it by a number
-        body = failure_reply(_core_error(reply.status, method)).body
+        body = flat(failure_reply(_core_error(reply.status, method)).body)
     try:
         fields = msgpack.unpackb(body)
         text = str(fields.get("message", ""))

@@ -217,12 +217,13 @@ class _RelayWorker(Worker):
     def _request(self) -> Request:
         message = self._message
         size = message.body_bytes
-        body: Body = bytes(_buffer(message.body, size)) if size else b""
+        packed = bytes(_buffer(message.body, size)) if size else b""
+        body: Body = packed
         if message.flags & lib.SHMRPC_FLAG_BLOCKS:
             # Copies: the slot keeps its buffers for the next attempt, which may forward them.
             blocks = message.blocks[0 : message.block_count]
-            body = Parcel(bytes(body), 0, untrusted=True)
-            body.buffers.extend(memoryview(bytes(_buffer(b.data, b.bytes))) for b in blocks)
+            body = parcel = Parcel(packed, 0, untrusted=True)
+            parcel.buffers.extend(memoryview(bytes(_buffer(b.data, b.bytes))) for b in blocks)
         return Request(
             self._method_name(),
             body,
