@@ -107,9 +107,6 @@ class MinimalClient:
     def close(self):
         self.socket.close()
         os.close(self.bell)
-        for side in (self.own, self.peer):
-            side.words.release()
-            side.memory.close()
 
     def ring(self):
         with contextlib.suppress(BlockingIOError):  # it has enough bells

@@ -64,6 +64,9 @@ class Scene:
     def close(self):
         self.gate.set()
         self.peer.close()
+        for side in (self.peer.own, self.peer.peer):
+            side.words.release()
+            side.memory.close()
         self.server.stop(0)
 
 
