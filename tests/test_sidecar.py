@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 
+import numpy as np
 import pytest
 from conftest import Service, in_threads, short_directory, wait_until
 from sidecars import Command, fds
@@ -108,6 +109,28 @@ def test_large_messages(client, size):
     data = os.urandom(size)
     assert client.call("echo", data) == data
     assert client.call("keywords", data, key=data) == [[data], {"key": data}]
+
+
+def test_values_with_buffers(client):
+    array = np.arange(300_000, dtype="i4").reshape(1000, 300)
+    value = {"a": array, "b": bytes(70_000), "c": [array[5], "text", np.float32(2)]}
+
+    def same(got):
+        assert got["a"].dtype == array.dtype
+        assert (got["a"] == array).all()
+        assert got["b"] == value["b"]
+        assert (got["c"][0] == array[5]).all()
+        assert got["c"][1:] == ["text", 2]
+
+    for _ in range(3):
+        same(client.call("echo", value))
+    same(client.submit("echo", value).result())
+    with client.open("parrot", "tag") as call:
+        for _ in range(3):
+            call.send(value)
+            same(next(call))
+            call.send(1)
+            assert next(call) == 1
 
 
 def test_calls_at_the_same_time(client):
