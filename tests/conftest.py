@@ -175,11 +175,16 @@ ALIKE = {
 }
 
 
+# Of these, many processes each and long ways to their end.
+LONG = {"deploy", "processes", "sidecar_grpc", "sidecar_hosts", "tunnel"}
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         name = item.path.stem.removeprefix("test_")
         said = item.name.replace("-", "[")
-        if (name in ALIKE and "[tcp" in said) or (name == "stream_ends" and "[shm" not in said):
+        alike = (name in ALIKE and "[tcp" in said) or (name == "stream_ends" and "[shm" not in said)
+        if alike or name in LONG:
             item.add_marker(pytest.mark.thorough)
 
 
