@@ -148,7 +148,9 @@ class Channel:
             raise self._unpackable(slot, method, args, kwargs, error) from error
         try:
             count = _call(slot.c, name, body, len(body), -1)
-        except BaseException:  # a signal's handler ran as it returned; somebody may keep our frame
+            if count < 0:
+                count = self._wait_on(slot, count)
+        except BaseException:  # a signal's handler has raised, and somebody may keep our frame
             lib.shmrpc_abandon(slot.c)
             raise
         if count < 0:
@@ -191,6 +193,7 @@ class Channel:
                 status = lib.shmrpc_call_with(
                     slot.c, name, flags, beside, len(beside), body, len(body), left_ns
                 )
+                status = self._wait_on(slot, status)
             except BaseException:
                 lib.shmrpc_abandon(slot.c)
                 raise
@@ -215,19 +218,19 @@ class Channel:
         connection.slots.append(slot)
         return ProtocolError(f"{connection.peer} sent a result of {method!r} that is none: {error}")
 
+    def _wait_on(self, slot: Slot, status: int) -> int:
+        """Wait as long as a C call wants to go on; what it ends with."""
+        while status in _GOES_ON:
+            slot.connection.poller.attend(status)
+            # Between two C calls Python runs the handlers of pending signals.
+            status = lib.shmrpc_wait(slot.c)
+        return status
+
     def _finish(
         self, slot: Slot, method: str, status: int, reply_metadata: list[bytes] | None = None
     ) -> Any:
         """Bring a call to its end whose C call returned anything but a plain result."""
         connection = slot.connection
-        try:
-            while status in _GOES_ON:
-                connection.poller.attend(status)
-                # Between two C calls Python runs the handlers of pending signals.
-                status = lib.shmrpc_wait(slot.c)
-        except BaseException:
-            lib.shmrpc_abandon(slot.c)
-            raise
         if status < 0 and status != _MESSAGE:
             raise self._failure(slot, method, status)
         body: memoryview | bytes

@@ -68,7 +68,7 @@ def test_under_thread_sanitizer():
 @needs_clang
 @pytest.mark.timeout(300)
 def test_fuzzers_find_nothing():
-    output = make("fuzz", "FUZZ_RUNS=20000", "FUZZ_SECONDS=10")
+    output = make("fuzz", "FUZZ_RUNS=20000", "FUZZ_SECONDS=6")
     runs = re.findall(r"number_of_executed_units: (\d+)", output)
     assert len(runs) == len(list((CSRC / "tests").glob("fuzz_*.c")))
     assert all(int(count) > 1000 for count in runs)

@@ -254,7 +254,7 @@ def unharmed(server):
             assert other.call("add", 3, 4, timeout=5.0) == 7
         assert time.monotonic() - started < 2.0
         assert client.call("add", 1, 2) == 3
-        assert settle(server.pid, before) == before
+        assert settle(server.pid, before) <= before
 
 
 def test_garbage_on_the_socket(unharmed):
