@@ -165,13 +165,19 @@ def short_directory():
 
 # unix and tcp share all code but the making of the socket: these files have many cases of it.
 ALIKE = {
+    "activation",
     "aio",
     "cancellation",
+    "death",
+    "flow_control",
+    "handover",
     "interceptors_live",
     "metadata",
     "retries_live",
+    "stopping",
     "streams",
     "symmetry",
+    "threads",
 }
 
 

@@ -26,7 +26,7 @@ from shmrpc import address
 
 SEED = int(os.environ.get("SHMRPC_SEED", "0")) or secrets.randbits(32)
 SCRIPT = Path(__file__).parent / "hostile.py"
-SECONDS = 2.0
+SECONDS = 1.5
 
 
 @pytest.fixture(autouse=True)
