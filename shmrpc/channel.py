@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import time
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 
 import msgpack
@@ -55,7 +56,7 @@ class Registered(Protocol):
     def unregister(self) -> None: ...
 
 
-class Channel:
+class Channel(ABC):
     """Calls over a connection. All methods may be used by any number of threads at once."""
 
     def __init__(self, codec: Codec, timeout: float) -> None:
@@ -77,14 +78,15 @@ class Channel:
 
     # ---- what differs ----
 
+    @abstractmethod
     def _connection(self, deadline: float, /) -> Connection:
         """The live connection, made now if there is none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _drop(self, connection: Connection, /) -> None:
         """Stop using a connection that was lost."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _retire(self, connection: Connection) -> None:
         """Make no more calls on a connection whose peer takes none."""
 
