@@ -24,7 +24,7 @@ BUILD_INPUTS := pyproject.toml setup.py $(wildcard csrc/*.c csrc/*.h csrc/cffi_b
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test thorough deep test-py check check-python check-c bench install install-test install-dev \
+.PHONY: help demo test thorough deep test-py check check-python check-c bench install install-core install-test install-dev \
 	install-bench clean FORCE
 
 help:
@@ -53,12 +53,13 @@ $(VENV)/.stamp-build: $(BUILD_INPUTS) $(VENV)/.stamp-venv
 	@touch $@
 
 # Installs the package too, so that a fresh environment takes one build, not two.
-$(VENV)/.stamp-test $(VENV)/.stamp-dev $(VENV)/.stamp-bench: $(VENV)/.stamp-%: pyproject.toml $(VENV)/.stamp-venv
+$(VENV)/.stamp-core $(VENV)/.stamp-test $(VENV)/.stamp-dev $(VENV)/.stamp-bench: $(VENV)/.stamp-%: pyproject.toml $(VENV)/.stamp-venv
 	$(PIP) install --editable '.[$*]'
 	@touch $@ $(VENV)/.stamp-build
 
 # Not as prerequisites of .stamp-build: a change in csrc/ rebuilds once, whatever extras there are.
 install: $(VENV)/.stamp-build
+install-core: $(VENV)/.stamp-core $(VENV)/.stamp-build
 install-test: $(VENV)/.stamp-test $(VENV)/.stamp-build
 install-dev: $(VENV)/.stamp-dev $(VENV)/.stamp-build
 install-bench: $(VENV)/.stamp-bench $(VENV)/.stamp-build
@@ -83,7 +84,7 @@ thorough: install-test
 deep: install-test
 	$(BIN)/python -m pytest tests -m deep $(PYTEST_ARGS)
 
-test-py: install-test
+test-py: install-core
 	$(BIN)/python -m pytest $(CORE_TESTS) $(IN_PARALLEL) -m 'not slow' -k 'not unix and not tcp' $(PYTEST_ARGS)
 
 check: check-python check-c

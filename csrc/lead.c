@@ -532,8 +532,7 @@ static bool spin_on(struct shmrpc_poller *poller, const struct shmrpc_slot *slot
         cool(poller, true);
     }
     bool crowded = lead->handovers >= HANDOVERS_MAX && poller->policy.mode != WAIT_SPIN;
-    if (!crowded && !spin_policy_over(&poller->policy, lead->spin_budget_ns,
-                                      *now - lead->spin_start_ns, lead->handovers != 0))
+    if (!crowded && *now - lead->spin_start_ns < lead->spin_budget_ns)
         return true;
     count_own(&poller->counters.spins_missed, 1);
     return false;

@@ -97,7 +97,6 @@ shmrpc_poller *shmrpc_poller_new(uint32_t workers, uint32_t max_concurrency, uin
     poller->max_concurrency = max_concurrency;
     poller->policy.mode = mode;
     poller->policy.budget_ns = spin_budget_ns != 0 ? spin_budget_ns : SPIN_BUDGET_NS;
-    poller->policy.alone_ns = spin_budget_ns != 0 ? spin_budget_ns : SPIN_ALONE_NS;
     return poller;
 }
 

@@ -101,14 +101,6 @@ uint64_t spin_policy_begin(struct spin_policy *policy)
     return policy->budget_ns;
 }
 
-bool spin_policy_over(const struct spin_policy *policy, uint64_t budget_ns, uint64_t spun_ns,
-                      bool shared)
-{
-    if (!shared && budget_ns == policy->budget_ns)
-        budget_ns = policy->alone_ns;
-    return spun_ns >= budget_ns;
-}
-
 void spin_policy_hit(struct spin_policy *policy, bool yielded, uint64_t spun_ns)
 {
     policy->misses = 0;
@@ -117,7 +109,7 @@ void spin_policy_hit(struct spin_policy *policy, bool yielded, uint64_t spun_ns)
 
 void spin_policy_slept(struct spin_policy *policy, bool spun, uint64_t slept_ns)
 {
-    if (!spun && slept_ns < policy->alone_ns) {
+    if (slept_ns < policy->budget_ns) {
         policy->misses = 0;
         policy->skip = 0;
     } else if (spun) {

@@ -65,15 +65,9 @@ void wake_got_space(struct wake *wake);
  * microseconds). A spin that ends in a sleep was wasted. So: spin for the whole budget as long as
  * that works; after a miss skip 1, 2, 4 ... SPIN_SKIP_MAX sleeps before trying again; try again at
  * once after a sleep so short that spinning would have caught it.
- *
- * While yields hand the CPU to others, spinning costs nobody anything. Alone it burns what could be
- * idle: at 10,000 calls/s replies come after 40 us, the spins for them cost 1.2 to 1.5 times a
- * socket's CPU with a budget of 50 us, and 1.1 times with 20 us, which catches all the same at
- * 50,000 calls/s and above.
  */
 #define SPIN_BUDGET_NS 50000u /* about one cross-CPU wake-up (35-65 us): spinning longer than what
                                * sleeping costs can never pay */
-#define SPIN_ALONE_NS 20000u  /* as long as no yield has let somebody else work */
 #define SPIN_SKIP_MAX 64u     /* 50 us in 64 sleeps: under 1 us a wait for load that never hits */
 
 enum wait_mode { WAIT_AUTO = 0, WAIT_SPIN = 1, WAIT_BLOCK = 2 };
@@ -81,7 +75,6 @@ enum wait_mode { WAIT_AUTO = 0, WAIT_SPIN = 1, WAIT_BLOCK = 2 };
 struct spin_policy {
     uint32_t mode;      /* enum wait_mode */
     uint32_t budget_ns; /* longest spin */
-    uint32_t alone_ns;  /* longest spin in which nobody else worked */
     uint32_t misses;    /* spins in a row that ended in a sleep */
     uint32_t skip;      /* sleeps to go before the next spin */
     uint32_t failures;  /* waits in a row that pauses did not end */
@@ -89,9 +82,6 @@ struct spin_policy {
 
 /* Nanoseconds to spin in the wait that begins now; 0 = sleep at once. */
 uint64_t spin_policy_begin(struct spin_policy *policy);
-/* Whether a spin with this budget has lasted long enough; `shared`: others worked meanwhile. */
-bool spin_policy_over(const struct spin_policy *policy, uint64_t budget_ns, uint64_t spun_ns,
-                      bool shared);
 /* It ended while spinning, after this time and perhaps yields. */
 void spin_policy_hit(struct spin_policy *policy, bool yielded, uint64_t spun_ns);
 /* It ended in a sleep. */

@@ -38,5 +38,8 @@ class Caller(Channel):
         self._gone = True
         self._slots = []
 
+    def _retire(self, _connection: Connection) -> None:
+        """Nothing: there is no other connection to turn to."""
+
     def __repr__(self) -> str:
         return f"<shmrpc.Caller {self._peer.peer}>"

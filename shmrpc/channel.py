@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import time
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 
 import msgpack
@@ -66,7 +67,7 @@ class Registered(Protocol):
     def unregister(self) -> None: ...
 
 
-class Channel:
+class Channel(ABC):
     """Calls over a connection. All methods may be used by any number of threads at once."""
 
     def __init__(self, codec: Codec, timeout: float) -> None:
@@ -88,14 +89,15 @@ class Channel:
 
     # ---- what differs ----
 
+    @abstractmethod
     def _connection(self, deadline: float, /) -> Connection:
         """The live connection, made now if there is none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _drop(self, connection: Connection, /) -> None:
         """Stop using a connection that was lost."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _retire(self, connection: Connection) -> None:
         """Make no more calls on a connection whose peer takes none."""
 
@@ -162,7 +164,9 @@ class Channel:
             return self._call_beside(slot, method, args)
         try:
             count = _call(slot.c, name, body, size, -1)
-        except BaseException:  # a signal's handler ran as it returned; somebody may keep our frame
+            if count < 0:
+                count = self._wait_on(slot, count)
+        except BaseException:  # a signal's handler has raised, and somebody may keep our frame
             lib.shmrpc_abandon(slot.c)
             raise
         if count < 0:
@@ -213,6 +217,7 @@ class Channel:
                 status = lib.shmrpc_call_with(
                     slot.c, name, flags, beside, len(beside), body, len(body), left_ns
                 )
+                status = self._wait_on(slot, status)
             except BaseException:
                 lib.shmrpc_abandon(slot.c)
                 raise
@@ -268,19 +273,19 @@ class Channel:
         connection.slots.append(slot)
         return ProtocolError(f"{connection.peer} sent a result of {method!r} that is none: {error}")
 
+    def _wait_on(self, slot: Slot, status: int) -> int:
+        """Wait as long as a C call wants to go on; what it ends with."""
+        while status in _GOES_ON:
+            slot.connection.poller.attend(status)
+            # Between two C calls Python runs the handlers of pending signals.
+            status = lib.shmrpc_wait(slot.c)
+        return status
+
     def _finish(
         self, slot: Slot, method: str, status: int, reply_metadata: list[bytes] | None = None
     ) -> Any:
         """Bring a call to its end whose C call returned anything but a plain result."""
         connection = slot.connection
-        try:
-            while status in _GOES_ON:
-                connection.poller.attend(status)
-                # Between two C calls Python runs the handlers of pending signals.
-                status = lib.shmrpc_wait(slot.c)
-        except BaseException:
-            lib.shmrpc_abandon(slot.c)
-            raise
         if status < 0 and status != _MESSAGE:
             raise self._failure(slot, method, status)
         body: memoryview | bytes

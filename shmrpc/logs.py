@@ -5,6 +5,8 @@
     shmrpc.acceptor      new connections, and those that come to nothing
     shmrpc.handover      listening sockets from systemd and predecessors
     shmrpc.supervisor    worker processes
+    shmrpc.sidecar       upstreams that fail and come back, reloads
+    shmrpc.tunnel        connections that come to nothing
     shmrpc.poller        threads, connections that end
     shmrpc.interceptors  callbacks of interceptors that raise
     shmrpc.retries       calls that are repeated

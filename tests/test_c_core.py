@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,11 +10,6 @@ import pytest
 pytestmark = pytest.mark.deep
 
 CSRC = Path(__file__).parent.parent / "csrc"
-
-needs_clang = pytest.mark.skipif(
-    shutil.which("clang") is None and os.environ.get("CI") != "true",
-    reason="clang is not installed (apt-get install clang)",
-)
 
 
 def make(*arguments, **environment):
@@ -65,10 +59,9 @@ def test_under_thread_sanitizer():
 
 
 @pytest.mark.slow
-@needs_clang
 @pytest.mark.timeout(300)
 def test_fuzzers_find_nothing():
-    output = make("fuzz", "FUZZ_RUNS=20000", "FUZZ_SECONDS=10")
+    output = make("fuzz", "FUZZ_RUNS=20000", "FUZZ_SECONDS=6")
     runs = re.findall(r"number_of_executed_units: (\d+)", output)
     assert len(runs) == len(list((CSRC / "tests").glob("fuzz_*.c")))
     assert all(int(count) > 1000 for count in runs)

@@ -380,7 +380,8 @@ def test_method_decorator_forms():
 
     assert (one(), two(), three()) == (1, 2, 3)
     names = [method.name for method in server.registry.methods]
-    assert names == ["shmrpc.describe", "one", "two", "drei"]
+    assert [name for name in names if not name.startswith("shmrpc.")] == ["one", "two", "drei"]
+    assert "shmrpc.describe" in names
     with pytest.raises(TypeError, match="callable"):
         server.method(name="x")(5)
     with pytest.raises(ValueError, match="255"):

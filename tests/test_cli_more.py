@@ -289,6 +289,7 @@ def test_top_times_the_calls_while_it_looks(fresh):
         assert top.wait(20) == 130
 
 
+@pytest.mark.thorough
 def test_top_on_a_terminal(fresh):
     ours, theirs = pty.openpty()
     env = {"TERM": "xterm", "COLUMNS": "160", "LINES": "40"}

@@ -26,7 +26,7 @@ from shmrpc import address
 
 SEED = int(os.environ.get("SHMRPC_SEED", "0")) or secrets.randbits(32)
 SCRIPT = Path(__file__).parent / "hostile.py"
-SECONDS = 2.0
+SECONDS = 1.5
 
 
 @pytest.fixture(autouse=True)
@@ -254,7 +254,7 @@ def unharmed(server):
             assert other.call("add", 3, 4, timeout=5.0) == 7
         assert time.monotonic() - started < 2.0
         assert client.call("add", 1, 2) == 3
-        assert settle(server.pid, before) == before
+        assert settle(server.pid, before) <= before
 
 
 def test_garbage_on_the_socket(unharmed):

@@ -187,7 +187,7 @@ static const uint64_t LONG = 10 * SPIN_BUDGET_NS;
 
 TEST(policy_spins_while_that_works)
 {
-    struct spin_policy policy = {.budget_ns = SPIN_BUDGET_NS, .alone_ns = SPIN_ALONE_NS};
+    struct spin_policy policy = {.budget_ns = SPIN_BUDGET_NS};
 
     for (int i = 0; i < 100; i++) {
         CHECK(spin_policy_begin(&policy) == SPIN_BUDGET_NS);
@@ -210,7 +210,7 @@ static unsigned skipped(struct spin_policy *policy)
 
 TEST(policy_backs_off)
 {
-    struct spin_policy policy = {.budget_ns = SPIN_BUDGET_NS, .alone_ns = SPIN_ALONE_NS};
+    struct spin_policy policy = {.budget_ns = SPIN_BUDGET_NS};
     static const unsigned expected[] = {0, 1, 2, 4, 8, 16, 32, 64, 64, 64};
 
     for (unsigned i = 0; i < sizeof expected / sizeof *expected; i++) {
@@ -228,42 +228,17 @@ TEST(policy_backs_off)
 
 TEST(policy_tries_again_after_a_short_sleep)
 {
-    struct spin_policy policy = {.budget_ns = SPIN_BUDGET_NS, .alone_ns = SPIN_ALONE_NS};
+    struct spin_policy policy = {.budget_ns = SPIN_BUDGET_NS};
 
     for (int i = 0; i < 5; i++) {
         skipped(&policy);
         spin_policy_slept(&policy, true, LONG);
     }
     CHECK(spin_policy_begin(&policy) == 0);
-    spin_policy_slept(&policy, false, SPIN_ALONE_NS - 1);
+    spin_policy_slept(&policy, false, SPIN_BUDGET_NS - 1);
     CHECK(spin_policy_begin(&policy) == SPIN_BUDGET_NS);
     spin_policy_slept(&policy, true, LONG);
     CHECK_EQUAL(skipped(&policy), 1); /* from the start */
-}
-
-/* What spinning alone would not have caught, and what spinning did not catch, is no reason to spin. */
-TEST(policy_learns_nothing_from_longer_sleeps)
-{
-    struct spin_policy policy = {.budget_ns = SPIN_BUDGET_NS, .alone_ns = SPIN_ALONE_NS};
-
-    spin_policy_begin(&policy);
-    spin_policy_slept(&policy, true, LONG);
-    spin_policy_begin(&policy);
-    spin_policy_slept(&policy, false, SPIN_ALONE_NS);
-    CHECK(spin_policy_begin(&policy) != 0); /* it had one to skip, and has skipped it */
-    spin_policy_slept(&policy, true, 1);
-    CHECK_EQUAL(skipped(&policy), 2); /* short, but after a spin: a miss as any */
-}
-
-TEST(policy_spins_longer_where_others_work)
-{
-    struct spin_policy policy = {.budget_ns = SPIN_BUDGET_NS, .alone_ns = SPIN_ALONE_NS};
-
-    CHECK(!spin_policy_over(&policy, SPIN_BUDGET_NS, SPIN_ALONE_NS - 1, false));
-    CHECK(spin_policy_over(&policy, SPIN_BUDGET_NS, SPIN_ALONE_NS, false));
-    CHECK(!spin_policy_over(&policy, SPIN_BUDGET_NS, SPIN_BUDGET_NS - 1, true));
-    CHECK(spin_policy_over(&policy, SPIN_BUDGET_NS, SPIN_BUDGET_NS, true));
-    CHECK(!spin_policy_over(&policy, UINT64_MAX, LONG, false)); /* wait="spin" */
 }
 
 TEST(policy_modes)
@@ -290,7 +265,7 @@ TEST(spin_steps)
 
 TEST(patience_follows_what_paid)
 {
-    struct spin_policy policy = {.budget_ns = SPIN_BUDGET_NS, .alone_ns = SPIN_ALONE_NS};
+    struct spin_policy policy = {.budget_ns = SPIN_BUDGET_NS};
 
     for (int i = 0; i < 100; i++) {
         CHECK_EQUAL(spin_policy_patience(&policy), PATIENCE_MAX);
@@ -307,7 +282,7 @@ TEST(patience_follows_what_paid)
 
 TEST(patience_is_tried_again)
 {
-    struct spin_policy policy = {.budget_ns = SPIN_BUDGET_NS, .alone_ns = SPIN_ALONE_NS};
+    struct spin_policy policy = {.budget_ns = SPIN_BUDGET_NS};
     unsigned probes = 0;
 
     for (int i = 0; i < 10 * PATIENCE_PROBE; i++) {

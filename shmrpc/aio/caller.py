@@ -30,5 +30,8 @@ class Caller(Channel):
     def _drop(self, _connection: Connection, /) -> None:
         self._link = None
 
+    def _retire(self, _connection: Connection, /) -> None:
+        """Nothing: there is no other connection to turn to."""
+
     def __repr__(self) -> str:
         return f"<shmrpc.aio.Caller {self._peer.peer}>"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import time
+from abc import ABC, abstractmethod
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 
@@ -57,7 +58,7 @@ class Registered(Protocol):
     def unregister(self) -> None: ...
 
 
-class Channel:
+class Channel(ABC):
     """Calls over a connection, from the tasks of one event loop."""
 
     def __init__(self, codec: Codec, timeout: float) -> None:
@@ -73,14 +74,15 @@ class Channel:
 
     # ---- what differs ----
 
+    @abstractmethod
     async def _connect(self, deadline: float, /) -> Connection:
         """The live connection, made now if there is none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _drop(self, connection: Connection, /) -> None:
         """Stop using a connection that was lost."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _retire(self, connection: Connection, /) -> None:
         """Make no more calls on a connection whose peer takes none."""
 

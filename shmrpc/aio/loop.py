@@ -214,10 +214,18 @@ class LoopPoller(Poller):
             self._iterate()
 
     def _iterate(self) -> None:
-        """Poll, run what that brings, and go on for a turn unless something else wants to run."""
+        """A turn, and what has to follow it."""
         self._scheduled = False
         if not self.active:
             return
+        try:
+            self._take_turn()
+        except BaseException:  # it ends the loop for now, which may run again
+            self.schedule()
+            raise
+
+    def _take_turn(self) -> None:
+        """Poll, run what that brings, and go on for a while unless something else wants to run."""
         self._take_batch()  # nothing, unless an exception came between
         now = monotonic()
         busy = now - self._last_poll > _BUSY_SECONDS if self._hidden else bool(self._ready)

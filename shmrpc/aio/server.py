@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import logging
 import os
 import signal
+import threading
 import time
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
@@ -232,11 +232,10 @@ class Server:
         """Start, and serve until cancelled, or until SIGTERM or SIGINT in the main thread."""
         loop = asyncio.get_running_loop()
         stopped = asyncio.Event()
-        handled = []
-        for number in (signal.SIGTERM, signal.SIGINT):
-            with contextlib.suppress(ValueError, RuntimeError, NotImplementedError):
-                loop.add_signal_handler(number, stopped.set)
-                handled.append(number)
+        in_main = threading.current_thread() is threading.main_thread()
+        handled = (signal.SIGTERM, signal.SIGINT) if in_main else ()
+        for number in handled:
+            loop.add_signal_handler(number, stopped.set)
         try:
             if self._poller is None:
                 await self.start()

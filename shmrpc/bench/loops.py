@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ class LoopService:
         self.loop.run_forever()
 
 
-class _Frames(asyncio.Protocol):
+class _Frames(asyncio.Protocol, ABC):
     """Cuts what arrives into messages."""
 
     def __init__(self) -> None:
@@ -72,8 +73,9 @@ class _Frames(asyncio.Protocol):
             start = end
         del self._buffer[:start]
 
+    @abstractmethod
     def message_received(self, message: memoryview) -> None:
-        raise NotImplementedError
+        """Take a whole one, which is valid until this returns."""
 
     def send(self, message: bytes) -> None:
         self.transport.write(_LENGTH.pack(len(message)) + message)
