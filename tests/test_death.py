@@ -97,9 +97,16 @@ def test_large_call_that_left_in_part(transport, service, connect):
     client = connect(running.address)
     client.call("add", 1, 2)
     running.pause()
-    threading.Timer(0.2, running.process.kill).start()
+
+    def kill_in_the_middle():
+        wait_until(lambda: client.stats()["outbox_bytes"] > 0)
+        running.process.kill()
+
+    thread = threading.Thread(target=kill_in_the_middle)
+    thread.start()
     with pytest.raises(shmrpc.ConnectionLost) as caught:
         client.call("size", bytes(30_000_000))
+    thread.join()
     running.process.wait()
     assert caught.value.outcome in {"not_sent", "not_started"}
 
