@@ -32,6 +32,11 @@ FAILED = pytest.StashKey()
 
 faulthandler.enable()
 
+# A run starts thousands of Pythons: what they import is compiled once, whatever the environment
+# says. This module is imported before the other tests' and before pytest-xdist starts its workers.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 
 def wait_until(condition, timeout=10.0, what="the condition"):
     """Poll until it is true, and return what it returned."""
@@ -258,9 +263,17 @@ def run(request, no_leaks):
 # ---- nothing may be left over ----
 
 
+@pytest.fixture(scope="session", autouse=True)
+def frozen_imports():
+    """Collecting garbage twice a test looks at what tests made, not at all that was imported."""
+    gc.collect()
+    gc.freeze()
+
+
 def shm_names():
     """Names in /dev/shm that are ours or nobody's: other tests may run beside us."""
-    ours = {os.getpid(), *children()}
+    names = glob.glob("/dev/shm/shmrpc-[0-9]*")
+    ours = {os.getpid(), *children()} if names else set()
 
     def is_foreign(name):
         pid = name.split("-")[2]
@@ -269,7 +282,7 @@ def shm_names():
         pid = int(pid)
         return pid not in ours and psutil.pid_exists(pid)
 
-    return {name for name in glob.glob("/dev/shm/shmrpc-[0-9]*") if not is_foreign(name)}
+    return {name for name in names if not is_foreign(name)}
 
 
 def descriptors():
@@ -289,6 +302,11 @@ def shmrpc_threads():
     return {thread for thread in threading.enumerate() if thread.name.startswith("shmrpc-")}
 
 
+def what_is_there():
+    """What a test must not add to: names in /dev/shm, processes, threads."""
+    return shm_names(), children(), shmrpc_threads()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield
@@ -301,7 +319,7 @@ def pytest_runtest_makereport(item, call):
 def no_leaks(request):
     """Each test leaves the process, its children and /dev/shm as they were."""
     gc.collect()
-    before = shm_names(), children(), shmrpc_threads()
+    before = what_is_there()
     count = len(descriptors())
     yield
     if request.node.stash.get(FAILED, False):
@@ -309,10 +327,7 @@ def no_leaks(request):
     end = time.monotonic() + 3
     while True:
         gc.collect()
-        left = [
-            now - then
-            for now, then in zip((shm_names(), children(), shmrpc_threads()), before, strict=True)
-        ]
+        left = [now - then for now, then in zip(what_is_there(), before, strict=True)]
         fds = descriptors()
         if not any(left) and len(fds) <= count:
             return
