@@ -7,8 +7,10 @@ import gc
 import glob
 import json
 import os
+import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -27,7 +29,7 @@ ASYNC_SERVICES = Path(__file__).parent / "async_services.py"
 SERVICES = Path(__file__).resolve().parent / "services.py"
 TRANSPORTS = ("shm", "unix", "tcp")
 # How much longer than named something may take where other work runs on the same CPUs.
-SLACK = 5
+SLACK = 20
 FAILED = pytest.StashKey()
 
 faulthandler.enable()
@@ -38,7 +40,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
 
-def wait_until(condition, timeout=10.0, what="the condition"):
+def wait_until(condition, timeout=40.0, what="the condition"):
     """Poll until it is true, and return what it returned."""
     end = time.monotonic() + timeout
     while True:
@@ -49,7 +51,7 @@ def wait_until(condition, timeout=10.0, what="the condition"):
         time.sleep(0.005)
 
 
-def in_threads(count, work, timeout=20):
+def in_threads(count, work, timeout=40):
     """Run ``work(number)`` in so many threads and return the results; errors are raised here.
 
     Threads that hang are left behind (they are daemons), so that the test fails and does not.
@@ -83,6 +85,15 @@ def pause(pid):
 
     os.kill(pid, signal.SIGSTOP)
     wait_until(lambda: states() == {"T"})
+
+
+class Process(subprocess.Popen):
+    """Killed where its block is left by an error: Popen's would wait for what may hang."""
+
+    def __exit__(self, kind, *rest):
+        if kind is not None:
+            self.kill()
+        super().__exit__(kind, *rest)
 
 
 class Service:
@@ -133,7 +144,7 @@ class Service:
         self.process.kill()
         self.process.wait()
 
-    def stop(self, timeout=10):
+    def stop(self, timeout=40):
         """SIGTERM, and its exit status."""
         self.process.terminate()
         return self.process.wait(timeout)
@@ -154,6 +165,19 @@ def address_of(transport, directory, name="calc"):
         "unix": f"unix://{directory}/{name}-unix.sock",
         "tcp": "tcp://127.0.0.1:0",
     }[transport]
+
+
+def free_port():
+    """A TCP port for a server that comes later or comes again.
+
+    None of those that the kernel gives to connections: one of them might take it meanwhile.
+    """
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.randrange(max(1024, first - 20_000), first)
+        with contextlib.suppress(OSError), socket.socket() as sock:
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 @contextlib.contextmanager
@@ -323,7 +347,11 @@ def no_leaks(request):
     count = len(descriptors())
     yield
     if request.node.stash.get(FAILED, False):
-        return  # its traceback keeps everything alive
+        # Its traceback keeps everything alive here; what runs elsewhere must not disturb the next.
+        for pid in children() - before[1]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return
     end = time.monotonic() + 3
     while True:
         gc.collect()
