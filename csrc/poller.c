@@ -82,6 +82,8 @@ shmrpc_poller *shmrpc_poller_new(uint32_t workers, uint32_t max_concurrency, uin
 
     if (poller == NULL)
         return NULL;
+    forks_watch();
+    poller->forks = forks_seen();
     poller->references = 1;
     poller->kick_fd = -1;
     pthread_mutex_init(&poller->lock, NULL);
@@ -151,10 +153,17 @@ void poller_unref(struct shmrpc_poller *poller)
         destroy(poller);
 }
 
+bool poller_inherited(const struct shmrpc_poller *poller)
+{
+    return forks_seen() != poller->forks;
+}
+
 /* Descriptors and mappings go now: a slot that its owner lost, in a signal handler perhaps, keeps
  * some private memory alive and nothing else. */
 void shmrpc_poller_free(shmrpc_poller *poller)
 {
+    if (poller_inherited(poller))
+        return;
     poller_lock(poller);
     poller->closed = true;
     free_list(&poller->queue);
