@@ -85,6 +85,8 @@ void slot_drop_blocks(struct shmrpc_slot *slot)
 
 void shmrpc_slot_free(shmrpc_slot *slot)
 {
+    if (poller_inherited(slot->poller))
+        return;
     shmrpc_abandon(slot); /* an interrupted call may still be registered */
     if (slot->worker)
         shmrpc_finish(slot);

@@ -9,41 +9,27 @@
 #include <unistd.h>
 
 #include "conn.h"
-
-/* ---- forks ---- */
-
-static atomic_u64 forks;
-
-static void count_fork(void)
-{
-    store_relaxed(&forks, load_relaxed(&forks) + 1);
-}
-
-static void watch_forks(void)
-{
-    pthread_atfork(NULL, NULL, count_fork);
-}
+#include "forks.h"
 
 /* Whether this is a forked child, where a thread that it does not have may hold any lock. */
 static bool inherited(const struct lending *lending)
 {
-    return load_relaxed(&forks) != lending->forks;
+    return forks_seen() != lending->forks;
 }
 
 /* ---- beginning and end ---- */
 
 struct lending *lending_new(struct conn *conn, uint64_t own_max, uint64_t peer_max, bool trusted)
 {
-    static pthread_once_t once = PTHREAD_ONCE_INIT;
     struct lending *lending = calloc(1, sizeof *lending);
 
     if (lending == NULL)
         return NULL;
-    pthread_once(&once, watch_forks);
+    forks_watch();
     pthread_mutex_init(&lending->lock, NULL);
     arena_init(&lending->arena);
     store_relaxed(&lending->references, 1);
-    lending->forks = load_relaxed(&forks);
+    lending->forks = forks_seen();
     lending->conn = conn;
     lending->own_max = own_max;
     lending->peer_max = peer_max;

@@ -82,6 +82,8 @@ shmrpc_poller *shmrpc_poller_new(uint32_t workers, uint32_t max_concurrency, uin
 
     if (poller == NULL)
         return NULL;
+    forks_watch();
+    poller->forks = forks_seen();
     poller->references = 1;
     poller->kick_fd = -1;
     pthread_mutex_init(&poller->lock, NULL);
@@ -151,6 +153,11 @@ void poller_unref(struct shmrpc_poller *poller)
         destroy(poller);
 }
 
+bool poller_inherited(const struct shmrpc_poller *poller)
+{
+    return forks_seen() != poller->forks;
+}
+
 /* With the lock held: give back descriptors and mappings. Slots that are left keep some private
  * memory alive and nothing else. */
 static void give_up(struct shmrpc_poller *poller)
@@ -175,6 +182,8 @@ static void give_up(struct shmrpc_poller *poller)
 
 void shmrpc_poller_free(shmrpc_poller *poller)
 {
+    if (poller_inherited(poller))
+        return;
     poller_lock(poller);
     if (!poller->closed)
         give_up(poller);
@@ -196,6 +205,8 @@ void poller_end_if_unused(struct shmrpc_poller *poller)
 
 void shmrpc_poller_end(shmrpc_poller *poller)
 {
+    if (poller_inherited(poller))
+        return;
     poller_lock(poller);
     poller->ending = true;
     poller_end_if_unused(poller);

@@ -21,7 +21,8 @@
  * or one of enum shmrpc_result. No function touches errno's meaning, logs or aborts.
  *
  * Threads: a poller and its conns may be used by any number of threads; a slot by one at a time.
- * Forks: nothing here may be used in a forked child but shmrpc_poller_fds, to close them.
+ * Forks: nothing here may be used in a forked child but shmrpc_poller_fds, to close them. What frees
+ * something does nothing there, or lets go of a mapping at most: finalizers run in the child, too.
  */
 #ifndef SHMRPC_H
 #define SHMRPC_H

@@ -89,7 +89,7 @@ class Freed(Protocol):
 class Slot:
     """What one thread uses for one call at a time: a C slot, its view and a packer."""
 
-    __slots__ = ("__weakref__", "c", "connection", "message", "pack", "view")
+    __slots__ = ("c", "connection", "message", "pack", "view")
 
     def __init__(self, connection: Connection) -> None:
         slot = lib.shmrpc_slot_new(connection.poller.c, connection.conn_id)
@@ -102,7 +102,6 @@ class Slot:
             raise ConnectError(msg)
         self.c = ffi.gc(slot, lib.shmrpc_slot_free)
         self.connection = connection
-        connection.poller.slots.add(self)
         self.message = lib.shmrpc_slot_message(slot)
         size = lib.shmrpc_slot_view_bytes(slot)
         self.view = memoryview(ffi.buffer(lib.shmrpc_slot_view(slot), size))
@@ -112,21 +111,17 @@ class Slot:
 
     def let_go(self) -> None:
         """Free it, whoever still refers to it."""
-        self.connection.poller.slots.discard(self)
         self.view = memoryview(b"")
         self.message = None
         ffi.release(self.c)
 
     def give_back(self) -> None:
         """Put what it has into the pool, as another object."""
-        slots = self.connection.poller.slots
-        slots.discard(self)
         other = Slot.__new__(Slot)
         for name in ("c", "connection", "message", "pack", "view"):
             setattr(other, name, getattr(self, name))
         self.c = self.message = None
         self.view = memoryview(b"")
-        slots.add(other)
         other.connection.slots.append(other)
 
     def body(self) -> memoryview:
@@ -359,7 +354,6 @@ class Poller:
         self.codec = codec
         self.forked = False
         self._server = server
-        self.slots: weakref.WeakSet[Freed] = weakref.WeakSet()
         self.connections: dict[int, Connection] = {}
         self._dropped = 0  # frames, by connections that have ended
         self.threads: list[threading.Thread] = []
@@ -706,16 +700,12 @@ class Poller:
         """In a forked child: give up what is the parent's.
 
         Descriptors are closed, so that the parent's death can still be noticed by its peers;
-        memory stays as it is, because its locks may be held by threads that the child does not
-        have.
+        the core leaves its memory as it is, because its locks may be held by threads that the
+        child does not have.
         """
         self.forked = True
         for connection in self.connections.values():
             connection.slots.clear()
-        for slot in list(self.slots):
-            ffi.gc(slot.c, None)
-        ffi.gc(self._taker, None)
-        ffi.gc(self.c, None)
         count = 1 << 18
         fds = ffi.new("int[]", count)
         for fd in fds[0 : lib.shmrpc_poller_fds(self.c, fds, count)]:
