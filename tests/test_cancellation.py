@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SLACK, in_threads, wait_until
+from conftest import SLACK, Process, in_threads, wait_until
 
 import shmrpc
 
@@ -124,7 +124,6 @@ def test_cancel_from_another_thread(client, how):
     def act(number):
         if number == 1:
             wait_until(lambda: client.call("is_running", label))
-            time.sleep(0.05)  # for the others to wait
             assert call.cancel()
         else:
             wait(number)
@@ -344,7 +343,7 @@ def test_ctrl_c(transport, service, connect, how):
     """The wait ends at once, the handler is told, and the client can be used further."""
     running = service(transport)
     observer = connect(running.address)
-    child = subprocess.Popen(
+    child = Process(
         [sys.executable, "-c", CHILD, running.address, how, how],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
