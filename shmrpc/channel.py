@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import time
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar, overload
 
 import msgpack
 
@@ -548,6 +548,10 @@ class Channel(ABC):
         slot = self._slot(deadline)
         slot.connection.slots.append(slot)
         return slot.connection, *what, deadline
+
+    def __reduce__(self) -> NoReturn:
+        msg = f"{self!r} can't be copied or pickled; connect anew where it is needed"
+        raise TypeError(msg)
 
     # ---- views ----
 

@@ -83,6 +83,12 @@ class Terms:
     allow_uids: frozenset[int] = frozenset()
     allow_remote: bool = False  # tcp may be listened at where other hosts can reach it
 
+    def __post_init__(self) -> None:
+        for uid in self.allow_uids:
+            if not isinstance(uid, int) or uid < 0:
+                msg = f"allow_uids are the numbers of users, as os.getuid() returns, not {uid!r}"
+                raise TypeError(msg)
+
 
 @dataclass
 class _Message:

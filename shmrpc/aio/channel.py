@@ -7,7 +7,7 @@ import errno
 import time
 from abc import ABC, abstractmethod
 from threading import get_ident
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar, overload
 
 from shmrpc import loans
 from shmrpc._native import ffi, lib
@@ -497,6 +497,10 @@ class Channel(ABC):
         nbytes = loans.check_size(nbytes)
         connection = self._link or await self._connect(deadline)
         return await meet_all(connection, loans.borrowing(connection, nbytes, deadline))
+
+    def __reduce__(self) -> NoReturn:
+        msg = f"{self!r} can't be copied or pickled; connect anew where it is needed"
+        raise TypeError(msg)
 
     # ---- views ----
 
