@@ -241,7 +241,7 @@ static int poll_conn(struct shmrpc_poller *poller, struct shmrpc_slot *slot, str
     if (status >= 0)
         status = flush(poller, conn);
     if (status == 0 && conn->hung_up && count == 0 && !events_full(poller))
-        status = conn->violated ? -EPROTO : -EPIPE;
+        status = conn->control_error != 0 ? conn->control_error : -EPIPE;
     if (status < 0) {
         fail_conn(poller, conn, -status);
         return -1;

@@ -387,7 +387,7 @@ int64_t shmrpc_wait_blocks(shmrpc_slot *slot, uint64_t bytes, int64_t timeout_ns
 /* For an event loop: 0 if it may fit now, else 1, and SHMRPC_ROOM comes as an event. */
 int shmrpc_want_blocks(shmrpc_slot *slot, uint64_t bytes);
 /* Give segments back to the system of which nothing was in use for so long. Returns how many bytes
- * the arena has left, or -EPIPE. */
+ * our arena and the peer's have left, or -EPIPE. */
 int64_t shmrpc_arena_trim(shmrpc_poller *poller, uint64_t conn_id, uint64_t quiet_ns);
 /* 0 or -EPIPE. */
 int shmrpc_arena_stats_of(shmrpc_poller *poller, uint64_t conn_id, shmrpc_arena_stats *stats);
