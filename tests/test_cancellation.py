@@ -141,6 +141,7 @@ def test_closing_the_client(transport, service, connect):
         for (method, args, _), label in zip(STREAMS, labels, strict=True)
     ]
     future = client.submit("until_cancelled", "closed-future")
+    wait_until(lambda: client.call("is_running", "closed-future"))
     ready = threading.Barrier(5)
 
     def work(number):
@@ -214,6 +215,7 @@ def test_a_queued_call_that_is_cancelled_never_starts(transport, service, connec
     client.ping()  # they have arrived
     for call in (*futures, *calls):
         assert call.cancel()
+    client.ping()  # so has that
     Path(f"{path}.release").touch()
     assert blocker.result(10) == "first"
     assert client.call("add", 1, 2) == 3
@@ -229,16 +231,26 @@ def test_late_replies_are_dropped_and_counted(transport, service, connect):
     before = client.stats()
     for _ in range(3):
         with pytest.raises(shmrpc.DeadlineExceeded):
-            client.call("sleep", 0.05, timeout=0.01)
-    wait_until(lambda: client.call("running") == 0)
-    client.ping()
+            client.call("sleep", 0.3, timeout=0.05)
+
+    def late():
+        client.ping()
+        return client.stats()["late_replies"] - before["late_replies"]
+
+    wait_until(lambda: late() >= 3)
     after = client.stats()
-    assert after["late_replies"] - before["late_replies"] == 3
     for _ in range(3):
-        assert client.submit("sleep", 0.05).cancel()
-    wait_until(lambda: client.call("running") == 0)
-    client.ping()
-    assert client.stats()["frames_dropped"] - after["frames_dropped"] == 3
+        future = client.submit("sleep", 0.3)
+        wait_until(lambda: client.call("running") == 1)
+        assert future.cancel()
+        wait_until(lambda: client.call("running") == 0)
+
+    def dropped():
+        client.ping()
+        return client.stats()["frames_dropped"] - after["frames_dropped"]
+
+    wait_until(lambda: dropped() >= 3)
+    assert (late(), dropped()) == (3, 3)
 
 
 def test_late_items_are_dropped_and_counted(transport, service, connect):
