@@ -89,7 +89,7 @@ class Freed(Protocol):
 class Slot:
     """What one thread uses for one call at a time: a C slot, its view and a packer."""
 
-    __slots__ = ("__weakref__", "c", "connection", "message", "pack", "view")
+    __slots__ = ("c", "connection", "message", "pack", "view")
 
     def __init__(self, connection: Connection) -> None:
         slot = lib.shmrpc_slot_new(connection.poller.c, connection.conn_id)
@@ -102,11 +102,27 @@ class Slot:
             raise ConnectError(msg)
         self.c = ffi.gc(slot, lib.shmrpc_slot_free)
         self.connection = connection
-        connection.poller.slots.add(self)
         self.message = lib.shmrpc_slot_message(slot)
         size = lib.shmrpc_slot_view_bytes(slot)
         self.view = memoryview(ffi.buffer(lib.shmrpc_slot_view(slot), size))
         self.pack: Callable[[Any], bytes] = connection.codec.encoder()
+
+    # Before a call raises: its frames refer to the slot, and who keeps the exception keeps them.
+
+    def let_go(self) -> None:
+        """Free it, whoever still refers to it."""
+        self.view = memoryview(b"")
+        self.message = None
+        ffi.release(self.c)
+
+    def give_back(self) -> None:
+        """Put what it has into the pool, as another object."""
+        other = Slot.__new__(Slot)
+        for name in ("c", "connection", "message", "pack", "view"):
+            setattr(other, name, getattr(self, name))
+        self.c = self.message = None
+        self.view = memoryview(b"")
+        other.connection.slots.append(other)
 
     def body(self) -> memoryview:
         """The body of the message just received, wherever it lies."""
@@ -221,12 +237,12 @@ class Connection:
             self._probe = None
             self.poller.connections.pop(self.conn_id, None)
             self.wake_reader()
+            self.poller.end()
 
     def shutdown(self) -> None:
         """Hang up. Threads that wait get ``ConnectionLost``.
 
-        Descriptors and memory go with the last reference to the connection, that is, at once
-        unless somebody still waits.
+        Descriptors and memory go at once unless somebody still waits.
         """
         self.retire()
         lib.shmrpc_conn_shutdown(self.poller.c, self.conn_id)
@@ -337,7 +353,7 @@ class Poller:
         self.c = ffi.gc(c, lib.shmrpc_poller_free)
         self.codec = codec
         self.forked = False
-        self.slots: weakref.WeakSet[Freed] = weakref.WeakSet()
+        self._server = server
         self.connections: dict[int, Connection] = {}
         self._dropped = 0  # frames, by connections that have ended
         self.threads: list[threading.Thread] = []
@@ -452,6 +468,7 @@ class Poller:
             self._dropped += session.dropped
             self.connections.pop(connection.conn_id, None)
             self.ended()
+            self.end()
 
     def _take_request(
         self, connection: Connection, message: Any, _later: list[Callable[[], None]]
@@ -544,7 +561,10 @@ class Poller:
         deadline: float,
     ) -> bool:
         """Wait until ``ready()``; False when the time has passed or the poller stops."""
-        slot = connection.slot()
+        try:
+            slot = connection.slot()
+        except ConnectionLost:  # everybody has been told what there was to tell
+            return ready()
         waiters.append(slot)
         goes_on = True
         try:
@@ -596,6 +616,11 @@ class Poller:
             _log.error("can't start another worker thread: %s", error)
             return
         self.threads = [other for other in self.threads if other.is_alive()] + [thread]
+
+    def end(self) -> None:
+        """The connection is over: a client's poller goes with it, once no thread is inside."""
+        if not self._server:
+            lib.shmrpc_poller_end(self.c)
 
     def drain(self) -> None:
         """Refuse new requests from now on."""
@@ -675,16 +700,12 @@ class Poller:
         """In a forked child: give up what is the parent's.
 
         Descriptors are closed, so that the parent's death can still be noticed by its peers;
-        memory stays as it is, because its locks may be held by threads that the child does not
-        have.
+        the core leaves its memory as it is, because its locks may be held by threads that the
+        child does not have.
         """
         self.forked = True
         for connection in self.connections.values():
             connection.slots.clear()
-        for slot in list(self.slots):
-            ffi.gc(slot.c, None)
-        ffi.gc(self._taker, None)
-        ffi.gc(self.c, None)
         count = 1 << 18
         fds = ffi.new("int[]", count)
         for fd in fds[0 : lib.shmrpc_poller_fds(self.c, fds, count)]:

@@ -201,6 +201,7 @@ ALIKE = {
     "flow_control",
     "handover",
     "interceptors_live",
+    "kept_errors",
     "metadata",
     "retries_live",
     "stopping",

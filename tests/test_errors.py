@@ -1,6 +1,8 @@
 """What goes wrong with a call, and what its caller is told. The connection lives on each time."""
 
+import copy
 import os
+import pickle
 import time
 from pathlib import Path
 
@@ -367,6 +369,24 @@ def test_bad_options(common):
             shmrpc.Server("calc", **options)
     with pytest.raises(ValueError, match="address"):
         shmrpc.Server()
+    for uids in ("root", [-1], [None]):
+        with pytest.raises(TypeError, match="numbers of users"):
+            shmrpc.connect(address, allow_uids=uids)
+        with pytest.raises(TypeError, match="numbers of users"):
+            shmrpc.Server("calc", allow_uids=uids)
+
+
+def test_what_can_not_be_copied(client):
+    for duplicate in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="connect anew"):
+            duplicate(client)
+
+
+def test_what_a_server_is_called(directory):
+    server = shmrpc.Server("calc", "tcp://127.0.0.1:0")
+    assert repr(server) == "<shmrpc.Server shm://calc tcp://127.0.0.1:0 not listening>"
+    with server:
+        assert repr(server) == f"<shmrpc.Server {' '.join(server.addresses)} listening>"
 
 
 @pytest.mark.parametrize("wait", ["auto", "spin", "block"])
