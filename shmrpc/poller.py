@@ -158,6 +158,7 @@ class Connection:
         self.retired = False
         self.refuses = False  # the peer takes no more calls: it is stopping
         self.caller: Any = None  # what handlers call their caller with, once one has asked
+        self.at_end: list[Callable[[], None]] = []  # to be called when it has ended
         self.reader: Any = None  # the thread that reads for futures, once one has to
         self._probe: Slot | None = None  # keeps the core's knowledge of a lost connection
         self.control_fd = agreement.socket.fileno()  # the rendezvous socket: the core's from now on
@@ -241,7 +242,7 @@ class Connection:
             if isinstance(call, Stream):
                 call.outcome = self.outcome(call_id, call.position[0])
         later = self.session.lost(error)
-        later.append(self.wake_reader)
+        later += (self.wake_reader, *self.at_end)
         self._probe = None
         return later
 
@@ -294,6 +295,10 @@ class Connection:
             return
         self.send(slot, kind, call_id, body, flags=flags)
         self.slots.append(slot)
+
+    def say_serves(self) -> None:
+        """Tell the peer that we take requests: who passes calls on needs to know."""
+        self.send_now(lib.SHMRPC_SERVES, 0)
 
     def flush(self, slot: Slot, deadline: float) -> int:
         """Wait until what was sent has left this process, and read meanwhile; -errno otherwise."""

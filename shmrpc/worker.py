@@ -573,12 +573,15 @@ class InlineWorkers:
         with self._lock:
             worker = self._free.pop() if self._free else None
         if worker is None:
-            worker = Worker(self._host, self._poller)
+            worker = self._new()
         try:
             worker.serve_queued(self._take_back)
         except BaseException:
             worker.end()
             raise
+
+    def _new(self) -> Worker:
+        return Worker(self._host, self._poller)
 
     def _take_back(self, worker: Worker) -> None:
         with self._lock:
