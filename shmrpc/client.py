@@ -235,9 +235,11 @@ class Client(Channel):
         if link.poller.serving:
             return
         self.registry.bind(link.poller)
+        inline = self._inline_workers(link.poller)
+        link.at_end.append(inline.end)
         link.poller.serve(
             self._run_worker,
-            self._inline_workers(link.poller).serve,
+            inline.serve,
             workers=_WORKERS,
             max_concurrency=_MAX_CONCURRENCY,
         )

@@ -243,6 +243,7 @@ class Connection:
                 call.outcome = self.outcome(call_id, call.position[0])
         later = self.session.lost(error)
         later += (self.wake_reader, *self.at_end)
+        self.at_end = []
         self._probe = None
         return later
 

@@ -100,8 +100,8 @@ class BackInline(InlineWorkers):
         super().__init__(host, poller)
         self._client = client
 
-    def _new(self) -> Worker:
-        return BackWorker(self._host, self._poller, self._client)
+    def _new(self, poller: Poller) -> Worker:
+        return BackWorker(self._host, poller, self._client)
 
 
 def _nothing(_error: BaseException | None) -> None:
