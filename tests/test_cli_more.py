@@ -56,6 +56,17 @@ def first(requests):
 @server.method
 def hold():
     release.wait()
+
+kept = []
+
+@server.method
+def keep(value):
+    kept.append(value)
+    return len(value)
+
+@server.method
+def large_view(size):
+    return memoryview(bytes(size))
 """
 
 
@@ -246,6 +257,23 @@ def test_top_shows_a_server_whose_handlers_are_stuck(fresh, stuck_server):
     assert look["queue_delay_seconds"] >= 0.3
     assert [call["method"] for call in look["slowest"]] == ["hold", "hold"]
     assert all(call["seconds"] >= 0.3 for call in look["slowest"])
+
+
+def test_top_shows_what_large_values_take(fresh):
+    """The server holds one that came in, and its caller one that went out."""
+    with fresh.serving("work") as server:
+        address = f"shm://{fresh.sockets}/work.sock"
+        with shmrpc.connect(address) as client:
+            assert client.call("keep", memoryview(bytes(1 << 20))) == 1 << 20
+            kept = client.call("large_view", 1 << 20)
+            [look] = json.loads(fresh.run("top", "work", "--once", "--json", "-i", "0.1").stdout)
+            assert (look["pinned_blocks"], look["pinned_bytes"]) == (1, 1 << 20)
+            assert look["arena_bytes"] >= look["arena_used_bytes"] >= 1 << 20
+            rows = fresh.run("top", "work", "--once", "-i", "0.1").stdout.splitlines()
+            [row] = [row for row in rows if str(server.pid) in row and "work" in row]
+            assert "1 (1 MiB)" in row
+            assert "1 MiB/" in row
+            assert len(kept) == 1 << 20
 
 
 def test_ls_and_ping_of_a_server_whose_handlers_are_stuck(fresh, stuck_server):

@@ -35,9 +35,7 @@ __all__ = ["serve"]
     metavar="N",
     help="Serve in N worker processes, which this one looks after.",
 )
-@click.option(
-    "--allow-remote", is_flag=True, help="Let its tcp addresses be other than loopback."
-)
+@click.option("--allow-remote", is_flag=True, help="Let its tcp addresses be other than loopback.")
 def serve(*, target: str, grace: float, processes: int | None, allow_remote: bool) -> int:
     """Run the server that MODULE defines, until SIGTERM or Ctrl-C.
 

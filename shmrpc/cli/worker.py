@@ -1,6 +1,6 @@
-"""A worker of ``shmrpc serve --processes``: ``python -m shmrpc.cli.worker TARGET GRACE REACH FD PID``.
+"""A worker of ``shmrpc serve --processes``: ``python -m shmrpc.cli.worker`` and five arguments.
 
-REACH is ``remote`` or ``local``, FD a socket to the supervisor, PID the supervisor's.
+TARGET, GRACE, REACH (``remote`` or ``local``), FD (a socket to the supervisor), the supervisor's PID.
 """
 
 from __future__ import annotations
