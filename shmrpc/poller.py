@@ -624,6 +624,9 @@ class Poller:
         for connection in list(self.connections.values()):
             lib.shmrpc_conn_goodbye(self.c, connection.conn_id)
             connection.shutdown()
+            later, connection.at_end = connection.at_end, []  # nobody is left to see it end
+            for run in later:
+                run()
 
     def join(self) -> None:
         """Wait for the worker threads to end."""

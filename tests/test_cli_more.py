@@ -4,10 +4,12 @@ import json
 import os
 import pty
 import re
+import select
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -320,24 +322,35 @@ def test_top_times_the_calls_while_it_looks(fresh):
 @pytest.mark.thorough
 def test_top_on_a_terminal(fresh):
     ours, theirs = pty.openpty()
-    env = {"TERM": "xterm", "COLUMNS": "160", "LINES": "40"}
+    env = {"TERM": "xterm", "COLUMNS": "200", "LINES": "40"}
+    shown = b""
+
+    def read():
+        """Some of what it shows, b"" if it has ended; a terminal that nobody reads stops it."""
+        assert select.select([ours], [], [], 40)[0], f"nothing came after {shown[-2000:]!r}"
+        try:
+            return os.read(ours, 65536)
+        except OSError:  # nobody has the other end any more
+            return b""
+
     with (
         fresh.serving("work"),
         fresh.popen("top", "-i", "0.1", stdout=theirs, env=env) as top,
     ):
-        os.close(theirs)
-        shown = b""
-        while shown.count(b"shm://work") < 2:
-            shown += os.read(ours, 65536)
-        top.send_signal(signal.SIGINT)
-        # A terminal that nobody reads keeps it from ending.
-        while top.poll() is None:
-            try:
-                os.read(ours, 65536)
-            except OSError:
-                break
-        assert top.wait(20) == 130
-    os.close(ours)
+        try:
+            os.close(theirs)
+            while shown.count(b"shm://work") < 2:
+                more = read()
+                assert more, top.stderr.read()
+                shown += more
+            top.send_signal(signal.SIGINT)
+            end = time.monotonic() + 40
+            while read():  # to the end, at which it lets go of the terminal
+                assert time.monotonic() < end, "it goes on after Ctrl-C"
+            assert top.wait(20) == 130
+        finally:
+            top.kill()
+            os.close(ours)
 
 
 def test_top_of_nobody(place, fresh):

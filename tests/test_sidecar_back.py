@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import threading
 
 import numpy as np
@@ -308,6 +309,32 @@ def test_by_routes_with_policies(service, run, connect, directory):
     client = offer(connect("front"), nest)
     assert {client.call("pid") for _ in range(10)} == {server.pid for server in servers}
     assert [client.call("nest", 3, timeout=40) for _ in range(6)] == [3] * 6
+
+
+def test_addresses_that_are_removed(service, run, connect, directory):
+    """Nothing stays of those who came by one: the server sees them go."""
+    server = service("shm")
+    path = f"{directory}/sidecar.toml"
+
+    def write(listen):
+        with open(f"{path}.new", "w") as file:
+            file.write(
+                f"listen = {listen}\n[upstreams.u]\nendpoints = '{server.address}'\n"
+                "[[routes]]\nupstream = 'u'\n"
+            )
+        os.replace(f"{path}.new", path)
+
+    write(["shm://front", "shm://other"])
+    sidecar = run(path)
+    assert offer(connect("other"), nest).call("nest", 3) == 3
+    client = offer(connect("front"), nest)
+    assert client.call("nest", 3) == 3
+    with shmrpc.inspect(server.address) as inspector:
+        assert inspector.stats()["conns"] == 2
+        write(["shm://front"])
+        assert sidecar.reload().startswith("reloaded")
+        wait_until(lambda: inspector.stats()["conns"] == 1)
+    assert client.call("nest", 3) == 3
 
 
 def test_an_asynchronous_client(service, run):

@@ -1,6 +1,6 @@
 """A worker of ``shmrpc serve --processes``: ``python -m shmrpc.cli.worker`` and five arguments.
 
-TARGET, GRACE, REACH (``remote`` or ``local``), FD (a socket to the supervisor), the supervisor's PID.
+TARGET, GRACE, REACH (``remote`` or ``local``), FD (a socket to the supervisor), its PID.
 """
 
 from __future__ import annotations
