@@ -11,7 +11,7 @@ from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from shmrpc._native import ffi, lib
-from shmrpc.errors import Cancelled
+from shmrpc.errors import Cancelled, Error
 from shmrpc.server import Server
 
 from .passing import PassingWorker
@@ -35,6 +35,8 @@ T = TypeVar("T")
 
 _WORKERS = 256  # calls that are passed on at a time: each waits in a thread
 _MAX_CONCURRENCY = 4096
+_WAYS_MAX = 256  # of each thread: callers may invent any number of methods
+_UNIMPLEMENTED = 12
 
 _pass = lib.shmrpc_pass
 _MESSAGE, _STREAM = lib.SHMRPC_MESSAGE, lib.SHMRPC_FLAG_STREAM
@@ -96,9 +98,14 @@ class _RelayWorker(PassingWorker):
 
     def _add_way(self, name: bytes, route: Route, leg: NativeEndpoint, epoch: int) -> None:
         """Let the core pass this method on from now on, by itself."""
+        if len(self._ways) >= _WAYS_MAX:
+            self._clear_ways()
         slot = next((s for s in self._ways.values() if leg.is_current(s.connection)), None)
         if slot is None:
-            slot = leg.client()._slot()
+            try:
+                slot = leg.client()._slot()
+            except Error:  # lost just now; the next call finds out
+                return
         tally = self._cell(route.prefix).c
         size = len(name)
         if not lib.shmrpc_way_add(self._slot, name, size, slot.c, route.timeout_ns, tally, epoch):
@@ -136,7 +143,7 @@ class _RelayWorker(PassingWorker):
                 code = self._reply_with(
                     own.forward(self._slot, name, route.timeout_ns, call, result)
                 )
-                if own is leg and name not in self._ways:
+                if own is leg and code != _UNIMPLEMENTED and name not in self._ways:
                     self._add_way(name, route, leg, epoch)
             else:
                 code = self._pass_on()
