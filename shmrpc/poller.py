@@ -236,7 +236,9 @@ class Connection:
     def end(self, error: int) -> list[Callable[[], None]]:
         """It has ended with this errno (the poller's lock is held)."""
         self.closed = True
+        slots = self.slots
         self.retire()
+        slots.clear()  # a Caller that somebody keeps has this list, and must not keep descriptors
         self.caller = None
         for call_id, call in list(self.session.calls.items()):  # others register theirs meanwhile
             if isinstance(call, Stream):
