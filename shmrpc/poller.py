@@ -21,6 +21,7 @@ from .errors import ConnectError, ConnectionLost, Error, ForkedError, ProtocolEr
 from .parcels import Parcel, parcel_of
 from .rendezvous import Credentials
 from .session import Body, Pending, Run, Session, Stream
+from .tending import tend
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -168,6 +169,8 @@ class Connection:
         self.max_memory_bytes = agreement.max_memory_bytes
         self.backing = agreement.terms.backing
         self.growing = threading.Lock()  # held while a segment is added to our arena
+        # See tending: one of us has memory for values. Over sockets there is none.
+        self.tended = address.transport != "shm"
         self.session = Session()
         self.slots: list[Slot] = []
         self.closed = False
@@ -205,6 +208,8 @@ class Connection:
 
     def parcel(self, slot: Any, message: Any, body: bytes | memoryview) -> Parcel:
         """The message in this C slot, which has buffers. Of a peer whom we don't trust: copies."""
+        if not self.tended:
+            tend(self)
         return parcel_of(slot, message, body, untrusted=self.untrusted_values)
 
     def register(self, call_id: int, pending: Pending | Stream) -> None:
@@ -352,6 +357,7 @@ class Poller:
             raise ConnectError(msg)
         self.c = ffi.gc(c, lib.shmrpc_poller_free)
         self.codec = codec
+        self._server = server
         self.forked = False
         self._server = server
         self.connections: dict[int, Connection] = {}
@@ -516,6 +522,8 @@ class Poller:
             return body
         parcel: Parcel | None = self._unfinished
         if parcel is None:
+            if not connection.tended:
+                tend(connection)
             weight = lib.shmrpc_message_weight(message)
             parcel = self._unfinished = Parcel(body, weight, untrusted=connection.untrusted_values)
         parcel.fill(self._taker, message)
@@ -574,6 +582,14 @@ class Poller:
             waiters.remove(slot)
         connection.slots.append(slot)
         return goes_on or ready()
+
+    def look(self, connection: Connection, /) -> None:
+        """Read what has come, if it may be that nobody else does: see ``tending``."""
+        if self._server or self.serving:
+            return  # there are threads for that
+        slot = connection.slot()
+        self.wait(slot, 0)
+        connection.slots.append(slot)
 
     # ---- serving ----
 

@@ -386,6 +386,9 @@ class LoopPoller(Poller):
             self.schedule()
         return waits
 
+    def look(self, _connection: Connection, /) -> None:
+        """Nothing: the loop reads."""
+
     def wait(self, _slot: Slot, _deadline: float, /) -> bool:
         """Threads don't wait on it."""
         msg = "this connection belongs to an event loop"
