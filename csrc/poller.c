@@ -87,6 +87,8 @@ shmrpc_poller *shmrpc_poller_new(uint32_t workers, uint32_t max_concurrency, uin
     poller->references = 1;
     poller->kick_fd = -1;
     pthread_mutex_init(&poller->lock, NULL);
+    pthread_mutex_init(&poller->forward_lock, NULL);
+    store_relaxed(&poller->ways_epoch, 1);
     poller->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     if (poller->epoll_fd < 0 || (workers != 0 && make_kick(poller) < 0)) {
         int error = errno;
@@ -133,6 +135,7 @@ static void free_list(struct stored_list *list)
 static void destroy(struct shmrpc_poller *poller)
 {
     pthread_mutex_destroy(&poller->lock);
+    pthread_mutex_destroy(&poller->forward_lock);
     methods_free(&poller->methods);
     free(poller->conns);
     free(poller->conn_uses);
@@ -235,6 +238,7 @@ void shmrpc_poller_stop(shmrpc_poller *poller)
     callers_stop(poller);
     poller_kick(poller);
     poller_unlock(poller);
+    forwards_unwanted(poller, NULL, 0);
 }
 
 shmrpc_brief *shmrpc_poller_batch(shmrpc_poller *poller)

@@ -177,6 +177,7 @@ class Connection:
         self.retired = False
         self.refuses = False  # the peer takes no more calls: it is stopping
         self.caller: Any = None  # what handlers call their caller with, once one has asked
+        self.at_end: list[Callable[[], None]] = []  # to be called when it has ended
         self.reader: Any = None  # the thread that reads for futures, once one has to
         self._probe: Slot | None = None  # keeps the core's knowledge of a lost connection
         self.control_fd = agreement.socket.fileno()  # the rendezvous socket: the core's from now on
@@ -262,7 +263,8 @@ class Connection:
             if isinstance(call, Stream):
                 call.outcome = self.outcome(call_id, call.position[0])
         later = self.session.lost(error)
-        later.append(self.wake_reader)
+        later += (self.wake_reader, *self.at_end)
+        self.at_end = []
         self._probe = None
         return later
 
@@ -315,6 +317,10 @@ class Connection:
             return
         self.send(slot, kind, call_id, body, flags=flags)
         self.slots.append(slot)
+
+    def say_serves(self) -> None:
+        """Tell the peer that we take requests: who passes calls on needs to know."""
+        self.send_now(lib.SHMRPC_SERVES, 0)
 
     def flush(self, slot: Slot, deadline: float) -> int:
         """Wait until what was sent has left this process, and read meanwhile; -errno otherwise."""
@@ -659,6 +665,9 @@ class Poller:
         for connection in list(self.connections.values()):
             lib.shmrpc_conn_goodbye(self.c, connection.conn_id)
             connection.shutdown()
+            later, connection.at_end = connection.at_end, []  # nobody is left to see it end
+            for run in later:
+                run()
 
     def join(self) -> None:
         """Wait for the worker threads to end."""

@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 import weakref
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from . import address as addresses
@@ -157,6 +158,10 @@ class Server:
             self.registry.add(getattr(service, name), prefix + name)
 
     # ---- running ----
+
+    def allow_remote(self) -> None:
+        """Let ``tcp`` addresses be other than loopback when it starts, as the parameter does."""
+        self._terms = [replace(terms, allow_remote=True) for terms in self._terms]
 
     @property
     def addresses(self) -> list[str]:

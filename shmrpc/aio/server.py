@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from shmrpc import address as addresses
@@ -151,6 +152,10 @@ class Server:
             self.registry.add(getattr(service, name), prefix + name)
 
     # ---- running ----
+
+    def allow_remote(self) -> None:
+        """Let ``tcp`` addresses be other than loopback when it starts, as the parameter does."""
+        self._terms = [replace(terms, allow_remote=True) for terms in self._terms]
 
     @property
     def addresses(self) -> list[str]:
