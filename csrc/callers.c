@@ -85,6 +85,8 @@ void slot_drop_blocks(struct shmrpc_slot *slot)
 
 void shmrpc_slot_free(shmrpc_slot *slot)
 {
+    if (poller_inherited(slot->poller))
+        return;
     shmrpc_abandon(slot); /* an interrupted call may still be registered */
     if (slot->worker)
         shmrpc_finish(slot);
@@ -96,6 +98,7 @@ void shmrpc_slot_free(shmrpc_slot *slot)
         workers_forget(slot->poller, slot);
     else if (slot->conn != NULL)
         conn_release(slot->conn);
+    poller_end_if_unused(slot->poller);
     poller_unlock(slot->poller);
     poller_unref(slot->poller);
     slot_drop_blocks(slot);

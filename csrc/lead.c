@@ -249,7 +249,7 @@ static int poll_conn(struct shmrpc_poller *poller, struct shmrpc_slot *slot, str
     if (status >= 0)
         status = flush(poller, conn);
     if (status == 0 && conn->hung_up && count == 0 && !events_full(poller))
-        status = conn->violated ? -EPROTO : -EPIPE;
+        status = conn->control_error != 0 ? conn->control_error : -EPIPE;
     if (status < 0) {
         fail_conn(poller, conn, -status);
         return -1;
@@ -394,11 +394,14 @@ static bool arm_all(struct shmrpc_poller *poller)
 
 bool poller_in_main_thread(void)
 {
-    static _Thread_local int known; /* 0 unknown, 1 main, 2 not */
+    static _Thread_local uint64_t asked; /* 0: never. Who forks is the main thread of the child */
+    static _Thread_local bool is_main;
 
-    if (known == 0)
-        known = syscall(SYS_gettid) == getpid() ? 1 : 2;
-    return known == 1;
+    if (asked != forks_seen() + 1) {
+        asked = forks_seen() + 1;
+        is_main = syscall(SYS_gettid) == getpid();
+    }
+    return is_main;
 }
 
 bool poller_must_check_signals(struct shmrpc_slot *slot)

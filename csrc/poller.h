@@ -18,6 +18,7 @@
 #define SHMRPC_POLLER_H
 
 #include "conn.h"
+#include "forks.h"
 #include "methods.h"
 
 /* gRPC status numbers that the core itself sends. */
@@ -130,6 +131,7 @@ struct hot_list {
 struct shmrpc_poller {
     pthread_mutex_t lock;
     int epoll_fd, kick_fd;
+    uint64_t forks; /* in the process that made it */
     bool kick_owned, client;
     uint32_t workers, max_concurrency; /* lock: workers == 0 serves nothing */
 
@@ -138,6 +140,7 @@ struct shmrpc_poller {
     uint32_t conn_capacity, conn_count;
 
     uint32_t references; /* lock: the owner and every slot */
+    bool ending;         /* lock: it goes with the last slot of a conn or worker */
     bool closed;         /* lock: the owner has given it up, there are no conns any more */
     struct shmrpc_slot **slots; /* lock: by index */
     uint32_t slot_capacity, inside;
@@ -207,6 +210,10 @@ int timeout_ms_until(uint64_t deadline_ns);
 
 /* Give up a reference; the last one frees it. */
 void poller_unref(struct shmrpc_poller *poller);
+/* With the lock held: if it is to end and nobody can be inside any more, close and unmap. */
+void poller_end_if_unused(struct shmrpc_poller *poller);
+/* Whether this is a forked child of the process that made it: then none of its locks may be taken. */
+bool poller_inherited(const struct shmrpc_poller *poller);
 /* Wake the leader out of epoll. */
 void poller_kick(struct shmrpc_poller *poller);
 void poller_lock(struct shmrpc_poller *poller);

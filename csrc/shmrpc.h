@@ -21,7 +21,8 @@
  * or one of enum shmrpc_result. No function touches errno's meaning, logs or aborts.
  *
  * Threads: a poller and its conns may be used by any number of threads; a slot by one at a time.
- * Forks: nothing here may be used in a forked child but shmrpc_poller_fds, to close them.
+ * Forks: nothing here may be used in a forked child but shmrpc_poller_fds, to close them. What frees
+ * something does nothing there, or lets go of a mapping at most: finalizers run in the child, too.
  */
 #ifndef SHMRPC_H
 #define SHMRPC_H
@@ -198,6 +199,9 @@ shmrpc_poller *shmrpc_poller_new(uint32_t workers, uint32_t max_concurrency, uin
  * that are left may be freed afterwards: the order in which a garbage collector frees them does
  * not matter. */
 void shmrpc_poller_free(shmrpc_poller *poller);
+/* Its connection is over and everybody has been told: close and unmap as soon as the last slot of a
+ * connection or worker is freed, also while something still refers to the poller. */
+void shmrpc_poller_end(shmrpc_poller *poller);
 /* Let a client serve requests as well: its workers take them, or threads that wait for replies. */
 void shmrpc_poller_serve(shmrpc_poller *poller, uint32_t workers, uint32_t max_concurrency);
 /* Let requests and notifications come as events, with message.method set, for one thread that does
@@ -420,7 +424,7 @@ int64_t shmrpc_wait_blocks(shmrpc_slot *slot, uint64_t bytes, int64_t timeout_ns
 /* For an event loop: 0 if it may fit now, else 1, and SHMRPC_ROOM comes as an event. */
 int shmrpc_want_blocks(shmrpc_slot *slot, uint64_t bytes);
 /* Give segments back to the system of which nothing was in use for so long. Returns how many bytes
- * the arena has left, or -EPIPE. */
+ * our arena and the peer's have left, or -EPIPE. */
 int64_t shmrpc_arena_trim(shmrpc_poller *poller, uint64_t conn_id, uint64_t quiet_ns);
 /* 0 or -EPIPE. */
 int shmrpc_arena_stats_of(shmrpc_poller *poller, uint64_t conn_id, shmrpc_arena_stats *stats);

@@ -339,6 +339,11 @@ class Server:
             return {}
         return {**poller.stats(), **total_stats(list(poller.connections.values()))}
 
+    def __repr__(self) -> str:
+        at = self.addresses or [str(terms.address) for terms in self._terms]
+        state = "listening" if self.addresses else "not listening"
+        return f"<shmrpc.Server {' '.join(at)} {state}>"
+
     # ---- what workers and the acceptor need ----
 
     def add_connection(self, agreement: handshake.Agreement) -> None:

@@ -77,7 +77,6 @@ class Worker:
         if slot == ffi.NULL:
             raise MemoryError
         self.c = self._slot = ffi.gc(slot, lib.shmrpc_slot_free)
-        poller.slots.add(self)
         self._message = lib.shmrpc_slot_message(self._slot)
         self._pack = host.codec.encoder()
         size = lib.shmrpc_slot_view_bytes(self._slot)

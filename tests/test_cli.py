@@ -333,9 +333,9 @@ def test_call_shows_the_traceback_when_asked(place, calc):
 
 def test_call_takes_longer_than_its_timeout(place, calc):
     start = time.monotonic()
-    result = place.run("call", "calc", "sleep", "3", "--timeout", "0.2")
+    result = place.run("call", "calc", "sleep", "30", "--timeout", "0.2")
     assert_complains(result, 1, "DEADLINE_EXCEEDED", "'sleep'")
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 25
 
 
 def test_call_whose_server_dies(fresh):

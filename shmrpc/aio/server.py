@@ -273,6 +273,11 @@ class Server:
             "running": self._handlers.running,
         }
 
+    def __repr__(self) -> str:
+        at = self.addresses or [str(terms.address) for terms in self._terms]
+        state = "listening" if self.addresses else "not listening"
+        return f"<shmrpc.aio.Server {' '.join(at)} {state}>"
+
     # ---- what the acceptor and handlers need ----
 
     def add_connection(self, agreement: handshake.Agreement) -> None:
