@@ -171,6 +171,7 @@ class Connection:
         self.growing = threading.Lock()  # held while a segment is added to our arena
         # See tending: one of us has memory for values. Over sockets there is none.
         self.tended = address.transport != "shm"
+        self.always_tended = False
         self.session = Session()
         self.slots: list[Slot] = []
         self.closed = False

@@ -135,3 +135,16 @@ def test_over_sockets_and_back(large, run, connect):
     assert client.call("stats")["pinned_blocks"] == 1
     client.call("drop")
     settled(client)
+
+
+def test_idle_memory_goes_back_to_the_system(large, run, connect):
+    """Also of a server whose results alone are large: the sidecar reads what it wants back."""
+    server = large()
+    run("--listen", "shm://front", "--upstream", server.address)
+    client = connect("front")
+    for _ in range(20):
+        assert [item.nbytes for item in client.call("make", 2, MIB)] == [MIB] * 2
+    with shmrpc.inspect(server.address) as inspector:
+        assert inspector.stats()["arena_bytes"] >= 2 * MIB
+        gc.collect()
+        wait_until(lambda: inspector.stats()["arena_bytes"] == 0, timeout=30)
