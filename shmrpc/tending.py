@@ -34,11 +34,14 @@ class Poller(Protocol):
 class Tended(Protocol):
     """A connection."""
 
-    poller: Poller
     conn_id: int
     closed: bool
     tended: bool
     always_tended: bool  # memory comes and goes in the core, and we are not told
+
+    @property
+    def poller(self) -> Poller:
+        """Its poller."""
 
 
 class _Tender:
