@@ -83,8 +83,9 @@ def connect(
     sides counts. ``backing`` is where our memory comes from: ``"shm"``, ``"memfd"`` or
     ``"auto"``. ``allow_uids`` are the other users' servers that
     may be talked to; ``trust_uids`` are those of them whose large values are used where they lie,
-    as views that their sender could change meanwhile, instead of copies. ``wait`` is ``"auto"``, ``"spin"`` (lowest latency at any cost) or
-    ``"block"``; ``spin_budget`` in seconds is how long ``"auto"`` spins at most.
+    as views that their sender could change meanwhile, instead of copies. ``wait`` is ``"auto"``,
+    ``"spin"`` (lowest latency at any cost) or ``"block"``; ``spin_budget`` in seconds is how long
+    ``"auto"`` spins at most.
     ``interceptors`` see every call, the first outermost (see ``shmrpc.interceptors``).
     ``retries`` is how often a call is repeated whose connection was lost before it started, or
     that may have run and is declared idempotent (see ``shmrpc.retries.Retries``).

@@ -47,9 +47,7 @@ def check_options(
         raise ValueError(msg)
 
 
-def check_uids(
-    allow: Iterable[int], trust: Iterable[int]
-) -> tuple[frozenset[int], frozenset[int]]:
+def check_uids(allow: Iterable[int], trust: Iterable[int]) -> tuple[frozenset[int], frozenset[int]]:
     """Both as sets; ValueError if some are to be trusted that may not connect."""
     allowed, trusted = frozenset(allow), frozenset(trust)
     if not trusted <= allowed:

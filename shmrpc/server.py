@@ -55,9 +55,9 @@ class Server:
     ``workers`` handlers run at a time, on as many threads. ``max_concurrency`` calls may run or
     wait for a worker; the next is refused with ``Overloaded``. ``allow_remote`` lets a ``tcp``
     address be one that other hosts can reach: it has neither encryption nor authentication, and
-    is for loopback, and for links that you trust as much. ``allow_uids`` are the other users who may
-    call; ``trust_uids`` those of them whose large values handlers get as they lie in their memory,
-    as views that they could change meanwhile, instead of copies. ``show_tracebacks`` is whether
+    is for loopback, and for links that you trust as much. ``allow_uids`` are the other users who
+    may call; ``trust_uids`` those of them whose large values handlers get as they lie in their
+    memory, as views that they could change meanwhile, instead of copies. ``show_tracebacks`` is whether
     callers see a handler's traceback: by default those of our own uid do. ``interceptors`` see
     every call before its handler, the first outermost (see ``shmrpc.interceptors``).
 
