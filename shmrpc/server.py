@@ -57,9 +57,10 @@ class Server:
     address be one that other hosts can reach: it has neither encryption nor authentication, and
     is for loopback, and for links that you trust as much. ``allow_uids`` are the other users who
     may call; ``trust_uids`` those of them whose large values handlers get as they lie in their
-    memory, as views that they could change meanwhile, instead of copies. ``show_tracebacks`` is whether
-    callers see a handler's traceback: by default those of our own uid do. ``interceptors`` see
-    every call before its handler, the first outermost (see ``shmrpc.interceptors``).
+    memory, as views that they could change meanwhile, instead of copies. ``show_tracebacks`` is
+    whether callers see a handler's traceback: by default those of our own uid do.
+    ``interceptors`` see every call before its handler, the first outermost (see
+    ``shmrpc.interceptors``).
 
     Methods may be added from any thread at any time. A server made before a fork raises
     ``ForkedError`` in the child.

@@ -163,9 +163,9 @@ class RelayClient(Client):
 class RawFuture(CallFuture):
     """A call under way; its result is a ``Reply``."""
 
-    def _settle(self, status: int, body: Body) -> None:
+    def _finish_with(self, status: int, body: Body) -> None:
         if status == _UNAVAILABLE and not body:
-            super()._settle(status, body)
+            super()._finish_with(status, body)
         else:
             self.finish(Reply(status, self._metadata, body))
 
