@@ -38,6 +38,7 @@ struct conn {
     atomic_u64 error; /* 0, or the errno that ended it */
     atomic_u64 ended_here; /* we ended it, the peer may live */
     atomic_u64 said_goodbye; /* W: leader: the peer starts none of our requests any more */
+    atomic_u64 serves;       /* W: leader: the peer has said that it takes requests */
     uint32_t references; /* poller lock: registry, slots, running and queued requests */
     bool destroyed;      /* poller lock: the poller was given up, only this struct is left */
     atomic_u64 queued;   /* W: under the poller's lock: requests taken and not started */

@@ -27,7 +27,7 @@ import socket
 import struct
 from collections.abc import Generator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import segments
 from ._native import ffi, lib
@@ -83,6 +83,13 @@ class Terms:
     allow_uids: frozenset[int] = frozenset()
     trust_uids: frozenset[int] = frozenset()  # whose values are views of their memory
     allow_remote: bool = False  # tcp may be listened at where other hosts can reach it
+
+    def __post_init__(self) -> None:
+        uid: Any
+        for uid in self.allow_uids:
+            if not isinstance(uid, int) or uid < 0:
+                msg = f"allow_uids are the numbers of users, as os.getuid() returns, not {uid!r}"
+                raise TypeError(msg)
 
 
 @dataclass

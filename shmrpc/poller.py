@@ -108,6 +108,23 @@ class Slot:
         self.view = memoryview(ffi.buffer(lib.shmrpc_slot_view(slot), size))
         self.pack: Callable[[Any], bytes] = connection.codec.encoder()
 
+    # Before a call raises: its frames refer to the slot, and who keeps the exception keeps them.
+
+    def let_go(self) -> None:
+        """Free it, whoever still refers to it."""
+        self.view = memoryview(b"")
+        self.message = None
+        ffi.release(self.c)
+
+    def give_back(self) -> None:
+        """Put what it has into the pool, as another object."""
+        other = Slot.__new__(Slot)
+        for name in ("c", "connection", "message", "pack", "view"):
+            setattr(other, name, getattr(self, name))
+        self.c = self.message = None
+        self.view = memoryview(b"")
+        other.connection.slots.append(other)
+
     def body(self) -> memoryview:
         """The body of the message just received, wherever it lies."""
         size = self.message.body_bytes
@@ -162,6 +179,7 @@ class Connection:
         self.retired = False
         self.refuses = False  # the peer takes no more calls: it is stopping
         self.caller: Any = None  # what handlers call their caller with, once one has asked
+        self.at_end: list[Callable[[], None]] = []  # to be called when it has ended
         self.reader: Any = None  # the thread that reads for futures, once one has to
         self._probe: Slot | None = None  # keeps the core's knowledge of a lost connection
         self.control_fd = agreement.socket.fileno()  # the rendezvous socket: the core's from now on
@@ -227,12 +245,12 @@ class Connection:
             self._probe = None
             self.poller.connections.pop(self.conn_id, None)
             self.wake_reader()
+            self.poller.end()
 
     def shutdown(self) -> None:
         """Hang up. Threads that wait get ``ConnectionLost``.
 
-        Descriptors and memory go with the last reference to the connection, that is, at once
-        unless somebody still waits.
+        Descriptors and memory go at once unless somebody still waits.
         """
         self.retire()
         lib.shmrpc_conn_shutdown(self.poller.c, self.conn_id)
@@ -247,7 +265,8 @@ class Connection:
             if isinstance(call, Stream):
                 call.outcome = self.outcome(call_id, call.position[0])
         later = self.session.lost(error)
-        later.append(self.wake_reader)
+        later += (self.wake_reader, *self.at_end)
+        self.at_end = []
         self._probe = None
         return later
 
@@ -300,6 +319,10 @@ class Connection:
             return
         self.send(slot, kind, call_id, body, flags=flags)
         self.slots.append(slot)
+
+    def say_serves(self) -> None:
+        """Tell the peer that we take requests: who passes calls on needs to know."""
+        self.send_now(lib.SHMRPC_SERVES, 0)
 
     def flush(self, slot: Slot, deadline: float) -> int:
         """Wait until what was sent has left this process, and read meanwhile; -errno otherwise."""
@@ -458,6 +481,7 @@ class Poller:
             self._dropped += session.dropped
             self.connections.pop(connection.conn_id, None)
             self.ended()
+            self.end()
 
     def _take_request(
         self, connection: Connection, message: Any, _later: list[Callable[[], None]]
@@ -552,7 +576,10 @@ class Poller:
         deadline: float,
     ) -> bool:
         """Wait until ``ready()``; False when the time has passed or the poller stops."""
-        slot = connection.slot()
+        try:
+            slot = connection.slot()
+        except ConnectionLost:  # everybody has been told what there was to tell
+            return ready()
         waiters.append(slot)
         goes_on = True
         try:
@@ -613,6 +640,11 @@ class Poller:
             return
         self.threads = [other for other in self.threads if other.is_alive()] + [thread]
 
+    def end(self) -> None:
+        """The connection is over: a client's poller goes with it, once no thread is inside."""
+        if not self._server:
+            lib.shmrpc_poller_end(self.c)
+
     def drain(self) -> None:
         """Refuse new requests from now on."""
         lib.shmrpc_poller_drain(self.c)
@@ -634,6 +666,9 @@ class Poller:
         for connection in list(self.connections.values()):
             lib.shmrpc_conn_goodbye(self.c, connection.conn_id)
             connection.shutdown()
+            later, connection.at_end = connection.at_end, []  # nobody is left to see it end
+            for run in later:
+                run()
 
     def join(self) -> None:
         """Wait for the worker threads to end."""

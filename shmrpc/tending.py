@@ -34,10 +34,13 @@ class Poller(Protocol):
 class Tended(Protocol):
     """A connection."""
 
-    poller: Poller
     conn_id: int
     closed: bool
     tended: bool
+
+    @property
+    def poller(self) -> Poller:
+        """Its poller."""
 
 
 class _Tender:
