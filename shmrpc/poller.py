@@ -164,7 +164,9 @@ class Connection:
         self.peer_pid = agreement.peer_pid
         self.trusted = agreement.trusted
         # Whose values are checked to the last offset, in copies that only we can write to.
-        self.untrusted_values = not agreement.trusted or address.transport == "tcp"
+        self.untrusted_values = address.transport == "tcp" or not (
+            agreement.trusted or self.credentials.uid in agreement.terms.trust_uids
+        )
         self.max_request_bytes = agreement.peer_max_message_bytes
         self.max_memory_bytes = agreement.max_memory_bytes
         self.backing = agreement.terms.backing
@@ -368,7 +370,6 @@ class Poller:
         self.codec = codec
         self._server = server
         self.forked = False
-        self._server = server
         self.connections: dict[int, Connection] = {}
         self._dropped = 0  # frames, by connections that have ended
         self.threads: list[threading.Thread] = []
