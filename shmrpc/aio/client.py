@@ -98,9 +98,12 @@ class Client(Channel):
                 failures.append(error)
             else:
                 return self._adopt(agreement, terms)
-        if len(failures) == 1:
-            raise failures[0]
-        raise ConnectError("; ".join(str(error) for error in failures)) from failures[0]
+        try:
+            if len(failures) == 1:
+                raise failures[0]
+            raise ConnectError("; ".join(str(error) for error in failures)) from failures[0]
+        finally:
+            failures.clear()  # an error that its own traceback leads to waits for the collector
 
     async def _shake_hands(self, terms: Terms, timeout: float) -> Agreement:
         """In a thread: it takes system calls that may block."""
@@ -110,6 +113,8 @@ class Client(Channel):
         except asyncio.CancelledError:
             shaking.add_done_callback(_close_agreement)
             raise
+        finally:
+            del shaking  # as above: it has the error, whose traceback has us
 
     def _adopt(self, agreement: Agreement, terms: Terms) -> Connection:
         try:
@@ -131,7 +136,9 @@ class Client(Channel):
         connection.shutdown()
         connection.poller.dispatch()
         _log.debug("hung up on %s", connection.peer)
-        connection.poller.close()  # type: ignore[attr-defined]
+        poller: LoopPoller = connection.poller  # type: ignore[assignment]
+        self._handlers.leave(poller)
+        poller.close()
 
     def _retire(self, connection: Connection, /) -> None:
         if self._link is connection:

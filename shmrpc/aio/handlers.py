@@ -212,6 +212,12 @@ class Handlers:
         self.registry.bind(poller)
         poller.serve_requests(self._take, self._take_plain, self._cancel, self._close)
 
+    def leave(self, poller: LoopPoller | None) -> None:
+        """Take none of this one any more, which is about to be closed."""
+        if self._poller is poller:
+            self._poller = None
+            self.registry.bind(None)
+
     @property
     def running(self) -> int:
         """How many calls are under way."""
@@ -263,6 +269,7 @@ class Handlers:
         if self._executor is not None:
             self._executor.shutdown(wait=False, cancel_futures=True)
             self._executor = None
+        self.leave(self._poller)
         if self._starter is not None:
             self._starter.close()
             self._starter = None

@@ -63,6 +63,8 @@ class Hub:
         except asyncio.CancelledError:
             shaking.add_done_callback(_close_agreement)
             raise
+        finally:
+            del shaking  # it has the error, whose traceback has us
         try:
             connection = self.poller.add(agreement, address)
         except BaseException:

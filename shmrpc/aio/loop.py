@@ -190,7 +190,10 @@ class LoopPoller(Poller):
         lib.shmrpc_poller_serve_events(self.c)
 
     def close(self) -> None:
-        """Poll no more."""
+        """Poll no more, and let go of everything that leads back here.
+
+        Descriptors go with the last reference to us: now, not when the garbage collector runs.
+        """
         if self.active:
             self.active = False
             self._slot = None
@@ -200,6 +203,10 @@ class LoopPoller(Poller):
             for waiters in self._rooms.values():
                 waiters.wake()
             self._rooms.clear()
+            self._room_tellers.clear()
+            self._requests = self._cancels = self._closes = None
+            self._plain_requests = _refuse_none
+            self.connections.clear()
 
     # ---- polling ----
 

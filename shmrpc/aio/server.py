@@ -224,9 +224,7 @@ class Server:
             connection.shutdown()
             for run in connection.session.lost(errno.EPIPE):
                 run()
-        poller.connections.clear()
         poller.close()
-        self.registry.bind(None)
 
     async def serve(self) -> None:
         """Start, and serve until cancelled, or until SIGTERM or SIGINT in the main thread."""
