@@ -710,6 +710,17 @@ void shmrpc_abandon(shmrpc_slot *slot)
         end_forward(slot);
 }
 
+/* In an event loop, whose only thread is the leader, after it has sent a request: the reply is on its
+ * way, poll for it. */
+static void expect_reply(struct shmrpc_poller *poller, struct conn *conn)
+{
+    if (conn->hot || !conn->is_shm || poller->batch.briefs == NULL ||
+        load_relaxed(&conn->error) != 0)
+        return;
+    poller_heat(poller, conn);
+    conn->last_active_ns = clock_now_ns(); /* the last look may be long ago */
+}
+
 int shmrpc_send(shmrpc_slot *slot, uint32_t kind, uint32_t flags, uint64_t call_id,
                 const shmrpc_name *name, uint32_t status, const char *metadata,
                 size_t metadata_bytes, const char *body, size_t body_bytes, uint64_t deadline_ns,
@@ -730,7 +741,10 @@ int shmrpc_send(shmrpc_slot *slot, uint32_t kind, uint32_t flags, uint64_t call_
     if (!slot->worker && conn_hung_up(slot->conn))
         return -ENOTCONN;
     set_deadline(&message, slot->conn, deadline_ns);
-    return slot_send(slot, &message, 2, (atomic_u64 *)position);
+    int result = slot_send(slot, &message, 2, (atomic_u64 *)position);
+    if (kind == SHMRPC_REQUEST || kind == SHMRPC_PING)
+        expect_reply(slot->poller, slot->conn);
+    return result;
 }
 
 int64_t shmrpc_send_request(shmrpc_slot *slot, uint64_t call_id, const shmrpc_name *name,
@@ -748,6 +762,7 @@ int64_t shmrpc_send_request(shmrpc_slot *slot, uint64_t call_id, const shmrpc_na
     if (conn_hung_up(slot->conn))
         return -ENOTCONN;
     int status = poller_send(slot->poller, slot->conn, &message, &position);
+    expect_reply(slot->poller, slot->conn);
     return status < 0 ? status : (int64_t)load_relaxed(&position);
 }
 
@@ -841,8 +856,6 @@ int64_t shmrpc_poll(shmrpc_slot *slot, uint32_t spin_ns)
     poller->batch.count = poller->batch.used = 0;
     poller->batch.open = leads && poller->batch.briefs != NULL;
     poller_unlock(poller);
-    if (leads && slot->conn != NULL && spin_ns != 0 && load_relaxed(&slot->conn->error) == 0)
-        poller_heat(poller, slot->conn); /* a reply is on its way: poll from the start */
     int64_t result = leads ? poller_poll(poller, slot, spin_ns) : -EAGAIN;
     poller_lock(poller);
     poller->batch.open = false;

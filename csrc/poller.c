@@ -92,7 +92,7 @@ shmrpc_poller *shmrpc_poller_new(uint32_t workers, uint32_t max_concurrency, uin
         errno = error;
         return NULL;
     }
-    poller->client = workers == 0;
+    poller->client = poller->reads_always = workers == 0;
     poller->workers = workers;
     poller->max_concurrency = max_concurrency;
     poller->policy.mode = mode;
@@ -108,10 +108,11 @@ void shmrpc_poller_serve(shmrpc_poller *poller, uint32_t workers, uint32_t max_c
     poller_unlock(poller);
 }
 
-void shmrpc_poller_serve_events(shmrpc_poller *poller)
+void shmrpc_poller_serve_events(shmrpc_poller *poller, int reads_always)
 {
     poller_lock(poller);
     poller->event_requests = true;
+    poller->reads_always |= reads_always != 0;
     poller_unlock(poller);
 }
 

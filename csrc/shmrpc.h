@@ -199,8 +199,10 @@ void shmrpc_poller_free(shmrpc_poller *poller);
 /* Let a client serve requests as well: its workers take them, or threads that wait for replies. */
 void shmrpc_poller_serve(shmrpc_poller *poller, uint32_t workers, uint32_t max_concurrency);
 /* Let requests and notifications come as events, with message.method set, for one thread that does
- * all: an event loop. Nothing counts or bounds those that run but that thread itself. */
-void shmrpc_poller_serve_events(shmrpc_poller *poller);
+ * all: an event loop. Nothing counts or bounds those that run but that thread itself. With
+ * `reads_always` a conn is read also while much waits to be sent on it: that of a side that calls,
+ * or two that only send would wait for each other. */
+void shmrpc_poller_serve_events(shmrpc_poller *poller, int reads_always);
 /* A descriptor that is readable while something waits for shmrpc_poll, after shmrpc_arm. */
 int shmrpc_poller_fd(shmrpc_poller *poller);
 /* Let shmrpc_poll put plain messages into a batch: SHMRPC_BATCH_BRIEFS briefs, and their bodies in

@@ -158,6 +158,7 @@ class Connection:
         self.retired = False
         self.refuses = False  # the peer takes no more calls: it is stopping
         self.caller: Any = None  # what handlers call their caller with, once one has asked
+        self.owner: Any = None  # whose it is, where a poller has connections of several
         self.reader: Any = None  # the thread that reads for futures, once one has to
         self._probe: Slot | None = None  # keeps the core's knowledge of a lost connection
         self.control_fd = agreement.socket.fileno()  # the rendezvous socket: the core's from now on
@@ -370,6 +371,11 @@ class Poller:
             with self._lock:
                 connection = self.connections.get(conn_id)
         return connection
+
+    def add_method(self, name: bytes, index: int, *, fast: bool) -> None:
+        """Give requests for this name that number; the empty one is every other's."""
+        if lib.shmrpc_method_add(self.c, name, len(name), index, fast) < 0:
+            raise MemoryError
 
     # ---- events ----
 

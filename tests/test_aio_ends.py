@@ -1,4 +1,4 @@
-"""What is closed lets go of its descriptors at once: no garbage collector, and though it is kept."""
+"""What is closed lets go of its descriptors at once, without the garbage collector."""
 
 import asyncio
 import gc

@@ -13,7 +13,7 @@ from shmrpc import loans
 from shmrpc._native import ffi, lib
 from shmrpc.codec import PACKING_ERRORS, Codec, MsgpackCodec, explain_arguments, pack_split
 from shmrpc.context import inherited_deadline
-from shmrpc.errors import Cancelled, DeadlineExceeded, Error, ProtocolError
+from shmrpc.errors import Cancelled, ConnectionLost, DeadlineExceeded, Error, ProtocolError
 from shmrpc.metadata import Metadata, pack_metadata
 from shmrpc.outcomes import remote_error, send_error
 from shmrpc.poller import FOREVER, Connection, Slot, check_timeout
@@ -97,6 +97,14 @@ class Channel(ABC):
             self._names.clear()
         self._names[method] = name
         return name
+
+    def _new_slot(self, connection: Connection) -> Slot | None:
+        """A slot to send from; None if the connection has just ended, and is dropped now."""
+        try:
+            return connection.slot()
+        except ConnectionLost:
+            self._drop(connection)
+            return None
 
     def _send_request(
         self,
@@ -189,7 +197,10 @@ class Channel(ABC):
             name = self._names[method]
         except (KeyError, TypeError):
             name = self._name(method)
-        slot = connection.slot()
+        slots = connection.slots
+        slot = slots.pop() if slots else self._new_slot(connection)
+        if slot is None:
+            return await self._call_with(method, args, kwargs, timeout, metadata)
         try:
             body = slot.pack(args)
             size = len(body)
@@ -200,12 +211,12 @@ class Channel(ABC):
             body, _ = self._pack(slot, method, args, kwargs)  # says why
             large, size = False, len(body)
         if large:
-            connection.slots.append(slot)
+            slots.append(slot)
             return await self._call_with(method, args, kwargs, timeout, metadata)
         pending = Pending(connection, self._loop)
         pending.register()
         position = _send_request(slot.c, pending.call_id, name, body, size)
-        connection.slots.append(slot)
+        slots.append(slot)
         if position < 0:
             pending.unregister()
             if position != _ENOTCONN:
@@ -257,7 +268,9 @@ class Channel(ABC):
             connection = self._link
             if connection is None:
                 connection = await self._connect(deadline)
-            slot = connection.slot()
+            slot = self._new_slot(connection)
+            if slot is None:
+                continue
             alive: Any = None  # until it was sent
             try:
                 body, sources = self._pack(slot, method, args, kwargs)
@@ -356,7 +369,9 @@ class Channel(ABC):
             flags |= lib.SHMRPC_FLAG_KEYWORDS
         while True:
             connection = self._link or await self._connect(deadline)
-            slot = connection.slot()
+            slot = self._new_slot(connection)
+            if slot is None:
+                continue
             alive: Any = None  # until it was sent
             body = b""
             try:

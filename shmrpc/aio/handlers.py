@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from shmrpc import loans
 from shmrpc._native import ffi, lib
+from shmrpc.bytestream import refuse
 from shmrpc.codec import MsgpackCodec, pack_split
 from shmrpc.context import CallContext, enter_task, leave_task
 from shmrpc.errors import (
@@ -35,7 +36,7 @@ from shmrpc.values import LARGE, NotPlain, encode, may_hold_large
 from .calls import AsyncReceiver, send_item
 from .eager import starter_of
 from .lending import attach, meet_all, meet_now
-from .loop import LoopPoller, LoopWaiters, decoder_of
+from .loop import LoopPoller, LoopWaiters, decoder_of, poller_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
@@ -185,8 +186,14 @@ class Handlers:
         max_concurrency: int,
         codec: Codec,
         chain: Callable[[Method, Any], Any] | None = None,
+        *,
+        loop: asyncio.AbstractEventLoop,
+        context: contextvars.Context,
     ) -> None:
-        """``chain`` runs a method through interceptors: ``await chain(method, final)(...)``."""
+        """``chain`` runs a method through interceptors: ``await chain(method, final)(...)``.
+
+        Handlers begin in copies of ``context``, not in what is set where somebody woke the poller.
+        """
         self.host = host
         self.registry = registry
         self._codec = codec
@@ -196,13 +203,12 @@ class Handlers:
         self._running: dict[tuple[int, int], Incoming] = {}
         self._executor: ThreadPoolExecutor | None = None
         self._position = ffi.new("uint64_t *")
-        self._loop = asyncio.get_running_loop()
+        self._loop = loop
         self._thread = threading.get_ident()
         self._poller: LoopPoller | None = None
         self._decode = decoder_of(codec)
         self._methods = registry.methods
-        # Handlers begin with what is set here and now, not where somebody woke the poller.
-        self._context = contextvars.copy_context()
+        self._context = context
         self._starter = starter_of(self._loop, self._context)
         self._waits: dict[int, int] = {}  # by method: calls that get a task at once
 
@@ -210,7 +216,12 @@ class Handlers:
         """Take the requests that come on this poller."""
         self._poller = poller
         self.registry.bind(poller)
-        poller.serve_requests(self._take, self._take_plain, self._cancel, self._close)
+        poller.serve_requests(self._take, self._take_plain, self.cancel, self.close)
+
+    def serve_one(self, connection: Connection) -> None:
+        """Be ready for requests on this connection, whose poller has others beside it."""
+        self._poller = poller_of(connection)
+        self.registry.bind(self._poller)
 
     def leave(self, poller: LoopPoller | None) -> None:
         """Take none of this one any more, which is about to be closed."""
@@ -291,7 +302,21 @@ class Handlers:
     ) -> Callable[[], None]:
         """A request is there (the poller's lock is held)."""
         index = message.method
-        method = self.registry.methods[index] if index >= 0 else None
+        return self._admit(connection, message, body, self._methods[index] if index >= 0 else None)
+
+    def take(
+        self, connection: Connection, message: Any, body: bytes | Parcel, name: str
+    ) -> Callable[[], None]:
+        """The same for the method of this name."""
+        return self._admit(connection, message, body, self.registry.find(name))
+
+    def _admit(
+        self,
+        connection: Connection,
+        message: Any,
+        body: bytes | Parcel,
+        method: Method | None,
+    ) -> Callable[[], None]:
         call = Incoming(self, connection, message.call_id, method)
         call.kind, call.flags, call.deadline_ns = message.kind, message.flags, message.deadline_ns
         call.packed_metadata = metadata_of(message)
@@ -302,6 +327,22 @@ class Handlers:
             connection.session.opened(call.call_id, call.stream)
             call.stream.started = True
         return lambda: self._start(call)
+
+    def take_plain(
+        self,
+        connection: Connection,
+        call_id: int,
+        deadline_ns: int,
+        name: str,
+        flags: int,
+        body: memoryview,
+    ) -> None:
+        """A request for the method of this name is there, which has nothing but arguments."""
+        index = self.registry.number(name)
+        if index is None:
+            refuse(connection, call_id)
+        else:
+            self._take_plain(connection, call_id, deadline_ns, index, flags, body)
 
     def _take_plain(
         self,
@@ -362,12 +403,14 @@ class Handlers:
                 lambda rest: self._run(call, method, rest), coroutine, awaited
             )
 
-    def _cancel(self, connection: Connection, call_id: int) -> None:
+    def cancel(self, connection: Connection, call_id: int) -> None:
+        """The caller has given up."""
         call = self._running.get((connection.conn_id, call_id))
         if call is not None:
             self._abort(call)
 
-    def _close(self, connection: Connection) -> None:
+    def close(self, connection: Connection) -> None:
+        """The callers of this connection have gone."""
         for call in list(self._running.values()):
             if call.connection is connection:
                 self._abort(call)

@@ -33,8 +33,8 @@ class Hub:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self.poller = LoopPoller(MsgpackCodec(), server=True)
-        lib.shmrpc_method_add(self.poller.c, METHOD, len(METHOD), 0, 0)
+        self.poller = LoopPoller(MsgpackCodec())
+        self.poller.add_method(METHOD, 0, fast=False)
         self.poller.serve_requests(
             self._take_request, self._take_plain, _ignore_cancel, self._forget
         )

@@ -21,7 +21,7 @@ import msgpack
 from shmrpc._native import ffi, lib
 from shmrpc.codec import MsgpackCodec
 from shmrpc.errors import Error
-from shmrpc.poller import Connection, Poller, Slot, Wait
+from shmrpc.poller import Connection, Poller, Wait
 from shmrpc.values import unpack_extension
 
 from .pending import Pending
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from shmrpc.address import Address
     from shmrpc.codec import Codec
     from shmrpc.handshake import Agreement
+    from shmrpc.poller import Slot
     from shmrpc.session import Waiting
 
 __all__ = ["LoopPoller", "LoopWaiters", "check_loop", "decoder_of", "poller_of"]
@@ -114,8 +115,8 @@ def decoder_of(codec: Codec) -> Callable[[memoryview | bytes], Any]:
     return codec.decode
 
 
-def _refuse_none(*_request: object) -> None:
-    """The core gives no requests to who does not serve."""
+def _ignore(*_request: object) -> None:
+    """Nobody is concerned."""
 
 
 def _expire(future: asyncio.Future[None]) -> None:
@@ -130,23 +131,20 @@ class LoopPoller(Poller):
         self,
         codec: Codec,
         *,
-        server: bool = False,
         wait: Wait = "auto",
         spin_budget: float | None = None,
     ) -> None:
-        super().__init__(codec, server=server, wait=wait, spin_budget=spin_budget)
+        super().__init__(codec, server=True, wait=wait, spin_budget=spin_budget)
         self.loop = get_running_loop()
         self.active = True
         self._requests: Callable[[Connection, Any, Any], Callable[[], None] | None] | None = None
-        self._plain_requests: Callable[..., None] = _refuse_none
+        self._plain_requests: Callable[..., None] = _ignore
         self._cancels: Callable[[Connection, int], None] | None = None
         self._closes: Callable[[Connection], None] | None = None
         self._rooms: dict[int, LoopWaiters] = {}
         self._room_tellers: dict[int, Waiting] = {}
         self._after: list[Callable[[], None]] = []
         self._decode = decoder_of(codec)
-        self._slot: Slot | None = None
-        self._poll_slot = self._taker
         self._scheduled = False
         self._quiet = 0
         self._last_poll = 0.0
@@ -168,26 +166,24 @@ class LoopPoller(Poller):
         self.schedule()
         return connection
 
-    def poll_for(self, slot: Slot) -> None:
-        """Expect replies on this slot's connection: a client's only one."""
-        self._slot = slot
-        self._poll_slot = slot.c
-
     def serve_requests(
         self,
         requests: Callable[[Connection, Any, Any], Callable[[], None] | None],
         plain_requests: Callable[[Connection, int, int, int, int, memoryview], None],
         cancels: Callable[[Connection, int], None],
         closes: Callable[[Connection], None],
+        *,
+        reads_always: bool = False,
     ) -> None:
         """Give requests, cancellations and ends to these from now on.
 
         ``plain_requests`` is given those without metadata and streams, as connection, call id,
-        deadline in nanoseconds, method, flags and body, which is valid until it returns.
+        deadline in nanoseconds, method, flags and body, which is valid until it returns. With
+        ``reads_always`` replies are read however much waits to be sent: for who calls.
         """
         self._requests, self._cancels, self._closes = requests, cancels, closes
         self._plain_requests = plain_requests
-        lib.shmrpc_poller_serve_events(self.c)
+        lib.shmrpc_poller_serve_events(self.c, reads_always)
 
     def close(self) -> None:
         """Poll no more, and let go of everything that leads back here.
@@ -196,8 +192,6 @@ class LoopPoller(Poller):
         """
         if self.active:
             self.active = False
-            self._slot = None
-            self._poll_slot = self._taker
             if not self.loop.is_closed():
                 self.loop.remove_reader(self._fd)
             for waiters in self._rooms.values():
@@ -205,7 +199,7 @@ class LoopPoller(Poller):
             self._rooms.clear()
             self._room_tellers.clear()
             self._requests = self._cancels = self._closes = None
-            self._plain_requests = _refuse_none
+            self._plain_requests = self.ended = _ignore
             self.connections.clear()
 
     # ---- polling ----
@@ -238,7 +232,7 @@ class LoopPoller(Poller):
         busy = now - self._last_poll > _BUSY_SECONDS if self._hidden else bool(self._ready)
         turn_ends = now + _TURN_SECONDS
         while True:
-            status = _poll(self._poll_slot, 0 if busy else _SPIN_NS)
+            status = _poll(self._taker, 0 if busy else _SPIN_NS)
             if status > 0:
                 self._briefs = _BRIEF.iter_unpack(self._batch_briefs[: status * _BRIEF.size])
                 self._take_batch()
@@ -252,7 +246,7 @@ class LoopPoller(Poller):
                 break
         if status == _NOTHING and self._quiet < _QUIET_MAX:
             self._quiet += 1
-        elif status <= 0 and status != _EVENTS and lib.shmrpc_arm(self._poll_slot):
+        elif status <= 0 and status != _EVENTS and lib.shmrpc_arm(self._taker):
             return
         self._last_poll = now
         self.schedule()
