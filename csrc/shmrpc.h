@@ -124,7 +124,7 @@ typedef struct shmrpc_brief {
     int32_t method;       /* as in shmrpc_message; replies: -1 */
     uint16_t kind;
     uint16_t flags;
-    uint32_t start, end; /* where its body lies in the batch's bytes */
+    uint32_t start, end; /* where its body lies in the batch's bytes: right behind the one before */
 } shmrpc_brief;
 
 enum { SHMRPC_BATCH_BRIEFS = 256, SHMRPC_BATCH_BYTES = 65536 };

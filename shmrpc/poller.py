@@ -161,6 +161,7 @@ class Connection:
         self.owner: Any = None  # whose it is, where a poller has connections of several
         self.reader: Any = None  # the thread that reads for futures, once one has to
         self._probe: Slot | None = None  # keeps the core's knowledge of a lost connection
+        self.watched = False  # it has been taken
         self.control_fd = agreement.socket.fileno()  # the rendezvous socket: the core's from now on
         self.conn_id = agreement.add(poller.c)
 
@@ -194,7 +195,7 @@ class Connection:
 
     def register(self, call_id: int, pending: Pending | Stream) -> None:
         """A call of ours is about to be sent: take frames for it."""
-        if self._probe is None:
+        if not self.watched:
             self.watch()
         self.session.calls[call_id] = pending
         if self.retired and not self.closed:
@@ -204,6 +205,7 @@ class Connection:
     def watch(self) -> None:
         """Keep what tells the outcome of calls after the connection's end."""
         self._probe = self.slot()
+        self.watched = True
 
     def outcome(self, call_id: int, position: int) -> int:
         """What became of a registered call whose connection was lost."""

@@ -37,6 +37,7 @@ from .calls import AsyncReceiver, send_item
 from .eager import starter_of
 from .lending import attach, meet_all, meet_now
 from .loop import LoopPoller, LoopWaiters, decoder_of, poller_of
+from .pending import NO_VALUE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
@@ -80,7 +81,8 @@ class Incoming:
     flags = 0
     deadline_ns = 0
     packed_metadata = b""
-    body: bytes | memoryview | Parcel = b""
+    value: Any = NO_VALUE  # its arguments, if they were decoded already
+    body: bytes | Parcel = b""
     stream: Stream | None = None
     task: asyncio.Task[None] | None = None
     call_context: CallContext | None = None
@@ -102,15 +104,6 @@ class Incoming:
     def deadline(self) -> float | None:
         """``time.monotonic()`` seconds."""
         return self.deadline_ns / 1e9 if self.deadline_ns else None
-
-    def first_step(self, coroutine: Any) -> Any:
-        """Run its handler until that waits for something; raises StopIteration with its result."""
-        token = enter_task(self)
-        try:
-            return coroutine.send(None)
-        except BaseException:
-            leave_task(token)
-            raise
 
     # ---- for current_call() ----
 
@@ -335,14 +328,15 @@ class Handlers:
         deadline_ns: int,
         name: str,
         flags: int,
-        body: memoryview,
+        value: Any,
+        body: bytes | None,
     ) -> None:
         """A request for the method of this name is there, which has nothing but arguments."""
         index = self.registry.number(name)
         if index is None:
             refuse(connection, call_id)
         else:
-            self._take_plain(connection, call_id, deadline_ns, index, flags, body)
+            self._take_plain(connection, call_id, deadline_ns, index, flags, value, body)
 
     def _take_plain(
         self,
@@ -351,9 +345,10 @@ class Handlers:
         deadline_ns: int,
         index: int,
         flags: int,
-        body: memoryview,
+        value: Any,
+        body: bytes | None,
     ) -> None:
-        """A request is there that has nothing but arguments."""
+        """A request is there that has nothing but arguments: a value, or a body that is none."""
         method = self._methods[index]
         call = Incoming(self, connection, call_id, method)
         if flags:
@@ -361,18 +356,16 @@ class Handlers:
         if deadline_ns:
             call.deadline_ns = deadline_ns
         if not method.direct or self._chain is not None or len(self._running) >= self._max:
-            call.body = bytes(body)
+            call.value, call.body = value, body or b""
             self._start(call)
             return
-        if not method.is_async:
-            call.body = body
+        if body is not None or not method.is_async:
+            call.value, call.body = value, body or b""
             self._run_inline(call, method)
             return
         stage: Stage = "arguments"
         try:
-            args, kwargs = self._decode(body), _NO_KEYWORDS
-            if flags:
-                args, kwargs = args
+            args, kwargs = value if flags else (value, _NO_KEYWORDS)
             stage = "handler"
             coroutine = method.function(*args, **kwargs)
         except Exception as error:
@@ -386,22 +379,38 @@ class Handlers:
             self._running[connection.conn_id, call_id] = call
             _start_task(self._loop, self._context, self._run(call, method, coroutine), call)
             return
-        try:
-            awaited = starter.step(call.first_step, coroutine)
-        except StopIteration as stop:
-            self._reply(call, stop.value)
-        except asyncio.CancelledError:
-            self._end(call, _CANCELLED)
-        except Exception as error:
-            self._fail(call, _without_frames(error, 2), "handler")
-        else:
+        awaited = starter.step(call, coroutine)
+        work = starter.work
+        if awaited is not work:
             self._waits[index] = _WAITS
             call.started = True
             call.started_at = time.monotonic()
             self._running[connection.conn_id, call_id] = call
-            call.task = starter.adopt(
-                lambda rest: self._run(call, method, rest), coroutine, awaited
-            )
+            call.task = starter.adopt(lambda rest: self._run(call, method, rest), awaited)
+            return
+        work.source = None
+        if work.error is not None:
+            raised, work.error = work.error, None
+            if isinstance(raised, asyncio.CancelledError):
+                self._end(call, _CANCELLED)
+            else:
+                self._fail(call, raised, "handler")
+            return
+        # As _reply, for a short result of a call that nothing unusual happened to.
+        result, work.result = work.result, None
+        try:
+            reply = self._pack(result)
+        except Exception:
+            self._reply(call, result)  # again, and does what is to be done then
+            return
+        slots = connection.slots
+        usual = not (call.reply_metadata or call.cancelled_by_caller or connection.closed)
+        if usual and len(reply) < LARGE and slots:
+            call.replied = True
+            if _send_reply(slots[-1].c, call_id, reply, len(reply)) == _EMSGSIZE:
+                self._refuse_result(call)
+        else:
+            self._reply(call, result)
 
     def cancel(self, connection: Connection, call_id: int) -> None:
         """The caller has given up."""
@@ -547,7 +556,12 @@ class Handlers:
 
     def _arguments(self, call: Incoming) -> tuple[Any, dict[str, Any]]:
         body, call.body = call.body, b""
-        args = call.connection.decode(body) if isinstance(body, Parcel) else self._decode(body)
+        if call.value is not NO_VALUE:
+            args, call.value = call.value, NO_VALUE
+        elif isinstance(body, Parcel):
+            args = call.connection.decode(body)
+        else:
+            args = self._decode(body)
         if call.flags & _KEYWORDS:
             return args[0], args[1]
         return args, {}
@@ -714,14 +728,6 @@ class Handlers:
         self._end(call, failure.number, body)
         if call.task is None and call.stream is not None:
             call.connection.session.requests.pop(call.call_id, None)
-
-
-def _without_frames(error: Exception, count: int) -> Exception:
-    """The error as if the handler had been called without so many frames of ours between."""
-    frames = error.__traceback__
-    for _ in range(count):
-        frames = frames.tb_next if frames is not None else None
-    return error.with_traceback(frames) if frames is not None else error
 
 
 if sys.version_info >= (3, 12):

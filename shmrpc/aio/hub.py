@@ -121,7 +121,8 @@ class Hub:
         _deadline_ns: int,
         _index: int,
         _flags: int,
-        _body: memoryview,
+        _value: Any,
+        _body: bytes | None,
     ) -> None:
         """A request is there that is no stream."""
         refuse(connection, call_id)

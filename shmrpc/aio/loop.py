@@ -24,7 +24,7 @@ from shmrpc.errors import Error
 from shmrpc.poller import Connection, Poller, Wait
 from shmrpc.values import unpack_extension
 
-from .pending import Pending
+from .pending import NO_VALUE, Pending
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -38,11 +38,13 @@ if TYPE_CHECKING:
 __all__ = ["LoopPoller", "LoopWaiters", "check_loop", "decoder_of", "poller_of"]
 
 _EVENTS = lib.SHMRPC_EVENTS
+_BATCH_BYTES: int = lib.SHMRPC_BATCH_BYTES
 _NOTHING = -errno.EAGAIN
 _poll = lib.shmrpc_poll
 
 _REPLY = lib.SHMRPC_REPLY
 _BRIEF = struct.Struct("=QQQiHHII")  # shmrpc_brief
+_END = struct.Struct("=36xI")  # of one
 
 # How long the poller may go on while nothing else is ready, before it looks whether that is so, and
 # its longest spin: together what a timer or another socket may have to wait.
@@ -115,6 +117,32 @@ def decoder_of(codec: Codec) -> Callable[[memoryview | bytes], Any]:
     return codec.decode
 
 
+class _NoUnpacker:
+    """For codecs that decode each body by itself."""
+
+    def unpack(self) -> Any:
+        """There is nothing that could."""
+        raise ValueError
+
+    def tell(self) -> int:
+        """Nowhere."""
+        return 0
+
+
+def _new_unpacker() -> Any:
+    """One that makes of the bodies of a batch what ``_decode`` does, all shorter than it is."""
+    return msgpack.Unpacker(
+        strict_map_key=False,
+        ext_hook=unpack_extension,
+        max_buffer_size=4 * _BATCH_BYTES,
+        max_str_len=_BATCH_BYTES,
+        max_bin_len=_BATCH_BYTES,
+        max_ext_len=_BATCH_BYTES,
+        max_array_len=_BATCH_BYTES,
+        max_map_len=_BATCH_BYTES,
+    )
+
+
 def _ignore(*_request: object) -> None:
     """Nobody is concerned."""
 
@@ -145,7 +173,10 @@ class LoopPoller(Poller):
         self._room_tellers: dict[int, Waiting] = {}
         self._after: list[Callable[[], None]] = []
         self._decode = decoder_of(codec)
-        self._scheduled = False
+        self._plain = type(codec) is MsgpackCodec
+        self._unpacker: Any = _new_unpacker() if self._plain else _NoUnpacker()
+        self._origin = self._bodies_end = 0  # of the batch: in what the unpacker was fed, in bytes
+        self.scheduled = False
         self._quiet = 0
         self._last_poll = 0.0
         briefs = lib.shmrpc_poller_batch(self.c)
@@ -154,7 +185,7 @@ class LoopPoller(Poller):
         self._batch_briefs = memoryview(ffi.buffer(briefs, lib.SHMRPC_BATCH_BRIEFS * _BRIEF.size))
         self._briefs: Iterator[tuple[Any, ...]] = iter(())  # that were not taken yet
         batch = lib.shmrpc_poller_batch_bytes(self.c)
-        self._batch = memoryview(ffi.buffer(batch, lib.SHMRPC_BATCH_BYTES))
+        self._batch = memoryview(ffi.buffer(batch, _BATCH_BYTES))
         self._hidden = not hasattr(self.loop, "_ready")
         self._ready: Any = () if self._hidden else self.loop._ready  # type: ignore[attr-defined]
         self._fd = lib.shmrpc_poller_fd(self.c)
@@ -169,7 +200,7 @@ class LoopPoller(Poller):
     def serve_requests(
         self,
         requests: Callable[[Connection, Any, Any], Callable[[], None] | None],
-        plain_requests: Callable[[Connection, int, int, int, int, memoryview], None],
+        plain_requests: Callable[[Connection, int, int, int, int, Any, bytes | None], None],
         cancels: Callable[[Connection, int], None],
         closes: Callable[[Connection], None],
         *,
@@ -178,7 +209,7 @@ class LoopPoller(Poller):
         """Give requests, cancellations and ends to these from now on.
 
         ``plain_requests`` is given those without metadata and streams, as connection, call id,
-        deadline in nanoseconds, method, flags and body, which is valid until it returns. With
+        deadline in nanoseconds, method, flags, value, and the body if that is no value. With
         ``reads_always`` replies are read however much waits to be sent: for who calls.
         """
         self._requests, self._cancels, self._closes = requests, cancels, closes
@@ -206,17 +237,17 @@ class LoopPoller(Poller):
 
     def schedule(self) -> None:
         """Poll in the loop's next iteration."""
-        if not self._scheduled and self.active:
-            self._scheduled = True
+        if not self.scheduled and self.active:
+            self.scheduled = True
             self.loop.call_soon(self._iterate)
 
     def _readable(self) -> None:
-        if not self._scheduled:
+        if not self.scheduled:
             self._iterate()
 
     def _iterate(self) -> None:
         """A turn, and what has to follow it."""
-        self._scheduled = False
+        self.scheduled = False
         if not self.active:
             return
         try:
@@ -234,7 +265,7 @@ class LoopPoller(Poller):
         while True:
             status = _poll(self._taker, 0 if busy else _SPIN_NS)
             if status > 0:
-                self._briefs = _BRIEF.iter_unpack(self._batch_briefs[: status * _BRIEF.size])
+                self._begin_batch(status)
                 self._take_batch()
             elif status == _EVENTS:
                 self.dispatch()
@@ -251,29 +282,72 @@ class LoopPoller(Poller):
         self._last_poll = now
         self.schedule()
 
+    def _begin_batch(self, count: int) -> None:
+        """So many plain messages have come."""
+        briefs = self._batch_briefs[: count * _BRIEF.size]
+        self._briefs = _BRIEF.iter_unpack(briefs)
+        if self._plain:
+            self._bodies_end = _END.unpack_from(briefs, len(briefs) - _END.size)[0]
+            self._feed_from(0)
+
+    def _feed_from(self, start: int) -> None:
+        """Unpack the bodies of the batch from here on."""
+        self._origin = self._unpacker.tell() - start
+        self._unpacker.feed(self._batch[start : self._bodies_end])
+
+    def _decode_alone(self, start: int, end: int, *, reply: bool) -> tuple[Any, Exception | None]:
+        """A body that the unpacker did not find to be a value: what it is, or why it is none."""
+        if self._plain:
+            self._unpacker = _new_unpacker()  # it may be anywhere, in a neighbour's body even
+            self._feed_from(end)
+        try:
+            return self._decode(self._batch[start:end]), None
+        except (ValueError, TypeError) as error:
+            return NO_VALUE, error
+        except Exception as error:
+            if reply:
+                raise
+            return NO_VALUE, error
+
     def _take_batch(self) -> None:
         """Take the plain messages that have come, and run who waits for them."""
-        batch, decode, connections = self._batch, self._decode, self.connections
+        connections, unpacker, origin = self.connections, self._unpacker, self._origin
+        unpack, tell = unpacker.unpack, unpacker.tell
         # An attribute, because it outlives an exception (Ctrl-C) that ends the loop for now.
         for conn_id, call_id, deadline, method, kind, flags, start, end in self._briefs:
+            error = value = None
+            # All at once is faster than each by itself. But no body may reach into the next one,
+            # which may be somebody else's.
+            try:
+                value = unpack()
+                alone = tell() - origin != end
+            except Exception:
+                alone = True
+            if alone:
+                value, error = self._decode_alone(start, end, reply=kind == _REPLY)
+                unpacker, origin = self._unpacker, self._origin
+                unpack, tell = unpacker.unpack, unpacker.tell
             connection = connections.get(conn_id)
             if connection is None:
                 continue
             if kind != _REPLY:
-                self._plain_requests(connection, call_id, deadline, method, flags, batch[start:end])
+                body = None if error is None else bytes(self._batch[start:end])
+                self._plain_requests(connection, call_id, deadline, method, flags, value, body)
                 continue
             calls = connection.session.calls
             pending = calls.get(call_id)
             if type(pending) is Pending:
                 del calls[call_id]
-                try:
-                    pending.result_value = decode(batch[start:end])
-                except (ValueError, TypeError) as error:
-                    pending.error = error
+                pending.value = value
+                pending.error = error or 0
                 pending.status = 0
-                pending.run_on()
+                callback, context = pending.callback, pending.context
+                if callback is not None and context is not None:
+                    pending.callback = None
+                    context.run(callback, pending)
             else:
-                later = connection.session.replied(call_id, 0, b"", bytes(batch[start:end]))
+                reply = bytes(self._batch[start:end])
+                later = connection.session.replied(call_id, 0, b"", reply)
                 if later is not None:
                     later()
                 self._run_after()

@@ -87,14 +87,15 @@ class SharedPoller(LoopPoller):
         deadline_ns: int,
         index: int,
         flags: int,
-        body: memoryview,
+        value: Any,
+        body: bytes | None,
     ) -> None:
         handlers = connection.owner.handlers
         if handlers is None:
             refuse(connection, call_id)
         else:
             name = self._names[index]
-            handlers.take_plain(connection, call_id, deadline_ns, name, flags, body)
+            handlers.take_plain(connection, call_id, deadline_ns, name, flags, value, body)
 
     def _cancel_call(self, connection: Connection, call_id: int) -> None:
         if connection.owner.handlers is not None:
