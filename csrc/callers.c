@@ -860,7 +860,7 @@ int64_t shmrpc_poll(shmrpc_slot *slot, uint32_t spin_ns)
     poller_lock(poller);
     poller->batch.open = false;
     if (poller->batch.count != 0)
-        result = poller->batch.count;
+        result = (int64_t)poller->batch.used << 16 | poller->batch.count;
     slot->goal = GOAL_NONE;
     leave(poller, slot);
     poller_unlock(poller);

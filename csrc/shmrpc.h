@@ -293,8 +293,9 @@ int shmrpc_want_room(shmrpc_slot *slot);
  * looks once. */
 int64_t shmrpc_wait_events(shmrpc_slot *slot, int64_t timeout_ns);
 /* For an event loop, in its one thread: take what is there, or comes within spin_ns if the policy
- * thinks that spinning pays. The number of briefs in the batch, which are older than any event;
- * SHMRPC_EVENTS, 0 if nothing came after spinning or -EAGAIN without. */
+ * thinks that spinning pays. The number of briefs in the batch, which are older than any event, and
+ * above its 16 bits how many bytes their bodies have; SHMRPC_EVENTS, 0 if nothing came after
+ * spinning or -EAGAIN without. */
 int64_t shmrpc_poll(shmrpc_slot *slot, uint32_t spin_ns);
 /* Ask to be woken through shmrpc_poller_fd: 1, or 0 if there is something to poll instead. */
 int shmrpc_arm(shmrpc_slot *slot);

@@ -44,11 +44,10 @@ _poll = lib.shmrpc_poll
 
 _REPLY = lib.SHMRPC_REPLY
 _BRIEF = struct.Struct("=QQQiHHII")  # shmrpc_brief
-_END = struct.Struct("=36xI")  # of one
 
 # How long the poller may go on while nothing else is ready, before it looks whether that is so, and
 # its longest spin: together what a timer or another socket may have to wait.
-_TURN_SECONDS = 80e-6
+_TURN_SECONDS = 50e-6
 _SPIN_NS = 40_000
 # Iterations in which something else was ready and nothing came, before the poller is armed.
 _QUIET_MAX = 64
@@ -128,6 +127,9 @@ class _NoUnpacker:
         """Nowhere."""
         return 0
 
+    def feed(self, _bodies: memoryview) -> None:
+        """They are not for us."""
+
 
 def _new_unpacker() -> Any:
     """One that makes of the bodies of a batch what ``_decode`` does, all shorter than it is."""
@@ -174,8 +176,9 @@ class LoopPoller(Poller):
         self._after: list[Callable[[], None]] = []
         self._decode = decoder_of(codec)
         self._plain = type(codec) is MsgpackCodec
-        self._unpacker: Any = _new_unpacker() if self._plain else _NoUnpacker()
-        self._origin = self._bodies_end = 0  # of the batch: in what the unpacker was fed, in bytes
+        self._renew_unpacker()
+        # Where the batch begins in what the unpacker was fed, and where its bodies end.
+        self._origin = self._bodies_end = 0
         self.scheduled = False
         self._quiet = 0
         self._last_poll = 0.0
@@ -261,7 +264,7 @@ class LoopPoller(Poller):
         self._take_batch()  # nothing, unless an exception came between
         now = monotonic()
         busy = now - self._last_poll > _BUSY_SECONDS if self._hidden else bool(self._ready)
-        turn_ends = now + _TURN_SECONDS
+        turn_ends = now + (0.0 if self._hidden and busy else _TURN_SECONDS)
         while True:
             status = _poll(self._taker, 0 if busy else _SPIN_NS)
             if status > 0:
@@ -273,7 +276,7 @@ class LoopPoller(Poller):
                 break
             self._quiet = 0
             now = monotonic()
-            if self._ready or self._hidden or now >= turn_ends or not self.active:
+            if self._ready or now >= turn_ends or not self.active:
                 break
         if status == _NOTHING and self._quiet < _QUIET_MAX:
             self._quiet += 1
@@ -282,24 +285,24 @@ class LoopPoller(Poller):
         self._last_poll = now
         self.schedule()
 
-    def _begin_batch(self, count: int) -> None:
-        """So many plain messages have come."""
-        briefs = self._batch_briefs[: count * _BRIEF.size]
-        self._briefs = _BRIEF.iter_unpack(briefs)
+    def _begin_batch(self, status: int) -> None:
+        """Plain messages have come."""
+        self._briefs = _BRIEF.iter_unpack(self._batch_briefs[: (status & 0xFFFF) * _BRIEF.size])
         if self._plain:
-            self._bodies_end = _END.unpack_from(briefs, len(briefs) - _END.size)[0]
-            self._feed_from(0)
+            self._origin += self._bodies_end  # of the last batch, all of which was taken
+            self._bodies_end = status >> 16
+            self._feed(self._batch[: self._bodies_end])
 
-    def _feed_from(self, start: int) -> None:
-        """Unpack the bodies of the batch from here on."""
-        self._origin = self._unpacker.tell() - start
-        self._unpacker.feed(self._batch[start : self._bodies_end])
+    def _renew_unpacker(self) -> None:
+        unpacker: Any = _new_unpacker() if self._plain else _NoUnpacker()
+        self._unpack, self._tell, self._feed = unpacker.unpack, unpacker.tell, unpacker.feed
 
     def _decode_alone(self, start: int, end: int, *, reply: bool) -> tuple[Any, Exception | None]:
         """A body that the unpacker did not find to be a value: what it is, or why it is none."""
         if self._plain:
-            self._unpacker = _new_unpacker()  # it may be anywhere, in a neighbour's body even
-            self._feed_from(end)
+            self._renew_unpacker()  # it may be anywhere, in a neighbour's body even
+            self._feed(self._batch[end : self._bodies_end])
+            self._origin = -end
         try:
             return self._decode(self._batch[start:end]), None
         except (ValueError, TypeError) as error:
@@ -311,8 +314,8 @@ class LoopPoller(Poller):
 
     def _take_batch(self) -> None:
         """Take the plain messages that have come, and run who waits for them."""
-        connections, unpacker, origin = self.connections, self._unpacker, self._origin
-        unpack, tell = unpacker.unpack, unpacker.tell
+        connections, unpack, tell = self.connections, self._unpack, self._tell
+        origin = self._origin
         # An attribute, because it outlives an exception (Ctrl-C) that ends the loop for now.
         for conn_id, call_id, deadline, method, kind, flags, start, end in self._briefs:
             error = value = None
@@ -325,8 +328,7 @@ class LoopPoller(Poller):
                 alone = True
             if alone:
                 value, error = self._decode_alone(start, end, reply=kind == _REPLY)
-                unpacker, origin = self._unpacker, self._origin
-                unpack, tell = unpacker.unpack, unpacker.tell
+                unpack, tell, origin = self._unpack, self._tell, self._origin
             connection = connections.get(conn_id)
             if connection is None:
                 continue
