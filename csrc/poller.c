@@ -420,6 +420,10 @@ int shmrpc_conn_shutdown(shmrpc_poller *poller, uint64_t conn_id)
     poller_lock(poller);
     struct conn *conn = poller_find(poller, conn_id);
     if (conn != NULL) {
+        if (conn->producer.holds) { /* what was sent before is to arrive */
+            uint64_t bells = 0;
+            conn_publish(conn, true, &bells);
+        }
         /* Who is gone before that has left a segment that nobody changes any more. */
         if (load_relaxed(&conn->error) == 0 && !conn_peer_left(conn))
             store_relaxed(&conn->ended_here, 1);

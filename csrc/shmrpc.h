@@ -297,6 +297,9 @@ int64_t shmrpc_wait_events(shmrpc_slot *slot, int64_t timeout_ns);
  * above its 16 bits how many bytes their bodies have; SHMRPC_EVENTS, 0 if nothing came after
  * spinning or -EAGAIN without. */
 int64_t shmrpc_poll(shmrpc_slot *slot, uint32_t spin_ns);
+/* When the batch was taken, before the loop does anything else: let the peers see what was sent
+ * meanwhile by shmrpc_send_request and shmrpc_send_reply. */
+void shmrpc_publish(shmrpc_poller *poller);
 /* Ask to be woken through shmrpc_poller_fd: 1, or 0 if there is something to poll instead. */
 int shmrpc_arm(shmrpc_slot *slot);
 /* End the wait of another thread's slot in shmrpc_wait_events with 0. */

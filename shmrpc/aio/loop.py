@@ -41,6 +41,7 @@ _EVENTS = lib.SHMRPC_EVENTS
 _BATCH_BYTES: int = lib.SHMRPC_BATCH_BYTES
 _NOTHING = -errno.EAGAIN
 _poll = lib.shmrpc_poll
+_publish = lib.shmrpc_publish
 
 _REPLY = lib.SHMRPC_REPLY
 _BRIEF = struct.Struct("=QQQiHHII")  # shmrpc_brief
@@ -269,7 +270,10 @@ class LoopPoller(Poller):
             status = _poll(self._taker, 0 if busy else _SPIN_NS)
             if status > 0:
                 self._begin_batch(status)
-                self._take_batch()
+                try:
+                    self._take_batch()
+                finally:
+                    _publish(self.c)
             elif status == _EVENTS:
                 self.dispatch()
             else:
