@@ -12,13 +12,13 @@ from shmrpc import aio
 KINDS = ["call", "deadline", "stream", "send", "reply", "result", "ping", "empty", "nested"]
 
 
-@pytest.fixture
-def stage(run, directory, transport):
+@pytest.fixture(params=["shm", "unix"])
+def stage(run, directory, request):
     """Runs ``main(client, under_way)`` beside a server whose handlers wait for ever."""
 
     def runs(main):
         async def whole():
-            under_way, server = set(), aio.Server(address_of(transport, directory))
+            under_way, server = set(), aio.Server(address_of(request.param, directory))
 
             @server.method
             async def add(a, b):
@@ -45,7 +45,7 @@ def stage(run, directory, transport):
             async def answer(numbers, who):
                 async for number in numbers:
                     yield number
-                await forever(who)
+                    await forever(who)
 
             @server.method
             async def nested(who):
@@ -87,7 +87,7 @@ async def begun(under_way, *who):
         await asyncio.sleep(0.001)
 
 
-async def wait_in(client, kind, who, *, until=None):
+async def wait_in(client, kind, who):
     """Be in the middle of something that does not end by itself."""
     if kind == "call":
         await client.call("forever", who)
@@ -124,7 +124,7 @@ async def wait_in(client, kind, who, *, until=None):
 @pytest.mark.parametrize("kind", KINDS)
 def test_wait_for_ends_it(stage, kind):
     async def main(client, under_way):
-        for _ in range(3):
+        for _ in range(2):
             with pytest.raises(asyncio.TimeoutError):
                 await asyncio.wait_for(wait_in(client, kind, "it"), 0.03)
             await emptied(under_way)
@@ -136,7 +136,7 @@ def test_wait_for_ends_it(stage, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_timeouts_end_it_and_nothing_around_it(stage, kind):
     async def main(client, under_way):
-        for _ in range(3):
+        for _ in range(2):
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.03) as inner:
                     await wait_in(client, kind, "it")
@@ -168,7 +168,6 @@ def test_a_failing_task_ends_its_group(stage):
         (error,) = caught.value.exceptions
         assert isinstance(error, shmrpc.RemoteError)
         assert error.type == "TypeError"
-        assert asyncio.current_task().cancelling() == 0
 
     stage(main)
 

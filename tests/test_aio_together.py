@@ -51,7 +51,7 @@ def test_clients_share_a_poller_and_go_one_by_one(pair):
             under_way = asyncio.ensure_future(leaving.call("echo", "?"))
             await asyncio.sleep(0)
             await leaving.close()
-            await asyncio.wait([under_way])
+            await asyncio.gather(under_way, return_exceptions=True)
         assert not loop._shmrpc_pollers
         async with aio.connect(address) as client:  # the next one makes another
             assert await client.call("echo", 1) == 1
