@@ -312,6 +312,8 @@ int conn_flush(struct conn *conn, uint64_t *bells)
     uint64_t pushed = conn->pushed;
     int status = output_waits(conn) ? push_waiting(conn) : 0;
     pushed = conn->pushed - pushed;
+    if (pushed != 0 && conn->producer.holds)
+        ring_publish(&conn->producer);
     pthread_mutex_unlock(&conn->send_lock);
     if (pushed != 0 && conn->is_shm)
         *bells += (uint64_t)wake_peer_for_data(&conn->wake);
