@@ -135,6 +135,8 @@ class Client(Channel):
         link.owner = self
         if self.handlers is not None:
             self.handlers.serve_one(link)
+            if len(self.handlers.registry):
+                link.say_serves()
         self._link = link
         self._reconnects += 1
         _log.debug("connected to %s", link.peer)
@@ -215,6 +217,8 @@ class Client(Channel):
             handlers.registry.add(
                 wrapped, name, requests=requests, idempotent=idempotent, inline=inline
             )
+            if self._link is not None and len(handlers.registry) == 1:
+                self._link.say_serves()
             return wrapped
 
         return add if function is None else add(function)

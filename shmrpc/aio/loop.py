@@ -236,6 +236,13 @@ class LoopPoller(Poller):
             self._requests = self._cancels = self._closes = None
             self._plain_requests = self.ended = _ignore
             self.connections.clear()
+            _publish(self.c)  # in the middle of a batch perhaps
+            self.end()
+
+    def end(self) -> None:
+        """Give up what the core has, once the loop does not watch the descriptor any more."""
+        if not self.active:
+            lib.shmrpc_poller_end(self.c)
 
     # ---- polling ----
 
@@ -460,6 +467,9 @@ class LoopPoller(Poller):
             self._room_tellers[connection.conn_id] = waiting
             self.schedule()
         return waits
+
+    def look(self, _connection: Connection, /) -> None:
+        """Nothing: the loop reads."""
 
     def wait(self, _slot: Slot, _deadline: float, /) -> bool:
         """Threads don't wait on it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from shmrpc.session import NOT_SENT, Body
+from shmrpc.session import NOT_SENT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
