@@ -180,9 +180,11 @@ class Connection:
         self.retired = False
         self.refuses = False  # the peer takes no more calls: it is stopping
         self.caller: Any = None  # what handlers call their caller with, once one has asked
+        self.owner: Any = None  # whose it is, where a poller has connections of several
         self.at_end: list[Callable[[], None]] = []  # to be called when it has ended
         self.reader: Any = None  # the thread that reads for futures, once one has to
         self._probe: Slot | None = None  # keeps the core's knowledge of a lost connection
+        self.watched = False  # it has been taken
         self.control_fd = agreement.socket.fileno()  # the rendezvous socket: the core's from now on
         self.conn_id = agreement.add(poller.c)
 
@@ -218,7 +220,7 @@ class Connection:
 
     def register(self, call_id: int, pending: Pending | Stream) -> None:
         """A call of ours is about to be sent: take frames for it."""
-        if self._probe is None:
+        if not self.watched:
             self.watch()
         self.session.calls[call_id] = pending
         if self.retired and not self.closed:
@@ -228,6 +230,7 @@ class Connection:
     def watch(self) -> None:
         """Keep what tells the outcome of calls after the connection's end."""
         self._probe = self.slot()
+        self.watched = True
 
     def outcome(self, call_id: int, position: int) -> int:
         """What became of a registered call whose connection was lost."""
@@ -402,6 +405,11 @@ class Poller:
             with self._lock:
                 connection = self.connections.get(conn_id)
         return connection
+
+    def add_method(self, name: bytes, index: int, *, fast: bool) -> None:
+        """Give requests for this name that number; the empty one is every other's."""
+        if lib.shmrpc_method_add(self.c, name, len(name), index, fast) < 0:
+            raise MemoryError
 
     # ---- events ----
 
