@@ -293,12 +293,17 @@ int blocks_send(struct shmrpc_slot *slot, struct outgoing *message, int body, at
 
 int blocks_pass(struct shmrpc_slot *slot, const shmrpc_message *message)
 {
-    if ((message->flags & SHMRPC_FLAG_BLOCKS) == 0)
+    int status = 0;
+
+    if ((message->flags & SHMRPC_FLAG_BLOCKS) == 0 || slot->attaches)
         return 0;
-    shmrpc_detach(slot);
-    int status = begin_attaching(slot);
-    for (uint32_t i = 0; i < message->block_count && status >= 0; i++)
-        status = shmrpc_attach_inline(slot, message->blocks[i].data, message->blocks[i].bytes);
+    status = begin_attaching(slot);
+    for (uint32_t i = 0; i < message->block_count && status >= 0; i++) {
+        const shmrpc_block *block = &message->blocks[i];
+        status = block->bytes < BLOCK_BYTES_MIN
+                     ? shmrpc_attach_inline(slot, block->data, block->bytes) /* data may be null */
+                     : shmrpc_attach(slot, block->data, block->bytes);
+    }
     if (status < 0)
         shmrpc_detach(slot);
     return status < 0 ? status : 0;

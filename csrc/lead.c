@@ -122,15 +122,19 @@ static void fail_conn(struct shmrpc_poller *poller, struct conn *conn, int error
     /* After the error: a peer that sees the end may rely on it that nothing queued starts. */
     shutdown(conn->control_fd, SHUT_RDWR);
     callers_lost(poller, conn, error);
-    workers_lost(poller, conn);
     const shmrpc_message closed = {.kind = SHMRPC_CLOSED, .status = (uint32_t)error};
     events_add(poller, conn, &closed, NULL);
     if (poller->client) { /* it keeps its conn, to tell what became of its calls */
         workers_retire(poller);
     } else {
         poller_unregister(poller, conn);
-        conn_release(conn);
     }
+    poller_unlock(poller);
+    forwards_unwanted(poller, conn, 0);
+    if (poller->client)
+        return;
+    poller_lock(poller);
+    conn_release(conn);
     poller_unlock(poller);
 }
 
@@ -162,6 +166,10 @@ static int dispatch(struct shmrpc_poller *poller, struct shmrpc_slot *slot, stru
     case SHMRPC_RETURN:
     case SHMRPC_WITHDRAW:
         return blocks_frame(poller, conn, header);
+    case SHMRPC_SERVES:
+        conn_finish(conn, header->length, &poller->bells);
+        store_relaxed(&conn->serves, 1);
+        return 0;
     case SHMRPC_GOODBYE:
         conn_finish(conn, header->length, &poller->bells);
         store_relaxed(&conn->said_goodbye, 1);
@@ -259,6 +267,9 @@ static bool poll_hot(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
     for (uint32_t i = 0; i < poller->hot_count; i++) {
         uint32_t position = (poller->cursor + i) % poller->hot_count;
         struct conn *conn = poller->hot->conns[position];
+        if (conn->is_shm && !conn->hung_up && ring_empty(&conn->consumer) &&
+            load_relaxed(&conn->outbox_bytes) == 0)
+            continue; /* most of many, most of the time */
         int count = poll_conn(poller, slot, conn);
 
         if (count < 0)

@@ -46,6 +46,7 @@ enum shmrpc_kind {
     SHMRPC_GOODBYE = 11, /* last of a server that stops: no request without a reply was started */
     SHMRPC_RETURN = 12,  /* blocks of the receiver's go back to it */
     SHMRPC_WITHDRAW = 13, /* a segment of the sender's goes: nothing of it is in use */
+    SHMRPC_SERVES = 14,  /* the sender takes requests; for who passes calls on */
     SHMRPC_CLOSED = 100, /* never on the wire: this conn has ended */
     SHMRPC_ROOM = 101    /* nor this: what waited to be sent on this conn has left, or blocks of its
                           * arena have come back */
@@ -69,7 +70,8 @@ enum shmrpc_result {
     SHMRPC_STOPPED = -1004, /* the poller was stopped */
     SHMRPC_QUEUED = -1005,  /* a caller on a client: shmrpc_next_queued has a request to serve */
     SHMRPC_GROW = -1006,    /* the arena needs a further segment: shmrpc_arena_add, then again */
-    SHMRPC_FULL = -1007     /* the arena may not grow: shmrpc_wait_blocks, then again */
+    SHMRPC_FULL = -1007,    /* the arena may not grow: shmrpc_wait_blocks, then again */
+    SHMRPC_PASSING = -1008  /* a request that shmrpc_pass has passed on needs a look */
 };
 
 /* What became of a call whose connection ended. */
@@ -125,7 +127,7 @@ typedef struct shmrpc_brief {
     int32_t method;       /* as in shmrpc_message; replies: -1 */
     uint16_t kind;
     uint16_t flags;
-    uint32_t start, end; /* where its body lies in the batch's bytes */
+    uint32_t start, end; /* where its body lies in the batch's bytes: right behind the one before */
 } shmrpc_brief;
 
 enum { SHMRPC_BATCH_BRIEFS = 256, SHMRPC_BATCH_BYTES = 65536 };
@@ -203,8 +205,10 @@ void shmrpc_poller_end(shmrpc_poller *poller);
 /* Let a client serve requests as well: its workers take them, or threads that wait for replies. */
 void shmrpc_poller_serve(shmrpc_poller *poller, uint32_t workers, uint32_t max_concurrency);
 /* Let requests and notifications come as events, with message.method set, for one thread that does
- * all: an event loop. Nothing counts or bounds those that run but that thread itself. */
-void shmrpc_poller_serve_events(shmrpc_poller *poller);
+ * all: an event loop. Nothing counts or bounds those that run but that thread itself. With
+ * `reads_always` a conn is read also while much waits to be sent on it: that of a side that calls,
+ * or two that only send would wait for each other. */
+void shmrpc_poller_serve_events(shmrpc_poller *poller, int reads_always);
 /* A descriptor that is readable while something waits for shmrpc_poll, after shmrpc_arm. */
 int shmrpc_poller_fd(shmrpc_poller *poller);
 /* Let shmrpc_poll put plain messages into a batch: SHMRPC_BATCH_BRIEFS briefs, and their bodies in
@@ -259,12 +263,6 @@ int64_t shmrpc_call(shmrpc_slot *slot, const shmrpc_name *name, const char *body
 int64_t shmrpc_call_with(shmrpc_slot *slot, const shmrpc_name *name, uint32_t flags,
                          const char *metadata, size_t metadata_bytes, const char *body,
                          size_t body_bytes, int64_t timeout_ns);
-/* Pass the request that `worker` serves in this thread on, from where it lies, as a call on the slot's
- * conn: the same method, flags, metadata and body, and the earlier of its deadline and timeout_ns.
- * As shmrpc_call_with; -ECANCELED when the request is cancelled or its caller is gone: then the peer
- * is told. The slot is of another poller than the worker, and none of its threads serves by
- * forwarding to the worker's. */
-int64_t shmrpc_forward(shmrpc_slot *slot, shmrpc_slot *worker, int64_t timeout_ns);
 /* Go on waiting after -EAGAIN, -EINTR, SHMRPC_EVENTS, SHMRPC_SPAWN or SHMRPC_QUEUED. */
 int64_t shmrpc_wait(shmrpc_slot *slot);
 /* Give up waiting; the peer is told. The reply, if it still comes, is dropped and counted. */
@@ -295,9 +293,13 @@ int shmrpc_want_room(shmrpc_slot *slot);
  * looks once. */
 int64_t shmrpc_wait_events(shmrpc_slot *slot, int64_t timeout_ns);
 /* For an event loop, in its one thread: take what is there, or comes within spin_ns if the policy
- * thinks that spinning pays. The number of briefs in the batch, which are older than any event;
- * SHMRPC_EVENTS, 0 if nothing came after spinning or -EAGAIN without. */
+ * thinks that spinning pays. The number of briefs in the batch, which are older than any event, and
+ * above its 16 bits how many bytes their bodies have; SHMRPC_EVENTS, 0 if nothing came after
+ * spinning or -EAGAIN without. */
 int64_t shmrpc_poll(shmrpc_slot *slot, uint32_t spin_ns);
+/* When the batch was taken, before the loop does anything else: let the peers see what was sent
+ * meanwhile by shmrpc_send_request and shmrpc_send_reply. */
+void shmrpc_publish(shmrpc_poller *poller);
 /* Ask to be woken through shmrpc_poller_fd: 1, or 0 if there is something to poll instead. */
 int shmrpc_arm(shmrpc_slot *slot);
 /* End the wait of another thread's slot in shmrpc_wait_events with 0. */
@@ -331,9 +333,50 @@ int shmrpc_reply_metadata(shmrpc_slot *slot, const char *metadata, size_t metada
 int64_t shmrpc_reply_next(shmrpc_slot *slot, const char *body, size_t body_bytes);
 /* Reply to the slot's request; once. */
 int shmrpc_reply(shmrpc_slot *slot, uint32_t status, const char *body, size_t body_bytes);
+/* ---- passing on: requests of one poller as calls on another, for who stands between ---- */
+
+/* Pass the request that `worker` serves in this thread on, from where it lies, as a call on the slot's
+ * conn, which is of another poller: the same method, flags, metadata, body and buffers, and the
+ * earlier of its deadline and timeout_ns. Buffers are copied once, into the arena of the slot's conn
+ * if they were not short, unless shmrpc_attach was called before. As shmrpc_call_with; SHMRPC_GROW or
+ * SHMRPC_FULL if a buffer finds no room: nothing was sent, attach them and repeat; -ECANCELED when the
+ * request is cancelled or its caller is gone: then the peer is told. */
+int64_t shmrpc_forward(shmrpc_slot *slot, shmrpc_slot *worker, int64_t timeout_ns);
 /* Reply to the worker's request what `slot` has received after shmrpc_forward, from where it lies:
- * status, metadata and body. */
-int shmrpc_reply_from(shmrpc_slot *worker, const shmrpc_slot *slot);
+ * status, metadata, body and buffers, as above. Gives the request's buffers back before, and the
+ * reply's after that. */
+int shmrpc_reply_from(shmrpc_slot *worker, shmrpc_slot *slot);
+
+/* What one worker has counted of the calls that it has passed on by a way. */
+typedef struct shmrpc_tally {
+    uint64_t codes[17];   /* that have ended, by status */
+    uint64_t buckets[40]; /* the same, by the bit length of their nanoseconds */
+    uint64_t nanoseconds; /* all together */
+    uint64_t running;     /* that have not */
+} shmrpc_tally;
+
+/* A worker's ways: from now on its shmrpc_pass passes unary calls of this method on, by shmrpc_forward
+ * with this slot and timeout, and sends back what comes. The slot is for this alone, and stays, as
+ * the tally does, until shmrpc_ways_clear. In the worker's thread. `epoch` is shmrpc_ways_epoch from
+ * before it was looked up where the way goes. 0, -EINVAL, -ENOMEM; -ESTALE if ways of that time, or
+ * others that the worker has, are not valid any more. */
+int shmrpc_way_add(shmrpc_slot *worker, const char *name, size_t name_bytes, shmrpc_slot *slot,
+                   int64_t timeout_ns, shmrpc_tally *tally, uint64_t epoch);
+uint64_t shmrpc_ways_epoch(shmrpc_poller *poller);
+void shmrpc_ways_clear(shmrpc_slot *worker);
+/* As shmrpc_next, but it comes back only with what goes no way; not with a peer's that serves, whose
+ * calls may be called back. SHMRPC_PASSING: a call that went one ended with anything but a reply
+ * that could be sent back; see shmrpc_passing. -ESTALE: after shmrpc_ways_renew; clear. */
+int64_t shmrpc_pass(shmrpc_slot *worker);
+/* After SHMRPC_PASSING: the result of shmrpc_forward. *since_ns is when it was called. */
+int64_t shmrpc_passing(shmrpc_slot *worker, uint64_t *since_ns);
+/* Make the ways of all workers invalid: none of them passes anything on by one from now on, and
+ * each comes back from shmrpc_pass soon. */
+void shmrpc_ways_renew(shmrpc_poller *poller);
+/* How many calls are under way by ways that were made invalid. */
+uint32_t shmrpc_ways_stale(shmrpc_poller *poller);
+/* Whether the caller of the worker's request has said that it serves (SHMRPC_SERVES). */
+int shmrpc_caller_serves(shmrpc_slot *worker);
 
 /* ---- blocks: large buffers beside a message's body ----
  *

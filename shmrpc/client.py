@@ -18,7 +18,7 @@ from .futures import CallFuture
 from .handshake import Terms
 from .intercepted import Intercepted
 from .lending import MEMORY_BYTES, arena_stats
-from .link import check_options, connect_link
+from .link import check_options, check_uids, connect_link
 from .poller import Connection, Poller, Wait, check_timeout
 from .registry import Registry
 from .retries import Retries
@@ -67,6 +67,7 @@ class Client(Channel):
         max_memory_bytes: int = MEMORY_BYTES,
         backing: Backing = "auto",
         allow_uids: Iterable[int] = (),
+        trust_uids: Iterable[int] = (),
         wait: Wait = "auto",
         spin_budget: float | None = None,
         codec: Codec | None = None,
@@ -76,14 +77,15 @@ class Client(Channel):
         """Connect; see ``connect`` for the parameters."""
         check_options(max_message_bytes, backing, wait, spin_budget, max_memory_bytes)
         timeout = check_timeout(timeout)
-        uids = frozenset(allow_uids)
+        allowed, trusted = check_uids(allow_uids, trust_uids)
         self._terms = [
             Terms(
                 addresses.parse(text),
                 max_message_bytes,
                 backing=backing,
                 max_memory_bytes=max_memory_bytes,
-                allow_uids=uids,
+                allow_uids=allowed,
+                trust_uids=trusted,
             )
             for text in ([address] if fallback is None else [address, fallback])
         ]
@@ -145,16 +147,19 @@ class Client(Channel):
                 )
             except ConnectError as error:
                 failures.append(error)
-        if len(failures) == 1:
-            raise failures[0]
-        raise ConnectError("; ".join(str(error) for error in failures)) from failures[0]
+        try:
+            if len(failures) == 1:
+                raise failures[0]
+            raise ConnectError("; ".join(str(error) for error in failures)) from failures[0]
+        finally:
+            failures.clear()  # an error that its own traceback leads to waits for the collector
 
     def _adopt(self, link: Connection) -> None:
         with self._lock:
             if self._closed:
                 link.shutdown()
                 self._check_usable()
-            if len(self.registry):
+            if self._serves:
                 self._serve(link)
             self._link = link
             self._slots = link.slots
@@ -225,17 +230,29 @@ class Client(Channel):
 
         return add if function is None else add(function)
 
+    @property
+    def _serves(self) -> bool:
+        """Whether there is anything that the server may call."""
+        return len(self.registry) > 0
+
     def _serve(self, link: Connection) -> None:
         """Run the registered methods for this server (our lock is held)."""
         if link.poller.serving:
             return
         self.registry.bind(link.poller)
+        inline = self._inline_workers(link.poller)
+        link.at_end.append(inline.end)
         link.poller.serve(
             self._run_worker,
-            InlineWorkers(self, link.poller).serve,
+            inline.serve,
             workers=_WORKERS,
             max_concurrency=_MAX_CONCURRENCY,
         )
+        link.say_serves()
+
+    def _inline_workers(self, poller: Poller) -> InlineWorkers:
+        """What serves in threads that wait for something else."""
+        return InlineWorkers(self, poller)
 
     def _run_worker(self, poller: Poller) -> None:
         worker = Worker(self, poller)

@@ -21,6 +21,7 @@ from .errors import ConnectError, ConnectionLost, Error, ForkedError, ProtocolEr
 from .parcels import Parcel, parcel_of
 from .rendezvous import Credentials
 from .session import Body, Pending, Run, Session, Stream
+from .tending import tend
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -163,19 +164,27 @@ class Connection:
         self.peer_pid = agreement.peer_pid
         self.trusted = agreement.trusted
         # Whose values are checked to the last offset, in copies that only we can write to.
-        self.untrusted_values = not agreement.trusted or address.transport == "tcp"
+        self.untrusted_values = address.transport == "tcp" or not (
+            agreement.trusted or self.credentials.uid in agreement.terms.trust_uids
+        )
         self.max_request_bytes = agreement.peer_max_message_bytes
         self.max_memory_bytes = agreement.max_memory_bytes
         self.backing = agreement.terms.backing
         self.growing = threading.Lock()  # held while a segment is added to our arena
+        # See tending: one of us has memory for values. Over sockets there is none.
+        self.tended = address.transport != "shm"
+        self.always_tended = False
         self.session = Session()
         self.slots: list[Slot] = []
         self.closed = False
         self.retired = False
         self.refuses = False  # the peer takes no more calls: it is stopping
         self.caller: Any = None  # what handlers call their caller with, once one has asked
+        self.owner: Any = None  # whose it is, where a poller has connections of several
+        self.at_end: list[Callable[[], None]] = []  # to be called when it has ended
         self.reader: Any = None  # the thread that reads for futures, once one has to
         self._probe: Slot | None = None  # keeps the core's knowledge of a lost connection
+        self.watched = False  # it has been taken
         self.control_fd = agreement.socket.fileno()  # the rendezvous socket: the core's from now on
         self.conn_id = agreement.add(poller.c)
 
@@ -205,11 +214,13 @@ class Connection:
 
     def parcel(self, slot: Any, message: Any, body: bytes | memoryview) -> Parcel:
         """The message in this C slot, which has buffers. Of a peer whom we don't trust: copies."""
+        if not self.tended:
+            tend(self)
         return parcel_of(slot, message, body, untrusted=self.untrusted_values)
 
     def register(self, call_id: int, pending: Pending | Stream) -> None:
         """A call of ours is about to be sent: take frames for it."""
-        if self._probe is None:
+        if not self.watched:
             self.watch()
         self.session.calls[call_id] = pending
         if self.retired and not self.closed:
@@ -219,6 +230,7 @@ class Connection:
     def watch(self) -> None:
         """Keep what tells the outcome of calls after the connection's end."""
         self._probe = self.slot()
+        self.watched = True
 
     def outcome(self, call_id: int, position: int) -> int:
         """What became of a registered call whose connection was lost."""
@@ -251,13 +263,16 @@ class Connection:
     def end(self, error: int) -> list[Callable[[], None]]:
         """It has ended with this errno (the poller's lock is held)."""
         self.closed = True
+        slots = self.slots
         self.retire()
+        slots.clear()  # a Caller that somebody keeps has this list, and must not keep descriptors
         self.caller = None
         for call_id, call in list(self.session.calls.items()):  # others register theirs meanwhile
             if isinstance(call, Stream):
                 call.outcome = self.outcome(call_id, call.position[0])
         later = self.session.lost(error)
-        later.append(self.wake_reader)
+        later += (self.wake_reader, *self.at_end)
+        self.at_end = []
         self._probe = None
         return later
 
@@ -311,6 +326,10 @@ class Connection:
         self.send(slot, kind, call_id, body, flags=flags)
         self.slots.append(slot)
 
+    def say_serves(self) -> None:
+        """Tell the peer that we take requests: who passes calls on needs to know."""
+        self.send_now(lib.SHMRPC_SERVES, 0)
+
     def flush(self, slot: Slot, deadline: float) -> int:
         """Wait until what was sent has left this process, and read meanwhile; -errno otherwise."""
         status: int = lib.shmrpc_flush(slot.c, nanoseconds_until(deadline))
@@ -352,8 +371,8 @@ class Poller:
             raise ConnectError(msg)
         self.c = ffi.gc(c, lib.shmrpc_poller_free)
         self.codec = codec
-        self.forked = False
         self._server = server
+        self.forked = False
         self.connections: dict[int, Connection] = {}
         self._dropped = 0  # frames, by connections that have ended
         self.threads: list[threading.Thread] = []
@@ -386,6 +405,11 @@ class Poller:
             with self._lock:
                 connection = self.connections.get(conn_id)
         return connection
+
+    def add_method(self, name: bytes, index: int, *, fast: bool) -> None:
+        """Give requests for this name that number; the empty one is every other's."""
+        if lib.shmrpc_method_add(self.c, name, len(name), index, fast) < 0:
+            raise MemoryError
 
     # ---- events ----
 
@@ -516,6 +540,8 @@ class Poller:
             return body
         parcel: Parcel | None = self._unfinished
         if parcel is None:
+            if not connection.tended:
+                tend(connection)
             weight = lib.shmrpc_message_weight(message)
             parcel = self._unfinished = Parcel(body, weight, untrusted=connection.untrusted_values)
         parcel.fill(self._taker, message)
@@ -574,6 +600,14 @@ class Poller:
             waiters.remove(slot)
         connection.slots.append(slot)
         return goes_on or ready()
+
+    def look(self, connection: Connection, /) -> None:
+        """Read what has come, if it may be that nobody else does: see ``tending``."""
+        if self._server or self.serving:
+            return  # there are threads for that
+        slot = connection.slot()
+        self.wait(slot, 0)
+        connection.slots.append(slot)
 
     # ---- serving ----
 
@@ -643,6 +677,9 @@ class Poller:
         for connection in list(self.connections.values()):
             lib.shmrpc_conn_goodbye(self.c, connection.conn_id)
             connection.shutdown()
+            later, connection.at_end = connection.at_end, []  # nobody is left to see it end
+            for run in later:
+                run()
 
     def join(self) -> None:
         """Wait for the worker threads to end."""

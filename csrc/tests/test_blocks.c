@@ -44,7 +44,7 @@ static void open_limited(enum transport transport, uint64_t max_bytes)
         memset(&ends[side], 0, sizeof ends[side]);
         ends[side].poller = shmrpc_poller_new(0, 0, WAIT_AUTO, 1);
         REQUIRE(ends[side].poller != NULL);
-        shmrpc_poller_serve_events(ends[side].poller);
+        shmrpc_poller_serve_events(ends[side].poller, 0);
         ends[side].conn_id = pair_give(&pair, side, ends[side].poller);
         ends[side].slot = shmrpc_slot_new(ends[side].poller, ends[side].conn_id);
         REQUIRE(ends[side].slot != NULL);
@@ -382,7 +382,8 @@ TEST(many_returns_ring)
         while (ends[1].kept != 0)
             give_back(&ends[1], 0);
         CHECK(wait_readable(shmrpc_poller_fd(ends[0].poller), HANG_SECONDS * 1000));
-        pump(0);
+        for (int round = 0; round < 100 && stats_of(0).lent_blocks != 0; round++)
+            pump(0);
         CHECK_EQUAL(stats_of(0).lent_blocks, 0);
         close_ends();
     }
