@@ -8,7 +8,7 @@ import pytest
 from conftest import wait_until
 
 import shmrpc
-from shmrpc import lending
+from shmrpc import tending
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_a_loan_goes_back_when_the_last_reference_dies(server, connect):
 
 def test_a_loan_that_goes_back_wakes_who_waits_for_room(server, connect, monkeypatch):
     """At once: the peer, which never had it, says nothing, and what tidies up comes much later."""
-    monkeypatch.setattr(lending, "QUIET", 1000)
+    monkeypatch.setattr(tending, "QUIET", 1000)
     client = connect("lender", max_memory_bytes=4 << 20)
     for _ in range(10):
         held = client.loan(3 << 20)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from shmrpc.session import WINDOW_BYTES, WINDOW_MESSAGES, Run, Session, Stream
+from shmrpc.session import PYTHON_INDEX, WINDOW_BYTES, WINDOW_MESSAGES, Run, Session, Stream
 
 CREDIT = struct.Struct("<II")
 SIZES = st.one_of(
@@ -336,9 +336,9 @@ class Calls(RuleBasedStateMachine):
 
     @invariant()
     def ids_are_new(self):
-        first, second = self.session.new_id(65535), self.session.new_id(7)
+        first, second = self.session.next_id(), self.session.next_id()
         assert first < second
-        assert (first & 65535, second & 65535) == (65535, 7)
+        assert first & 65535 == second & 65535 == PYTHON_INDEX
 
 
 Calls.TestCase.settings = settings(deadline=None, max_examples=80, stateful_step_count=40)

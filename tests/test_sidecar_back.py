@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -168,6 +169,7 @@ def test_deadlines_and_cancelling(client):
         while not call.cancelled:
             ended.wait(0.005)
         ended.set()
+        time.sleep(0.5)  # its deadline has passed: let the callers notice first
 
     offer(client, remaining)
     assert 0 < client.call("call_back", "call", "remaining", timeout=30) <= 30
