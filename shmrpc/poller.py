@@ -164,13 +164,16 @@ class Connection:
         self.peer_pid = agreement.peer_pid
         self.trusted = agreement.trusted
         # Whose values are checked to the last offset, in copies that only we can write to.
-        self.untrusted_values = not agreement.trusted or address.transport == "tcp"
+        self.untrusted_values = address.transport == "tcp" or not (
+            agreement.trusted or self.credentials.uid in agreement.terms.trust_uids
+        )
         self.max_request_bytes = agreement.peer_max_message_bytes
         self.max_memory_bytes = agreement.max_memory_bytes
         self.backing = agreement.terms.backing
         self.growing = threading.Lock()  # held while a segment is added to our arena
         # See tending: one of us has memory for values. Over sockets there is none.
         self.tended = address.transport != "shm"
+        self.always_tended = False
         self.session = Session()
         self.slots: list[Slot] = []
         self.closed = False
@@ -260,7 +263,9 @@ class Connection:
     def end(self, error: int) -> list[Callable[[], None]]:
         """It has ended with this errno (the poller's lock is held)."""
         self.closed = True
+        slots = self.slots
         self.retire()
+        slots.clear()  # a Caller that somebody keeps has this list, and must not keep descriptors
         self.caller = None
         for call_id, call in list(self.session.calls.items()):  # others register theirs meanwhile
             if isinstance(call, Stream):
@@ -368,7 +373,6 @@ class Poller:
         self.codec = codec
         self._server = server
         self.forked = False
-        self._server = server
         self.connections: dict[int, Connection] = {}
         self._dropped = 0  # frames, by connections that have ended
         self.threads: list[threading.Thread] = []

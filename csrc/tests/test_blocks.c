@@ -322,9 +322,10 @@ TEST(ten_thousand_random_orders)
             give_back(&ends[1], (unsigned)random_below(&random, ends[1].kept));
     }
     pass(1, sent);
+    pump(0); /* where nothing was left to pass, it has not looked at what came back */
     shmrpc_arena_stats stats = stats_of(0);
     CHECK(stats.bytes <= 32 * MIB);
-    CHECK_EQUAL(stats.lent_blocks + 0, ends[1].kept); /* all others have come back */
+    CHECK_EQUAL(stats.lent_blocks, ends[1].kept); /* all others have come back */
     while (ends[1].kept != 0)
         give_back(&ends[1], 0);
     pump(0);

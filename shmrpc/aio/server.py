@@ -20,7 +20,7 @@ from shmrpc.codec import Codec, MsgpackCodec
 from shmrpc.errors import Error, ForkedError
 from shmrpc.inspection import Inspection
 from shmrpc.lending import MEMORY_BYTES, total_stats
-from shmrpc.link import check_options
+from shmrpc.link import check_options, check_uids
 from shmrpc.proxy import public_methods
 from shmrpc.registry import Registry
 
@@ -63,6 +63,7 @@ class Server:
         max_memory_bytes: int = MEMORY_BYTES,
         backing: Backing = "auto",
         allow_uids: Iterable[int] = (),
+        trust_uids: Iterable[int] = (),
         allow_remote: bool = False,
         show_tracebacks: bool | None = None,
         wait: Wait = "auto",
@@ -78,14 +79,15 @@ class Server:
         if max_concurrency < 1:
             msg = "max_concurrency must be at least 1"
             raise ValueError(msg)
-        uids = frozenset(allow_uids)
+        allowed, trusted = check_uids(allow_uids, trust_uids)
         self._terms = [
             handshake.Terms(
                 addresses.parse(text),
                 max_message_bytes,
                 backing=backing,
                 max_memory_bytes=max_memory_bytes,
-                allow_uids=uids,
+                allow_uids=allowed,
+                trust_uids=trusted,
                 allow_remote=allow_remote,
             )
             for text in address
