@@ -534,6 +534,20 @@ int shmrpc_want_blocks(shmrpc_slot *slot, uint64_t bytes)
     return 0;
 }
 
+void shmrpc_tell_blocks(shmrpc_poller *poller, uint64_t conn_id)
+{
+    if (poller_inherited(poller))
+        return;
+    poller_lock(poller);
+    struct conn *conn = poller_find(poller, conn_id);
+    if (conn != NULL && !conn->destroyed && conn->lending != NULL &&
+        load_relaxed(&conn->lending->wanted) != 0) {
+        wake_waiters(poller, conn);
+        poller_kick(poller); /* one of them may lead, and sleep */
+    }
+    poller_unlock(poller);
+}
+
 /* The lending of a conn that lives, with its lock held: a conn ends with the poller's lock held. */
 static struct lending *lock_lending(struct shmrpc_poller *poller, uint64_t conn_id)
 {

@@ -226,15 +226,19 @@ void shmrpc_lease_free(shmrpc_lease *lease, const void *data)
     lending_unref(lending);
 }
 
-void shmrpc_loan_free(shmrpc_loan *loan, const void *data)
+int shmrpc_loan_free(shmrpc_loan *loan, const void *data)
 {
     struct lending *lending = loan->lending;
+    int waited = 0;
 
     (void)data;
     if (!inherited(lending)) {
         pthread_mutex_lock(&lending->lock);
-        if (lending->conn != NULL)
+        if (lending->conn != NULL) {
             arena_drop(&lending->arena, loan->place.index, clock_coarse_ns());
+            /* Who says so after this looks for room with the lock held, and finds it. */
+            waited = load_relaxed(&lending->wanted) != 0;
+        }
         if (loan->previous != NULL)
             loan->previous->next = loan->next;
         else
@@ -248,6 +252,7 @@ void shmrpc_loan_free(shmrpc_loan *loan, const void *data)
     memory_unref(loan->memory);
     free(loan);
     lending_unref(lending);
+    return waited;
 }
 
 /* ---- our segments ---- */

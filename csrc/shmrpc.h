@@ -413,8 +413,9 @@ void shmrpc_lease_free(shmrpc_lease *lease, const void *data);
  * copy: 0, SHMRPC_GROW, SHMRPC_FULL, -ENOMEM, or -EOPNOTSUPP if there is no arena that could hold
  * it. It can be sent any number of times. */
 int shmrpc_loan_new(shmrpc_slot *slot, uint64_t bytes, shmrpc_loan **loan, uint8_t **data);
-/* As shmrpc_lease_free. The peer may have the block still. */
-void shmrpc_loan_free(shmrpc_loan *loan, const void *data);
+/* As shmrpc_lease_free. The peer may have the block still. Returns 1 if somebody in this process
+ * waits for room in the arena, who is to be told by shmrpc_tell_blocks, else 0. */
+int shmrpc_loan_free(shmrpc_loan *loan, const void *data);
 
 /* After SHMRPC_GROW: how large a segment to add for a buffer of this size; 0: none any more. */
 uint64_t shmrpc_arena_wants(shmrpc_slot *slot, uint64_t bytes);
@@ -429,6 +430,8 @@ int shmrpc_arena_add(shmrpc_slot *slot, void *memory, int peer_fd);
 int64_t shmrpc_wait_blocks(shmrpc_slot *slot, uint64_t bytes, int64_t timeout_ns);
 /* For an event loop: 0 if it may fit now, else 1, and SHMRPC_ROOM comes as an event. */
 int shmrpc_want_blocks(shmrpc_slot *slot, uint64_t bytes);
+/* Who waits for room in this conn's arena looks again. Any thread; nothing if the conn is gone. */
+void shmrpc_tell_blocks(shmrpc_poller *poller, uint64_t conn_id);
 /* Give segments back to the system of which nothing was in use for so long. Returns how many bytes
  * our arena and the peer's have left, or -EPIPE. */
 int64_t shmrpc_arena_trim(shmrpc_poller *poller, uint64_t conn_id, uint64_t quiet_ns);

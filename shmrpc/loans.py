@@ -6,6 +6,7 @@ Where a connection has no shared memory, or not so much, it is ordinary memory, 
 from __future__ import annotations
 
 import errno
+import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from ._native import ffi, lib
 from .lending import finding_room, meet_all, wants_room
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from .lending import Steps
     from .poller import Connection
 
@@ -57,12 +60,27 @@ def borrowing(connection: Connection, nbytes: int, deadline: float) -> Steps[mem
         connection.slots.append(slot)
     if status == 0:
         # Goes back when the last view of it dies, from whatever thread.
-        owner = ffi.gc(data[0], partial(lib.shmrpc_loan_free, loan[0]), nbytes)
+        owner = ffi.gc(data[0], partial(_give_back, loan[0], weakref.ref(connection)), nbytes)
         return memoryview(ffi.buffer(owner, nbytes))
     if status == -errno.ENOMEM:
         msg = f"no memory for a loan of {nbytes} bytes"
         raise MemoryError(msg)
     return memoryview(bytearray(nbytes))
+
+
+def _give_back(
+    loan: Any,
+    connection: weakref.ref[Connection],
+    data: Any,
+    # Bound, because it also runs while the interpreter ends.
+    free: Callable[[Any, Any], int] = lib.shmrpc_loan_free,
+    tell: Callable[[Any, int], None] = lib.shmrpc_tell_blocks,
+) -> None:
+    """Free a loan, and tell who waits for room: the peer says nothing of what it never had."""
+    if free(loan, data):
+        here = connection()
+        if here is not None and not here.closed:
+            tell(here.poller.c, here.conn_id)
 
 
 def making(connection: Connection, shape: Any, dtype: Any, deadline: float) -> Steps[Any]:

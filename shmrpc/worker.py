@@ -347,6 +347,7 @@ class Worker:
                 if late or stream.cancelled or not stream.may_send():
                     self._wait_for_credit(connection, stream, deadline)
                 if sources:
+                    size += sum(source.nbytes for source in sources)
                     status = self._send_beside(stream, call_id, body, sources)
                     del item  # or what it is made of is not given back
                     sources = ()

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from conftest import Process
+
 COMMAND = [sys.executable, "-m", "shmrpc.cli"]
 
 
@@ -29,7 +31,7 @@ class Place:
 
     def popen(self, *args, command=COMMAND, **options):
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-        return subprocess.Popen(
+        return Process(
             [*command, *args],
             cwd=self.modules,
             env={**self.env, **options.pop("env", {})},

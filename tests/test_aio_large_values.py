@@ -11,7 +11,7 @@ import pytest
 from conftest import TRANSPORTS, Service, address_of, short_directory
 
 import shmrpc
-from shmrpc import aio
+from shmrpc import aio, lending
 
 PROGRAM = Path(__file__).with_name("async_large_services.py")
 MIB = 1 << 20
@@ -351,7 +351,9 @@ def test_loans_are_sent_as_they_are(run, address):
     run(main)
 
 
-def test_a_loan_waits_for_room_too(run, small):
+def test_a_loan_waits_for_room_too(run, small, monkeypatch):
+    monkeypatch.setattr(lending, "QUIET", 1000)  # so that who frees it is the one who tells
+
     async def main():
         async with small(), aio.connect("small", max_memory_bytes=2 * MIB) as client:
             first = await client.empty(1_500_000, "u1")

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from conftest import short_directory
+from conftest import Process, short_directory
 
 from shmrpc.bench import contenders, limits, suite, usage
 from shmrpc.bench.changes import changes
@@ -195,7 +195,7 @@ sys.stdin.readline()
 def test_usage_counts_sleeps_and_system_calls():
     command = [sys.executable, "-c", SLEEPER]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **pipes) as process:
+    with Process(command, **pipes) as process:
         meter = usage.Meter(process.pid, system_calls=True)
         meter.begin()
         process.stdin.write("\n")

@@ -1,12 +1,14 @@
 """Memory that is sent without a copy: whose it is, when it goes back, what it may be used for."""
 
 import gc
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import numpy as np
 import pytest
 from conftest import wait_until
 
 import shmrpc
+from shmrpc import lending
 
 
 @pytest.fixture
@@ -87,6 +89,23 @@ def test_a_loan_goes_back_when_the_last_reference_dies(server, connect):
     part.release()
     del part, view
     assert client.stats()["arena_used_bytes"] == 0
+
+
+def test_a_loan_that_goes_back_wakes_who_waits_for_room(server, connect, monkeypatch):
+    """At once: the peer, which never had it, says nothing, and what tidies up comes much later."""
+    monkeypatch.setattr(lending, "QUIET", 1000)
+    client = connect("lender", max_memory_bytes=4 << 20)
+    for _ in range(10):
+        held = client.loan(3 << 20)
+        pool = ThreadPoolExecutor(2)
+        waiting = [pool.submit(client.loan, 3 << 20, timeout=40) for _ in range(2)]
+        assert client.call("echo", 5) == 5
+        assert not any(future.done() for future in waiting)
+        held.release()
+        for future in as_completed(waiting, 40):
+            future.result().release()
+        pool.shutdown()
+    wait_until(lambda: client.stats()["loans"] == 0)
 
 
 def test_a_loan_outlives_its_client(server, connect):

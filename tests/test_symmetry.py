@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import SLACK, in_threads, wait_until
+from conftest import SLACK, Process, in_threads, wait_until
 from duplex import ask, nest
 
 import shmrpc
@@ -348,7 +348,7 @@ def test_a_client_is_killed_while_the_server_waits_for_it(transport, service, co
     running = service(transport)
     observer = connect(running.address)
     place = "background" if how == "background" else "inline"
-    child = subprocess.Popen(
+    child = Process(
         [sys.executable, "-c", CLIENT, running.address, place, how], stdout=subprocess.PIPE
     )
     with child:
@@ -556,7 +556,7 @@ def cpu_seconds(pid):
 @pytest.mark.slow
 def test_a_client_with_methods_that_has_nothing_to_do_uses_no_cpu(transport, service):
     running = service(transport)
-    child = subprocess.Popen(
+    child = Process(
         [sys.executable, "-c", IDLE, running.address],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -572,4 +572,4 @@ def test_a_client_with_methods_that_has_nothing_to_do_uses_no_cpu(transport, ser
         child.stdin.close()
     assert child.returncode == 0
     print("client and server used", used)
-    assert max(used) < 0.01
+    assert max(used) < 0.05

@@ -639,6 +639,36 @@ TEST(a_forked_child_returns_nothing)
 
 /* ---- loans ---- */
 
+/* The peer never had it, and says nothing: who frees it tells who waits. */
+TEST(loans_that_go_back_make_room)
+{
+    shmrpc_slot *slot;
+    shmrpc_loan *loan;
+    uint8_t *data;
+
+    open_ends(SHM);
+    slot = ends[0].slot;
+    CHECK_EQUAL(add_segment(0, 1 * MIB), 0);
+    for (unsigned round = 0; round < 3; round++) {
+        CHECK_EQUAL(shmrpc_loan_new(slot, 600000, &loan, &data), 0);
+        CHECK_EQUAL(shmrpc_want_blocks(slot, 200 * MIB), 1);
+        do
+            pump(0);
+        while (!shmrpc_arm(slot));
+        CHECK(!wait_readable(shmrpc_poller_fd(ends[0].poller), 0));
+        CHECK_EQUAL(ends[0].rooms, round);
+        CHECK_EQUAL(shmrpc_loan_free(loan, data), 1);
+        shmrpc_tell_blocks(ends[0].poller, ends[0].conn_id);
+        CHECK(wait_readable(shmrpc_poller_fd(ends[0].poller), HANG_SECONDS * 1000));
+        pump(0);
+        CHECK_EQUAL(ends[0].rooms, round + 1);
+    }
+    CHECK_EQUAL(shmrpc_loan_new(slot, 600000, &loan, &data), 0);
+    CHECK_EQUAL(shmrpc_loan_free(loan, data), 0); /* nobody waits any more */
+    shmrpc_tell_blocks(ends[0].poller, 77);       /* nobody at all */
+    close_ends();
+}
+
 TEST(loans_travel_without_a_copy)
 {
     shmrpc_slot *slot;

@@ -610,7 +610,8 @@ class Handlers:
                 )
                 if status == _EMSGSIZE:
                     peer = call.connection.peer
-                    msg = f"an item of {len(body)} bytes is longer than {peer} accepts"
+                    size = len(body) + sum(source.nbytes for source in sources)
+                    msg = f"an item of {size} bytes is longer than {peer} accepts"
                     raise MessageTooLarge(msg)
                 if status < 0 or stream.cancelled:
                     call.cancelled_by_caller = True
