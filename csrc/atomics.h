@@ -107,6 +107,15 @@ static inline void full_fence(void)
     atomic_thread_fence(memory_order_seq_cst);
 }
 
+/* Streaming stores (copy.c) are in no order with others, unlike all else that x86 stores: after this
+ * they come before every later store, so that publishing an index with release covers them, too. */
+static inline void streamed_fence(void)
+{
+#if defined(__SSE2__)
+    __builtin_ia32_sfence();
+#endif
+}
+
 /* Tells the CPU that this is a spin loop; never a memory barrier. */
 static inline void cpu_pause(void)
 {

@@ -13,6 +13,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "copy.h"
+
 struct attached {
     struct block_entry *entries;
     const void **data; /* of those that go with the body */
@@ -144,7 +146,7 @@ static int make_block(struct lending *lending, const uint8_t *data, uint64_t byt
     if (status < 0)
         return status;
     if (loan == NULL)
-        memcpy(place.data, data, bytes);
+        copy_out(place.data, data, bytes);
     *entry = (struct block_entry){.offset = place.offset + inside,
                                   .bytes = bytes,
                                   .segment = place.number,
