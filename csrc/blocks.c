@@ -178,6 +178,20 @@ int shmrpc_attach(shmrpc_slot *slot, const void *data, uint64_t bytes)
     return status;
 }
 
+int shmrpc_attach_now(shmrpc_slot *slot, const void *data, uint64_t bytes)
+{
+    const struct lending *lending = lending_of(slot);
+    bool blocks = lending != NULL && bytes >= BLOCK_BYTES_MIN && lending_allows(lending, bytes);
+    int status = blocks ? shmrpc_attach(slot, data, bytes) : SHMRPC_FULL;
+
+    if (status < 0) {
+        shmrpc_detach(slot);
+        return status;
+    }
+    int number = (int)slot->attached->count - 1;
+    return status == 2 ? number | SHMRPC_LOANED : number;
+}
+
 /* ---- sending ---- */
 
 /* The share of a block in what a stream may have under way: a window of 256 KiB is 8 MiB of them. */

@@ -78,7 +78,8 @@ enum shmrpc_outcome {
     SHMRPC_NOT_STARTED = 2 /* the peer's own segment shows, or it said, that it never started it */
 };
 
-enum { SHMRPC_METHOD_MAX = 255, SHMRPC_PYTHON_INDEX = 65535, SHMRPC_RUNNING_MAX = 4096 };
+enum { SHMRPC_METHOD_MAX = 255, SHMRPC_PYTHON_INDEX = 65535, SHMRPC_RUNNING_MAX = 4096,
+       SHMRPC_LOANED = 1 << 30 };
 
 typedef struct shmrpc_poller shmrpc_poller;
 typedef struct shmrpc_slot shmrpc_slot;
@@ -347,6 +348,10 @@ int shmrpc_reply_from(shmrpc_slot *worker, const shmrpc_slot *slot);
 int shmrpc_attach(shmrpc_slot *slot, const void *data, uint64_t bytes);
 /* The same, but it goes with the body: 1, -ENOMEM, -EMSGSIZE. */
 int shmrpc_attach_inline(shmrpc_slot *slot, const void *data, uint64_t bytes);
+/* As shmrpc_attach, for a buffer that is going into a block at once or not at all: its number among
+ * those attached, with SHMRPC_LOANED if it lies in a loan. Below 0 if that can't be done without
+ * waiting or growing, and then none is attached any more. */
+int shmrpc_attach_now(shmrpc_slot *slot, const void *data, uint64_t bytes);
 /* There will be no such message. */
 void shmrpc_detach(shmrpc_slot *slot);
 /* What the attached buffers add to an item's size where streams count bytes: all of what goes with

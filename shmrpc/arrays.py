@@ -19,10 +19,11 @@ from .buffers import Source, Unwritten
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["freeze", "is_number", "make_array", "memory_of", "plan", "split"]
+__all__ = ["freeze", "has_plain_memory", "is_number", "make_array", "memory_of", "plan", "split"]
 
 _U1 = np.dtype(np.uint8)
 _KINDS = frozenset("biufcmMSUV")  # neither objects nor numpy's variable-length strings
+_NUMBERS = frozenset("biufc")
 _PLAIN = re.compile(r"[<>|](?:[biufcSUV][0-9]{1,9}|[mM]8(?:\[[0-9]{0,9}[a-zA-Z]{1,2}\])?)")
 _DEPTH_MAX = 16  # of dtypes in dtypes
 _ITEM_MAX = 2**31 - 1  # numpy's own limit
@@ -160,6 +161,11 @@ def split(value: Any) -> tuple[bytes, Any, bool]:
     return described, value, fortran
 
 
+def has_plain_memory(array: Any) -> bool:
+    """Whether it has the buffer protocol as it is, in one piece."""
+    return array.dtype.kind in _NUMBERS and array.flags.c_contiguous  # type: ignore[no-any-return]
+
+
 def memory_of(array: Any) -> Source:
     """Where its items are. Those in neither C's nor Fortran's order are copied when written."""
     if not array.flags.forc:
@@ -240,9 +246,9 @@ def plan(shape: Any, dtype: Any) -> tuple[int, Callable[[memoryview], Any]]:
     return model.nbytes, make
 
 
-def freeze(source: memoryview) -> None:
+def freeze(source: Any) -> None:
     """Make the array that ``plan`` made, and this is a view of, read-only: it is being sent."""
-    owner: Any = source.obj
+    owner: Any = source if isinstance(source, np.ndarray) else source.obj
     while isinstance(owner, np.ndarray):
         known = _lent.get(id(owner))
         if known is not None and owner is known():

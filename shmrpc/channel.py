@@ -154,8 +154,8 @@ class Channel(ABC):
         except (KeyError, TypeError):
             name = self._name(method)
         try:
-            body = slot.pack(args)
-        except NotPlain:  # it holds what travels beside the body
+            body = slot.pack_beside(args)
+        except NotPlain:  # it holds what can't go into blocks at once
             return self._call_beside(slot, method, args)
         except PACKING_ERRORS as error:
             raise self._unpackable(slot, method, args, kwargs, error) from error
@@ -187,6 +187,7 @@ class Channel(ABC):
         return result
 
     def _call_beside(self, slot: Slot, method: str, args: tuple[Any, ...]) -> Any:
+        lib.shmrpc_detach(slot.c)
         slot.connection.slots.append(slot)
         return self._call_with(method, args, {}, None, None, large=True)
 
@@ -242,7 +243,7 @@ class Channel(ABC):
             if large:
                 body, sources = encode(values)
             else:
-                body, sources = pack_split(self._codec, slot.pack, values)
+                body, sources = pack_split(self._codec, slot.pack_beside, values)
         except PACKING_ERRORS as error:
             raise self._unpackable(slot, method, args, kwargs, error) from error
         if not sources:
@@ -264,7 +265,8 @@ class Channel(ABC):
         kwargs: dict[str, Any],
         error: Exception,
     ) -> Exception:
-        slot.pack = self._codec.encoder()  # the old one may hold half a message
+        lib.shmrpc_detach(slot.c)
+        slot.new_packers()  # the old ones may hold half a message
         slot.connection.slots.append(slot)
         return explain_arguments(self._codec, method, args, kwargs, error)
 

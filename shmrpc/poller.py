@@ -16,6 +16,7 @@ import weakref
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from ._native import ffi, lib
+from .attaching import slot_packer
 from .codec import MsgpackCodec
 from .errors import ConnectError, ConnectionLost, Error, ForkedError, ProtocolError
 from .parcels import Parcel, parcel_of
@@ -89,7 +90,7 @@ class Freed(Protocol):
 class Slot:
     """What one thread uses for one call at a time: a C slot, its view and a packer."""
 
-    __slots__ = ("__weakref__", "c", "connection", "message", "pack", "view")
+    __slots__ = ("__weakref__", "c", "connection", "message", "pack", "pack_beside", "view")
 
     def __init__(self, connection: Connection) -> None:
         slot = lib.shmrpc_slot_new(connection.poller.c, connection.conn_id)
@@ -106,7 +107,13 @@ class Slot:
         self.message = lib.shmrpc_slot_message(slot)
         size = lib.shmrpc_slot_view_bytes(slot)
         self.view = memoryview(ffi.buffer(lib.shmrpc_slot_view(slot), size))
-        self.pack: Callable[[Any], bytes] = connection.codec.encoder()
+        self.new_packers()
+
+    def new_packers(self) -> None:
+        """Forget what they were packing when they failed."""
+        codec = self.connection.codec
+        self.pack: Callable[[Any], bytes] = codec.encoder()
+        self.pack_beside = slot_packer(codec, self.c)  # for a message that this slot sends next
 
     def body(self) -> memoryview:
         """The body of the message just received, wherever it lies."""

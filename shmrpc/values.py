@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "EXT_CODE",
     "LARGE",
+    "Encoder",
     "NotPlain",
     "decode",
     "encode",
@@ -118,17 +119,22 @@ def encode(value: Any) -> tuple[bytes, list[Source]]:
     ``Unwritten``; none is empty, and none is copied here. Objects that occur twice travel twice.
     Raises TypeError, ValueError, OverflowError or RecursionError for what can't be sent.
     """
-    buffers: list[Source] = []
-    encoder = _Encoder(buffers)
+    encoder = _Collector()
     body: bytes = msgpack.Packer(default=encoder.default).pack(encoder.lift(value, 0))
-    return body, buffers
+    return body, encoder.buffers
 
 
-class _Encoder:
-    """The buffers of one message, as they are found."""
+class Encoder:
+    """What makes ExtTypes of values, for messages without buffers."""
 
-    def __init__(self, buffers: list[Source] | None) -> None:
-        self._buffers = buffers  # None: there may not be any
+    def beside(self, _source: Any, size: int) -> int:
+        """The number of a buffer that is to travel beside the body."""
+        msg = f"{size} bytes don't travel in the body of a message"
+        raise NotPlain(msg)
+
+    def memory_of(self, array: Any) -> Any:
+        """A numpy array as ``beside`` wants it."""
+        return _arrays().memory_of(array)
 
     def lift(self, value: Any, depth: int) -> Any:
         """The same value, with ExtTypes for long bytes: msgpack packs those without asking."""
@@ -177,16 +183,14 @@ class _Encoder:
         return self._memory(view)
 
     def _array(self, kind: int, value: Any) -> Any:
-        if self._buffers is None and value.nbytes >= LARGE:
-            raise NotPlain  # at once: the next attempt has room for it
-        arrays = _arrays()
-        described, array, fortran = arrays.split(value)
-        if array.nbytes >= LARGE:
-            return self._extension(kind, described, array.nbytes, arrays.memory_of(array))
-        data = array.tobytes("F" if fortran else "C")
-        return _new(
-            msgpack.ExtType, (EXT_CODE, _HEADER.pack(kind, len(described)) + described + data)
-        )
+        described, array, fortran = _arrays().split(value)
+        size = array.nbytes
+        if size >= LARGE:
+            number = self.beside(self.memory_of(array), size)
+            data = _head(kind | _BESIDE, described) + _NUMBER.pack(number)
+        else:
+            data = _head(kind, described) + array.tobytes("F" if fortran else "C")
+        return _new(msgpack.ExtType, (EXT_CODE, data))
 
     def _scalar(self, value: Any) -> Any:
         # As a float64, which is a float: numbers arrive as Python's.
@@ -212,12 +216,8 @@ class _Encoder:
 
     def _extension(self, kind: int, described: bytes, size: int, source: Source) -> Any:
         if size >= LARGE:
-            if self._buffers is None:
-                msg = f"{size} bytes don't travel in the body of a message"
-                raise NotPlain(msg)
             kind |= _BESIDE
-            data = _NUMBER.pack(len(self._buffers))
-            self._buffers.append(source)
+            data = _NUMBER.pack(self.beside(source, size))
         elif isinstance(source, Unwritten):
             room = bytearray(size)
             source.write(memoryview(room))
@@ -229,7 +229,24 @@ class _Encoder:
         )
 
 
-_PLAIN = _Encoder(None)
+class _Collector(Encoder):
+    """The buffers of one message, as they are found."""
+
+    def __init__(self) -> None:
+        self.buffers: list[Source] = []
+
+    def beside(self, source: Source, _size: int) -> int:
+        self.buffers.append(source)
+        return len(self.buffers) - 1
+
+
+_PLAIN = Encoder()
+
+
+@functools.lru_cache(maxsize=512)
+def _head(kind: int, described: bytes) -> bytes:
+    """What an extension begins with: the next array is often as the last."""
+    return _HEADER.pack(kind, len(described)) + described
 
 
 def _check_depth(depth: int) -> None:

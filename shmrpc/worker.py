@@ -17,6 +17,7 @@ from msgpack import unpackb
 
 from . import loans
 from ._native import ffi, lib
+from .attaching import slot_packer
 from .calls import Requests
 from .codec import Codec, MsgpackCodec, pack_split
 from .context import CallContext, enter_worker, leave_worker
@@ -78,9 +79,14 @@ class Worker:
         self.c = self._slot = ffi.gc(slot, lib.shmrpc_slot_free)
         poller.slots.add(self)
         self._message = lib.shmrpc_slot_message(self._slot)
-        self._pack = host.codec.encoder()
+        self._new_packers()
         size = lib.shmrpc_slot_view_bytes(self._slot)
         self._view = memoryview(ffi.buffer(lib.shmrpc_slot_view(self._slot), size))
+
+    def _new_packers(self) -> None:
+        codec = self._host.codec
+        self._pack = codec.encoder()
+        self._pack_beside = slot_packer(codec, self._slot)  # for what this slot sends next
 
     def run(self) -> None:
         """Serve until the poller stops."""
@@ -99,7 +105,7 @@ class Worker:
         self.__dict__.clear()
 
     def _serve(self) -> None:
-        slot, message, view, pack = self._slot, self._message, self._view, self._pack
+        slot, message, view, pack = self._slot, self._message, self._view, self._pack_beside
         functions, decode = self._host.registry.functions, self._host.codec.decode
         plain = type(self._host.codec) is MsgpackCodec
         status = _next(slot)
@@ -121,7 +127,7 @@ class Worker:
                     else:
                         self._fail(error, args, result)
                     args = result = None  # or what they are made of is not given back
-                    pack = self._pack
+                    pack = self._pack_beside
                     status = _next(slot)
                     continue
                 size = len(body)
@@ -134,7 +140,7 @@ class Worker:
             if status == lib.SHMRPC_STOPPED:
                 return
             self._special(status)
-            pack = self._pack
+            pack = self._pack_beside
             status = _next(slot)
 
     def serve_queued(self, done: Callable[[Worker], None]) -> None:
@@ -208,7 +214,7 @@ class Worker:
             else:
                 result = function(*args)
             if message.kind != lib.SHMRPC_NOTIFY:
-                packed, sources = pack_split(self._host.codec, self._pack, result)
+                packed, sources = pack_split(self._host.codec, self._pack_beside, result)
                 alive = self._attach(sources, "the result")
                 # Views of the caller's blocks go back before the reply, not after it: then its
                 # next call finds them free, and still in the caches.
@@ -314,7 +320,7 @@ class Worker:
                 self._reply(b"")
             else:
                 result = outcome
-                packed, sources = pack_split(self._host.codec, self._pack, result)
+                packed, sources = pack_split(self._host.codec, self._pack_beside, result)
                 alive = self._attach(sources, "the result")
                 self._reply(packed)
                 del alive
@@ -409,7 +415,7 @@ class Worker:
     def _fail(self, error: BaseException, args: Any, result: Any) -> None:
         """Reply with what the handler raised, or what kept it from running or replying."""
         message = self._message
-        self._pack = self._host.codec.encoder()  # the old one may hold half a message
+        self._new_packers()  # the old ones may hold half a message
         if self._interruptible and not isinstance(error, Exception):
             self._interruption = error
         if message.kind == lib.SHMRPC_NOTIFY:

@@ -20,7 +20,7 @@ LAYERS = [
     ["errors", "logs", "buffers"],
     ["arrays", "tables"],
     ["values"],
-    ["address", "codec", "metadata", "parcels", "scheduler", "session"],
+    ["address", "attaching", "codec", "metadata", "parcels", "scheduler", "session"],
     ["segments", "sharing", "handover", "rendezvous", "interceptors"],
     ["otel", "prometheus", "retries"],
     ["handshake"],
