@@ -58,6 +58,11 @@ static inline void count_add(atomic_u64 *word, uint64_t value)
         atomic_fetch_add_explicit(word, value, memory_order_relaxed);
 }
 
+static inline uint64_t exchange(atomic_u64 *word, uint64_t value)
+{
+    return atomic_exchange_explicit(word, value, memory_order_relaxed);
+}
+
 static inline void count_subtract(atomic_u64 *word, uint64_t value)
 {
     atomic_fetch_sub_explicit(word, value, memory_order_relaxed);

@@ -285,6 +285,7 @@ int blocks_send(struct shmrpc_slot *slot, struct outgoing *message, int body, at
         shmrpc_detach(slot);
         return status;
     }
+    count_add(&slot->poller->beside, attached->block_bytes);
     slot->attaches = false;
     attached->count = 0;
     attached->inline_bytes = attached->block_bytes = 0;

@@ -631,6 +631,7 @@ static int take_entries(struct conn *conn, uint64_t offset, uint64_t room, uint6
             if (entry.bytes > allowed)
                 return -EPROTO;
             allowed -= entry.bytes;
+            received->block_bytes += entry.bytes;
             status = take_block(conn, &entry, block);
         }
         if (status < 0)

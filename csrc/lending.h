@@ -88,7 +88,7 @@ struct shmrpc_loan {
 struct received_blocks {
     shmrpc_block *blocks; /* malloc */
     uint32_t count, table_bytes;
-    uint64_t inline_bytes;
+    uint64_t inline_bytes, block_bytes;
 };
 
 /* Null if there is no memory. */
