@@ -47,7 +47,7 @@ class Parcel:
             size = block.bytes
             if not block.lease:  # it lies in memory that the slot uses again
                 view = memoryview(bytes(ffi.buffer(block.data, size)))
-            elif self._untrusted:  # or what was checked could change before it is used
+            elif self._untrusted or block.loaned:  # or it could change before, or after, it is used
                 view = memoryview(bytes(ffi.buffer(block.data, size)))
                 _free(_take(slot, index), ffi.NULL)
             else:
