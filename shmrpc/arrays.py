@@ -19,7 +19,18 @@ from .buffers import Source, Unwritten
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["freeze", "has_plain_memory", "is_number", "make_array", "memory_of", "plan", "split"]
+__all__ = [
+    "Known",
+    "freeze",
+    "has_plain_memory",
+    "is_number",
+    "make_array",
+    "memory_of",
+    "parse",
+    "plan",
+    "split",
+    "view",
+]
 
 _U1 = np.dtype(np.uint8)
 _KINDS = frozenset("biufcmMSUV")  # neither objects nor numpy's variable-length strings
@@ -33,8 +44,8 @@ _EMPTY_ITEMS_MAX = 1 << 24  # items without bytes: the message's length does not
 _KNOWN_MAX = 512
 _KNOWN_BYTES_MAX = 256
 _described: dict[tuple[Any, tuple[int, ...], bool], bytes] = {}
-_Known: TypeAlias = tuple[Any, tuple[int, ...], Literal["C", "F"], int]
-_parsed: dict[bytes, _Known] = {}
+Known: TypeAlias = tuple[Any, tuple[int, ...], Literal["C", "F"], int]
+_parsed: dict[bytes, Known] = {}
 
 
 # ---- dtypes ----
@@ -181,9 +192,16 @@ def _write(array: Any, target: memoryview) -> None:
 
 def make_array(described: bytes, memory: memoryview | bytes) -> Any:
     """A read-only array over this memory, which it keeps; ValueError if it does not fit."""
-    known = _parsed.get(described)
-    if known is None:
-        known = _parse_array(described)
+    return view(parse(described), memory)
+
+
+def parse(described: bytes) -> Known:
+    """What was described, for ``view``; ValueError if no array was."""
+    return _parsed.get(described) or _parse_array(described)
+
+
+def view(known: Known, memory: memoryview | bytes) -> Any:
+    """As ``make_array``."""
     dtype, shape, order, nbytes = known
     if nbytes != len(memory):
         msg = f"a numpy array of shape {shape} and dtype {dtype} can't lie in {len(memory)} bytes"
@@ -196,7 +214,7 @@ def make_array(described: bytes, memory: memoryview | bytes) -> Any:
     return array if len(shape) == 1 else array.reshape(shape, order=order)
 
 
-def _parse_array(described: bytes) -> _Known:
+def _parse_array(described: bytes) -> Known:
     parts = msgpack.unpackb(described, strict_map_key=False)
     if type(parts) is not list or len(parts) != 3:
         msg = "a numpy array is described wrongly"
@@ -213,7 +231,7 @@ def _parse_array(described: bytes) -> _Known:
     ):
         msg = f"the shape of a numpy array is too big: {shape}"
         raise ValueError(msg)
-    known: _Known = (dtype, tuple(shape), "F" if fortran else "C", count * dtype.itemsize)
+    known: Known = (dtype, tuple(shape), "F" if fortran else "C", count * dtype.itemsize)
     if len(_parsed) >= _KNOWN_MAX:
         _parsed.clear()
     if len(described) <= _KNOWN_BYTES_MAX:

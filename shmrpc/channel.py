@@ -290,22 +290,22 @@ class Channel(ABC):
         connection = slot.connection
         if status < 0 and status != _MESSAGE:
             raise self._failure(slot, method, status)
-        body: memoryview | bytes
-        if status >= 0:
-            body = slot.view[:status]
-        else:
-            body = slot.body()
+        message = slot.message
+        if status < 0:
             if reply_metadata is not None:
                 reply_metadata.append(slot.metadata())
-            if slot.message.status != 0:
-                failure = self._remote_error(connection, method, slot.message.status, bytes(body))
+            if message.status != 0:
+                body = bytes(slot.body())
+                failure = self._remote_error(connection, method, message.status, body)
                 connection.slots.append(slot)
                 raise failure
         try:
-            if slot.message.flags & _BLOCKS:
-                result = connection.decode(connection.parcel(slot.c, slot.message, body))
+            if status >= 0:
+                result = self._decode(slot.view[:status])
+            elif message.flags & _BLOCKS:
+                result = connection.value(slot.c, message)
             else:
-                result = self._decode(body)
+                result = self._decode(slot.body())
         except (ValueError, TypeError) as error:
             raise self._undecodable(slot, method, error) from error
         connection.slots.append(slot)

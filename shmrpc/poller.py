@@ -19,7 +19,7 @@ from ._native import ffi, lib
 from .attaching import slot_packer
 from .codec import MsgpackCodec
 from .errors import ConnectError, ConnectionLost, Error, ForkedError, ProtocolError
-from .parcels import Parcel, parcel_of
+from .parcels import Parcel, value_of
 from .rendezvous import Credentials
 from .session import Body, Pending, Run, Session, Stream
 
@@ -190,13 +190,18 @@ class Connection:
         if type(body) is not Parcel:
             return self.codec.decode(body)  # type: ignore[arg-type]
         if not isinstance(self.codec, MsgpackCodec):
-            msg = f"it has buffers, which are not for {type(self.codec).__qualname__}"
-            raise ValueError(msg)  # noqa: TRY004 - as for any body that is no value
+            raise self._buffers_refused()
         return body.decode()
 
-    def parcel(self, slot: Any, message: Any, body: bytes | memoryview) -> Parcel:
-        """The message in this C slot, which has buffers. Of a peer whom we don't trust: copies."""
-        return parcel_of(slot, message, body, untrusted=self.untrusted_values)
+    def value(self, slot: Any, message: Any) -> Any:
+        """The value of the message in this C slot, which has buffers; ValueError if it is none."""
+        if not self.plain:
+            raise self._buffers_refused()
+        return value_of(slot, message, untrusted=self.untrusted_values)
+
+    def _buffers_refused(self) -> ValueError:
+        name = type(self.codec).__qualname__
+        return ValueError(f"it has buffers, which are not for {name}")
 
     def register(self, call_id: int, pending: Pending | Stream) -> None:
         """A call of ours is about to be sent: take frames for it."""

@@ -310,6 +310,13 @@ class _Decoder:
 
     def value(self, code: int, data: bytes) -> Any:
         """The value that an extension of the body stands for."""
+        if code == EXT_CODE and len(data) <= _HEAD_MAX:
+            known = _array_heads.get(data[:-4])  # _NUMBER.size written out
+            if known is not None:
+                return _arrays().view(known, self._take(data[-4:]))
+        return self._value(code, data)
+
+    def _value(self, code: int, data: bytes) -> Any:
         if code != EXT_CODE:
             return msgpack.ExtType(code, data)
         if len(data) < _HEADER.size:
@@ -322,6 +329,10 @@ class _Decoder:
         memory: memoryview | bytes = data[start:]
         if kind & _BESIDE:
             memory = self._take(data[start:])
+            if kind == _ARRAY | _BESIDE:
+                array = _array(_ARRAY, described, memory)
+                _remember(data[:start], described)
+                return array
             kind &= ~_BESIDE
         if kind in {_ARRAY, _SCALAR}:
             return _array(kind, described, memory)
@@ -340,11 +351,12 @@ class _Decoder:
         if len(packed) != _NUMBER.size:
             raise ValueError(_DAMAGED)
         number: int = _NUMBER.unpack(packed)[0]
-        buffer = self._buffers[number] if number < len(self._buffers) else None
+        buffers = self._buffers
+        buffer = buffers[number] if number < len(buffers) else None
         if buffer is None:
             msg = f"a value has buffer {number}, which the message has not, or no more"
             raise ValueError(msg)
-        self._buffers[number] = None
+        buffers[number] = None
         self.left -= 1
         return buffer.toreadonly()
 
@@ -355,6 +367,20 @@ class _Decoder:
             raise _missing("an Arrow value", "pyarrow", "arrow", error) from error
         which, heads = _unpack_list(described, 2)
         return tables.make(which, heads, memory, untrusted=self._untrusted)
+
+
+# How arrays beside the body begin, without the buffer's number, and what they are: the next one is
+# often as the last.
+_HEADS_MAX = 512
+_HEAD_MAX = 128
+_array_heads: dict[bytes, Any] = {}
+
+
+def _remember(head: bytes, described: bytes) -> None:
+    if len(_array_heads) >= _HEADS_MAX:
+        _array_heads.clear()
+    if len(head) + _NUMBER.size <= _HEAD_MAX:
+        _array_heads[head] = _arrays().parse(described)
 
 
 unpack_extension = _Decoder((), untrusted=True).value

@@ -233,7 +233,7 @@ class Worker:
         if connection is None:
             msg = f"the caller of {self._method_name()!r} is gone"
             raise Cancelled(msg)
-        return connection.decode(connection.parcel(self._slot, message, body))
+        return connection.value(self._slot, message)
 
     def _attach(self, sources: Sequence[Source], what: str) -> Any:
         """Have the next message carry these buffers; what has to live until it was sent."""
