@@ -24,7 +24,6 @@ __all__ = [
     "freeze",
     "has_plain_memory",
     "is_number",
-    "make_array",
     "memory_of",
     "parse",
     "plan",
@@ -190,18 +189,13 @@ def _write(array: Any, target: memoryview) -> None:
     np.copyto(np.ndarray(array.shape, array.dtype, target), array)
 
 
-def make_array(described: bytes, memory: memoryview | bytes) -> Any:
-    """A read-only array over this memory, which it keeps; ValueError if it does not fit."""
-    return view(parse(described), memory)
-
-
 def parse(described: bytes) -> Known:
     """What was described, for ``view``; ValueError if no array was."""
     return _parsed.get(described) or _parse_array(described)
 
 
 def view(known: Known, memory: memoryview | bytes) -> Any:
-    """As ``make_array``."""
+    """A read-only array over this memory, which it keeps; ValueError if it does not fit."""
     dtype, shape, order, nbytes = known
     if nbytes != len(memory):
         msg = f"a numpy array of shape {shape} and dtype {dtype} can't lie in {len(memory)} bytes"

@@ -310,15 +310,17 @@ class _Decoder:
 
     def value(self, code: int, data: bytes) -> Any:
         """The value that an extension of the body stands for."""
-        if code == EXT_CODE and len(data) <= _HEAD_MAX:
-            known = _array_heads.get(data[:-4])  # _NUMBER.size written out
-            if known is not None:
-                return _arrays().view(known, self._take(data[-4:]))
-        return self._value(code, data)
-
-    def _value(self, code: int, data: bytes) -> Any:
         if code != EXT_CODE:
             return msgpack.ExtType(code, data)
+        start = 5 + data[1] if len(data) > 5 else 0  # of _HEADER, if it describes in a few bytes
+        view = _views.get(data[:start])
+        if view is None:
+            return self._value(data)
+        if data[0] & _BESIDE:
+            return view(self._take(data[start:]))
+        return view(data[start:])
+
+    def _value(self, data: bytes) -> Any:
         if len(data) < _HEADER.size:
             raise ValueError(_DAMAGED)
         kind, size = _HEADER.unpack_from(data)
@@ -329,13 +331,11 @@ class _Decoder:
         memory: memoryview | bytes = data[start:]
         if kind & _BESIDE:
             memory = self._take(data[start:])
-            if kind == _ARRAY | _BESIDE:
-                array = _array(_ARRAY, described, memory)
-                _remember(data[:start], described)
-                return array
             kind &= ~_BESIDE
-        if kind in {_ARRAY, _SCALAR}:
-            return _array(kind, described, memory)
+        if kind == _ARRAY:
+            return _array(data[:start], described, memory)
+        if kind == _SCALAR:
+            return _scalar(described, memory)
         if kind == _ARROW:
             return self._arrow(described, memory)
         if kind == _VIEW and described:
@@ -369,19 +369,11 @@ class _Decoder:
         return tables.make(which, heads, memory, untrusted=self._untrusted)
 
 
-# How arrays beside the body begin, without the buffer's number, and what they are: the next one is
-# often as the last.
-_HEADS_MAX = 512
-_HEAD_MAX = 128
-_array_heads: dict[bytes, Any] = {}
-
-
-def _remember(head: bytes, described: bytes) -> None:
-    if len(_array_heads) >= _HEADS_MAX:
-        _array_heads.clear()
-    if len(head) + _NUMBER.size <= _HEAD_MAX:
-        _array_heads[head] = _arrays().parse(described)
-
+# How arrays begin, header and description, and what makes them of the rest: the next one is often
+# as the last.
+_VIEWS_MAX = 512
+_HEAD_MAX = _HEADER.size + 255
+_views: dict[bytes, Callable[[memoryview | bytes], Any]] = {}
 
 unpack_extension = _Decoder((), untrusted=True).value
 """The ``ext_hook`` for messages without buffers, for who writes ``unpack`` out."""
@@ -413,14 +405,25 @@ def _view(memory: memoryview | bytes, code: Any, shape: Any) -> Any:
         raise ValueError(f"a memoryview is described wrongly: {error}") from error
 
 
-def _array(kind: int, described: bytes, memory: memoryview | bytes) -> Any:
+def _array(head: bytes, described: bytes, memory: memoryview | bytes) -> Any:
+    view = _described(described)
+    if len(_views) >= _VIEWS_MAX:
+        _views.clear()
+    if len(head) <= _HEAD_MAX:
+        _views[head] = view
+    return view(memory)
+
+
+def _described(described: bytes) -> Callable[[memoryview | bytes], Any]:
     try:
         arrays = _arrays()
     except ImportError as error:
         raise _missing("a numpy array", "numpy", "numpy", error) from error
-    array = arrays.make_array(described, memory)
-    if kind == _ARRAY:
-        return array
+    return functools.partial(arrays.view, arrays.parse(described))
+
+
+def _scalar(described: bytes, memory: memoryview | bytes) -> Any:
+    array = _described(described)(memory)
     if array.ndim or array.nbytes >= LARGE:
         raise ValueError(_DAMAGED)
     return array[()]

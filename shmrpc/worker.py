@@ -45,6 +45,9 @@ _log = logging.getLogger("shmrpc.server")
 _EMSGSIZE = -errno.EMSGSIZE
 _FAILED_WAIT_PAUSE = 0.05
 
+_MESSAGE, _REQUEST = lib.SHMRPC_MESSAGE, lib.SHMRPC_REQUEST
+_BLOCKS = lib.SHMRPC_FLAG_BLOCKS
+
 _next = lib.shmrpc_next
 _reply_next = lib.shmrpc_reply_next
 
@@ -180,8 +183,11 @@ class Worker:
 
     def _special(self, status: int) -> None:
         """Whatever is not a plain request."""
-        if status == lib.SHMRPC_MESSAGE:
-            self._run_message()
+        if status == _MESSAGE:
+            if self._message.flags == _BLOCKS:
+                self._run_beside()
+            else:
+                self._run_message()
         elif status == _EMSGSIZE:
             self._refuse_result()
         else:
@@ -224,6 +230,33 @@ class Worker:
                 del alive
         except BaseException as error:
             self._fail(error, args, result)
+
+    def _run_beside(self) -> None:
+        """A request whose arguments have buffers, and nothing else that is special."""
+        message, registry = self._message, self._host.registry
+        connection = self._poller.connection(message.conn_id)
+        index = message.method
+        if message.kind != _REQUEST or registry.methods[index].streams or connection is None:
+            self._run_message()
+            return
+        args = result = _NOT_YET
+        try:
+            args = connection.value(self._slot, message)
+            result = registry.functions[index](*args)
+            body = self._pack_beside(result)
+            if len(body) >= _LARGE and may_hold_large(body):
+                raise NotPlain
+        except BaseException as error:
+            if result is not _NOT_YET and type(error) is NotPlain:
+                args = ()
+                self._reply_beside(result)
+            else:
+                self._fail(error, args, result)
+            return
+        # Views of the caller's blocks go back before the reply, not after it: then its next call
+        # finds them free, and still in the caches.
+        args = result = ()
+        self._reply(body)
 
     def _arguments(self, body: memoryview) -> Any:
         message = self._message
