@@ -165,13 +165,25 @@ static bool is_free(const struct arena *arena, uint32_t index)
 
 /* ---- segments ---- */
 
-int arena_add(struct arena *arena, uint8_t *base, uint64_t bytes, uint32_t number, uint64_t now_ns)
+static uint32_t find_place(const struct arena *arena)
 {
-    uint32_t count = to_granules(bytes);
     uint32_t place = 0;
 
     while (place < ARENA_SEGMENTS_MAX && arena->segments[place].base != NULL)
         place++;
+    return place;
+}
+
+bool arena_has_place(const struct arena *arena)
+{
+    return find_place(arena) != ARENA_SEGMENTS_MAX;
+}
+
+int arena_add(struct arena *arena, uint8_t *base, uint64_t bytes, uint32_t number, uint64_t now_ns)
+{
+    uint32_t count = to_granules(bytes);
+    uint32_t place = find_place(arena);
+
     if (place == ARENA_SEGMENTS_MAX || count == UINT32_MAX || bytes % ARENA_GRANULE != 0)
         return -ENOSPC;
     if (reserve(arena, 1) < 0)
@@ -348,7 +360,7 @@ void arena_lend(struct arena *arena, uint32_t index, uint64_t now_ns)
     arena->lent_blocks++;
 }
 
-void arena_unlend(struct arena *arena, uint32_t index)
+static void unlend(struct arena *arena, uint32_t index)
 {
     struct arena_extent *extent = at(arena, index);
 
@@ -371,7 +383,7 @@ int arena_return(struct arena *arena, uint32_t index, uint32_t generation, uint6
 {
     if (!has_block(arena, index, generation))
         return -EPROTO;
-    arena_unlend(arena, index);
+    unlend(arena, index);
     arena_drop(arena, index, now_ns);
     return 0;
 }

@@ -79,6 +79,8 @@ void arena_init(struct arena *arena);
 /* Forget everything; the segments are their owner's. */
 void arena_free(struct arena *arena);
 
+/* Whether there may be one more segment. */
+bool arena_has_place(const struct arena *arena);
 /* Add memory, whose size is a multiple of the granule. Returns its place, -ENOMEM, or -ENOSPC if
  * there are as many segments as there may be. */
 int arena_add(struct arena *arena, uint8_t *base, uint64_t bytes, uint32_t number, uint64_t now_ns);
@@ -97,10 +99,9 @@ int arena_alloc(struct arena *arena, uint64_t bytes, struct arena_place *place);
 int arena_share(struct arena *arena, uint32_t index);
 /* One use less; the last one frees the block. */
 void arena_drop(struct arena *arena, uint32_t index, uint64_t now_ns);
-/* A use becomes the peer's, or ours again because it was not sent. */
+/* A use becomes the peer's. */
 void arena_lend(struct arena *arena, uint32_t index, uint64_t now_ns);
-void arena_unlend(struct arena *arena, uint32_t index);
-/* The peer gives one back, or says so: 0, or -EPROTO if it has no such block. */
+/* The peer gives one back, or says so, or never got it: 0, or -EPROTO if it has no such block. */
 int arena_return(struct arena *arena, uint32_t index, uint32_t generation, uint64_t now_ns);
 /* Where this part of a block lies that the peer has, or says so, in *data; whether the block is in a
  * loan in *loaned. One use more of it is ours. -EPROTO if the peer has no such block. */

@@ -121,6 +121,13 @@ static inline void streamed_fence(void)
 #endif
 }
 
+/* What was copied from memory that the peer writes was copied once: the compiler may not go back to
+ * where it came from. No instruction. */
+static inline void fetched(const void *copy)
+{
+    __asm__ __volatile__("" : : "r"(copy) : "memory");
+}
+
 /* Tells the CPU that this is a spin loop; never a memory barrier. */
 static inline void cpu_pause(void)
 {

@@ -75,6 +75,12 @@ static void drop_leases(struct attached *attached)
             shmrpc_lease_free(attached->sources[i].lease, NULL);
 }
 
+static void reset(struct attached *attached)
+{
+    attached->count = 0;
+    attached->inline_bytes = attached->block_bytes = 0;
+}
+
 /* Blocks of what was not sent are free again, those of loans their owner's alone. */
 void shmrpc_detach(shmrpc_slot *slot)
 {
@@ -93,8 +99,7 @@ void shmrpc_detach(shmrpc_slot *slot)
         pthread_mutex_unlock(&lending->lock);
     }
     drop_leases(attached);
-    attached->count = 0;
-    attached->inline_bytes = attached->block_bytes = 0;
+    reset(attached);
 }
 
 void blocks_forget(struct shmrpc_slot *slot)
@@ -126,12 +131,26 @@ int shmrpc_attach_inline(shmrpc_slot *slot, const void *data, uint64_t bytes)
     return 1;
 }
 
-/* With the lock held: the loan that the bytes lie in, or null. */
+/* Whether the bytes lie in a piece of memory of this size. */
+static bool lies_in(const uint8_t *data, uint64_t bytes, const uint8_t *base, uint64_t size)
+{
+    uintptr_t offset = (uintptr_t)data - (uintptr_t)base; /* huge if it begins before */
+
+    return offset < size && bytes <= size - offset;
+}
+
+/* With the lock held: the loan that the bytes lie in, or null. What is in no segment of ours, as
+ * nearly all, is in no loan: there may be many. */
 static shmrpc_loan *find_loan(const struct lending *lending, const uint8_t *data, uint64_t bytes)
 {
-    for (shmrpc_loan *loan = lending->loans; loan != NULL; loan = loan->next)
-        if (data >= loan->place.data && data < loan->place.data + loan->place.bytes)
-            return bytes <= (uint64_t)(loan->place.data + loan->place.bytes - data) ? loan : NULL;
+    bool ours = false;
+
+    for (int i = 0; i < ARENA_SEGMENTS_MAX && lending->loans != NULL && !ours; i++)
+        ours = lending->own[i] != NULL &&
+               lies_in(data, bytes, lending->own[i]->base, lending->own[i]->bytes);
+    for (shmrpc_loan *loan = ours ? lending->loans : NULL; loan != NULL; loan = loan->next)
+        if (lies_in(data, bytes, loan->place.data, loan->place.bytes))
+            return loan;
     return NULL;
 }
 
@@ -288,7 +307,8 @@ static uint8_t *join_body(const struct attached *attached, const struct iovec *b
     return joined;
 }
 
-/* The uses of the attached blocks become the peer's, or ours again. */
+/* The uses of the attached blocks become the peer's; or they end, because it never got them. It may
+ * have said so before: it can guess the names of the blocks that come next. */
 static void lend_all(struct shmrpc_slot *slot, bool lend)
 {
     const struct attached *attached = slot->attached;
@@ -299,13 +319,13 @@ static void lend_all(struct shmrpc_slot *slot, bool lend)
         return;
     pthread_mutex_lock(&lending->lock);
     for (uint32_t i = 0; i < attached->count && lending->conn != NULL; i++) {
-        uint32_t index = attached->entries[i].index;
-        if (!is_ours(&attached->entries[i]))
+        const struct block_entry *entry = &attached->entries[i];
+        if (!is_ours(entry))
             continue;
         if (lend)
-            arena_lend(&lending->arena, index, now);
+            arena_lend(&lending->arena, entry->index, now);
         else
-            arena_unlend(&lending->arena, index);
+            arena_return(&lending->arena, entry->index, entry->generation, now);
     }
     pthread_mutex_unlock(&lending->lock);
 }
@@ -326,27 +346,29 @@ int blocks_send(struct shmrpc_slot *slot, struct outgoing *message, int body, at
     lend_all(slot, true);
     int status = poller_send(slot->poller, slot->conn, message, position);
     free(joined);
-    if (status < 0) {
+    if (status < 0)
         lend_all(slot, false);
-        shmrpc_detach(slot);
-        return status;
-    }
-    count_add(&slot->poller->beside, attached->block_bytes);
+    else
+        count_add(&slot->poller->beside, attached->block_bytes);
     drop_leases(attached);
     slot->attaches = false;
-    attached->count = 0;
-    attached->inline_bytes = attached->block_bytes = 0;
+    reset(attached);
     return status;
 }
 
 int blocks_pass(struct shmrpc_slot *slot, const shmrpc_message *message)
 {
-    if ((message->flags & SHMRPC_FLAG_BLOCKS) == 0)
+    int status = 0;
+
+    if ((message->flags & SHMRPC_FLAG_BLOCKS) == 0 || slot->attaches)
         return 0;
-    shmrpc_detach(slot);
-    int status = begin_attaching(slot);
-    for (uint32_t i = 0; i < message->block_count && status >= 0; i++)
-        status = shmrpc_attach_inline(slot, message->blocks[i].data, message->blocks[i].bytes);
+    status = begin_attaching(slot);
+    for (uint32_t i = 0; i < message->block_count && status >= 0; i++) {
+        const shmrpc_block *block = &message->blocks[i];
+        status = block->bytes < BLOCK_BYTES_MIN
+                     ? shmrpc_attach_inline(slot, block->data, block->bytes) /* data may be null */
+                     : shmrpc_attach(slot, block->data, block->bytes);
+    }
     if (status < 0)
         shmrpc_detach(slot);
     return status < 0 ? status : 0;
@@ -405,7 +427,7 @@ static int take_withdrawal(struct conn *conn, uint32_t total)
         status = lending_withdrawn(lending, name.generation);
     }
     if (status < 0)
-        return status;
+        return -EPROTO;
     pthread_mutex_lock(&lending->lock);
     conn_return(conn, name);
     pthread_mutex_unlock(&lending->lock);
@@ -517,11 +539,14 @@ int shmrpc_arena_add(shmrpc_slot *slot, void *memory, int peer_fd)
  * are withdrawn: it will, when the peer has let go of them. */
 static bool has_room(struct lending *lending, uint64_t bytes)
 {
+    struct withdrawn withdrawn = {.count = 0};
+
     pthread_mutex_lock(&lending->lock);
     bool room = lending->conn == NULL || lending_has_room(lending, bytes);
     if (!room)
-        lending_withdraw(lending, clock_coarse_ns(), 0);
+        lending_withdraw(lending, clock_coarse_ns(), 0, &withdrawn);
     pthread_mutex_unlock(&lending->lock);
+    lending_unmap(&withdrawn);
     return room;
 }
 
@@ -597,12 +622,14 @@ static void unlock_lending(struct shmrpc_poller *poller, struct lending *lending
 int64_t shmrpc_arena_trim(shmrpc_poller *poller, uint64_t conn_id, uint64_t quiet_ns)
 {
     struct lending *lending = lock_lending(poller, conn_id);
+    struct withdrawn withdrawn;
 
     if (lending == NULL)
         return -EPIPE;
-    lending_withdraw(lending, clock_coarse_ns(), quiet_ns);
-    int64_t left = (int64_t)lending->arena.bytes;
+    lending_withdraw(lending, clock_coarse_ns(), quiet_ns, &withdrawn);
+    int64_t left = (int64_t)(lending->arena.bytes + load_relaxed(&lending->peer_bytes));
     unlock_lending(poller, lending);
+    lending_unmap(&withdrawn);
     return left;
 }
 

@@ -85,9 +85,12 @@ void slot_drop_blocks(struct shmrpc_slot *slot)
 
 void shmrpc_slot_free(shmrpc_slot *slot)
 {
+    if (poller_inherited(slot->poller))
+        return;
     shmrpc_abandon(slot); /* an interrupted call may still be registered */
     if (slot->worker)
         shmrpc_finish(slot);
+    ways_forget(slot);
     blocks_forget(slot);
     poller_lock(slot->poller);
     slot->poller->slots[slot->index] = NULL;
@@ -95,6 +98,7 @@ void shmrpc_slot_free(shmrpc_slot *slot)
         workers_forget(slot->poller, slot);
     else if (slot->conn != NULL)
         conn_release(slot->conn);
+    poller_end_if_unused(slot->poller);
     poller_unlock(slot->poller);
     poller_unref(slot->poller);
     slot_drop_blocks(slot);
@@ -482,17 +486,6 @@ static bool goes_on(int64_t result)
            result == SHMRPC_SPAWN || result == SHMRPC_QUEUED;
 }
 
-/* The call that a request was passed on by has ended: nobody may interrupt it any more. */
-static void end_forward(struct shmrpc_slot *slot)
-{
-    struct shmrpc_slot *worker = slot->origin;
-
-    poller_lock(worker->poller);
-    worker->forwards = NULL;
-    poller_unlock(worker->poller);
-    slot->origin = NULL;
-}
-
 int64_t slot_wait(struct shmrpc_poller *poller, struct shmrpc_slot *slot, bool leads)
 {
     int64_t result = wait_inside(poller, slot, leads);
@@ -515,7 +508,7 @@ int64_t slot_wait(struct shmrpc_poller *poller, struct shmrpc_slot *slot, bool l
     if (cancel.header.call_id != 0)
         poller_send(poller, slot->conn, &cancel, &position);
     if (slot->origin != NULL && !goes_on(result))
-        end_forward(slot);
+        forward_end(slot);
     return result;
 }
 
@@ -569,8 +562,7 @@ static void set_deadline(struct outgoing *message, const struct conn *conn, uint
     message->header.deadline_ns = deadline_ns;
 }
 
-/* Send this request and wait for its reply. */
-static int64_t call(struct shmrpc_slot *slot, struct outgoing *message, int64_t timeout_ns)
+int64_t slot_call(struct shmrpc_slot *slot, struct outgoing *message, int64_t timeout_ns)
 {
     struct shmrpc_poller *poller = slot->poller;
 
@@ -578,12 +570,12 @@ static int64_t call(struct shmrpc_slot *slot, struct outgoing *message, int64_t 
     if (slot->origin != NULL && slot->unwanted) {
         poller_unlock(poller);
         shmrpc_detach(slot);
-        end_forward(slot);
+        forward_end(slot);
         return -ECANCELED;
     }
     slot_begin(slot, GOAL_REPLY, earlier(deadline_after(timeout_ns), shmrpc_inherited_deadline()));
     store_relaxed(&slot->position, UINT64_MAX); /* not sent */
-    slot->result = -ECANCELED; /* what callers_unwanted ends it with */
+    slot->result = -ECANCELED; /* what forwards_unwanted ends it with */
     slot->call_id = ++poller->call_sequence << 16 | slot->index;
     message->header.call_id = slot->call_id;
     bool leads = slot_enter(poller, slot);
@@ -602,7 +594,7 @@ static int64_t call(struct shmrpc_slot *slot, struct outgoing *message, int64_t 
     slot->message.outcome = SHMRPC_NOT_SENT;
     poller_unlock(poller);
     if (slot->origin != NULL)
-        end_forward(slot);
+        forward_end(slot);
     return status;
 }
 
@@ -620,64 +612,13 @@ int64_t shmrpc_call_with(shmrpc_slot *slot, const shmrpc_name *name, uint32_t fl
                   {(void *)(uintptr_t)body, body_bytes}},
     };
 
-    return conn_hung_up(slot->conn) ? -ENOTCONN : call(slot, &message, timeout_ns);
+    return conn_hung_up(slot->conn) ? -ENOTCONN : slot_call(slot, &message, timeout_ns);
 }
 
 int64_t shmrpc_call(shmrpc_slot *slot, const shmrpc_name *name, const char *body,
                     size_t body_bytes, int64_t timeout_ns)
 {
     return shmrpc_call_with(slot, name, 0, NULL, 0, body, body_bytes, timeout_ns);
-}
-
-int64_t shmrpc_forward(shmrpc_slot *slot, shmrpc_slot *worker, int64_t timeout_ns)
-{
-    const shmrpc_message *request = &worker->message;
-    struct outgoing message = {
-        .header = {.kind = SHMRPC_REQUEST,
-                   .flags = (uint8_t)request->flags,
-                   .method_bytes = (uint16_t)request->method_bytes,
-                   .metadata_bytes = request->metadata_bytes},
-        .parts = {{(void *)(uintptr_t)request->head, request->method_bytes},
-                  {(void *)(uintptr_t)(request->head + request->method_bytes),
-                   request->metadata_bytes},
-                  {(void *)(uintptr_t)request->body, request->body_bytes}},
-    };
-
-    if (conn_hung_up(slot->conn))
-        return -ENOTCONN;
-    slot->unwanted = false;
-    slot->origin = worker;
-    poller_lock(worker->poller);
-    bool wanted = request->cancelled == 0 && worker->running &&
-                  load_relaxed(&worker->conn->error) == 0;
-    worker->forwards = wanted ? slot : NULL;
-    poller_unlock(worker->poller);
-    if (!wanted) {
-        slot->origin = NULL;
-        return -ECANCELED;
-    }
-    int status = blocks_pass(slot, request);
-    if (status == 0)
-        return call(slot, &message, timeout_ns);
-    end_forward(slot);
-    slot->message.outcome = SHMRPC_NOT_SENT;
-    return status;
-}
-
-void callers_unwanted(struct shmrpc_slot *slot)
-{
-    struct shmrpc_poller *poller = slot->poller;
-
-    poller_lock(poller);
-    slot->unwanted = true; /* if the call has not begun */
-    if (slot->goal == GOAL_REPLY && slot->call_id != 0) {
-        /* Its result says so since it began: a leader that reads the reply just now writes its own
-         * without the lock. */
-        slot_wake(slot, SLOT_DONE);
-        if (poller->leader == slot)
-            poller_kick(poller);
-    }
-    poller_unlock(poller);
 }
 
 int64_t shmrpc_wait(shmrpc_slot *slot)
@@ -707,7 +648,7 @@ void shmrpc_abandon(shmrpc_slot *slot)
     if (message.header.call_id != 0)
         poller_send(poller, slot->conn, &message, &position);
     if (slot->origin != NULL)
-        end_forward(slot);
+        forward_end(slot);
 }
 
 int shmrpc_send(shmrpc_slot *slot, uint32_t kind, uint32_t flags, uint64_t call_id,

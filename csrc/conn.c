@@ -423,9 +423,17 @@ void conn_return(struct conn *conn, struct block_name name)
     if (load_relaxed(&conn->error) != 0)
         return;
     int status = send_quietly(conn, &message, &position, &published);
-    if (published)
+    /* One in a while is read: else many of them would fill the ring, and what does not fit there
+     * leaves this process when somebody reads here. */
+    conn->returns_unread += frame_span(sizeof name);
+    if (conn->returns_unread >= conn->own_ring_bytes / 4) {
+        conn->returns_unread = 0;
+        wake_peer_for_data(&conn->wake);
+    } else if (published) {
         wake_peer_for_blocks(&conn->wake);
-    if ((status == -EPIPE || status == -EPROTO) && load_relaxed(&conn->error) == 0)
+    }
+    /* The peer would wait for this block for ever. */
+    if (status < 0 && load_relaxed(&conn->error) == 0)
         hang_up(conn);
 }
 
@@ -568,8 +576,11 @@ void conn_read_control(struct conn *conn)
 {
     int status = lending_read_control(conn->lending, conn->control_fd);
 
-    conn->hung_up |= status < 0;
-    conn->violated |= status == -EPROTO || status == -ENOMEM;
+    if (status == 0)
+        return;
+    conn->hung_up = true;
+    if (conn->control_error == 0)
+        conn->control_error = status;
 }
 
 /* ---- blocks ---- */

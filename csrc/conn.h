@@ -34,10 +34,11 @@ struct conn {
     bool is_shm;
     bool hot;    /* leader: in the poller's list of conns to poll */
     bool hung_up; /* leader: the peer is gone, its last frames are still to be read */
-    bool violated; /* leader: or it broke the protocol on the control socket */
+    int control_error; /* leader: 0, or the -errno that reading the control socket ended with */
     atomic_u64 error; /* 0, or the errno that ended it */
     atomic_u64 ended_here; /* we ended it, the peer may live */
     atomic_u64 said_goodbye; /* W: leader: the peer starts none of our requests any more */
+    atomic_u64 serves;       /* W: leader: the peer has said that it takes requests */
     uint32_t references; /* poller lock: registry, slots, running and queued requests */
     bool destroyed;      /* poller lock: the poller was given up, only this struct is left */
     atomic_u64 queued;   /* W: under the poller's lock: requests taken and not started */
@@ -50,6 +51,7 @@ struct conn {
     struct partial partial;
     struct received_blocks received; /* leader: of the message just received */
     struct lending *lending; /* null without shared memory */
+    uint64_t returns_unread; /* lending->lock: bytes of them since the peer was told to read them */
 
     pthread_mutex_t send_lock; /* producer, stream.out*, outbox */
     struct outbox outbox;

@@ -122,15 +122,19 @@ static void fail_conn(struct shmrpc_poller *poller, struct conn *conn, int error
     /* After the error: a peer that sees the end may rely on it that nothing queued starts. */
     shutdown(conn->control_fd, SHUT_RDWR);
     callers_lost(poller, conn, error);
-    workers_lost(poller, conn);
     const shmrpc_message closed = {.kind = SHMRPC_CLOSED, .status = (uint32_t)error};
     events_add(poller, conn, &closed, NULL);
     if (poller->client) { /* it keeps its conn, to tell what became of its calls */
         workers_retire(poller);
     } else {
         poller_unregister(poller, conn);
-        conn_release(conn);
     }
+    poller_unlock(poller);
+    forwards_unwanted(poller, conn, 0);
+    if (poller->client)
+        return;
+    poller_lock(poller);
+    conn_release(conn);
     poller_unlock(poller);
 }
 
@@ -162,6 +166,10 @@ static int dispatch(struct shmrpc_poller *poller, struct shmrpc_slot *slot, stru
     case SHMRPC_RETURN:
     case SHMRPC_WITHDRAW:
         return blocks_frame(poller, conn, header);
+    case SHMRPC_SERVES:
+        conn_finish(conn, header->length, &poller->bells);
+        store_relaxed(&conn->serves, 1);
+        return 0;
     case SHMRPC_GOODBYE:
         conn_finish(conn, header->length, &poller->bells);
         store_relaxed(&conn->said_goodbye, 1);
@@ -243,7 +251,7 @@ static int poll_conn(struct shmrpc_poller *poller, struct shmrpc_slot *slot, str
     if (status >= 0)
         status = flush(poller, conn);
     if (status == 0 && conn->hung_up && count == 0 && !events_full(poller))
-        status = conn->violated ? -EPROTO : -EPIPE;
+        status = conn->control_error != 0 ? conn->control_error : -EPIPE;
     if (status < 0) {
         fail_conn(poller, conn, -status);
         return -1;
@@ -388,11 +396,14 @@ static bool arm_all(struct shmrpc_poller *poller)
 
 bool poller_in_main_thread(void)
 {
-    static _Thread_local int known; /* 0 unknown, 1 main, 2 not */
+    static _Thread_local uint64_t asked; /* 0: never. Who forks is the main thread of the child */
+    static _Thread_local bool is_main;
 
-    if (known == 0)
-        known = syscall(SYS_gettid) == getpid() ? 1 : 2;
-    return known == 1;
+    if (asked != forks_seen() + 1) {
+        asked = forks_seen() + 1;
+        is_main = syscall(SYS_gettid) == getpid();
+    }
+    return is_main;
 }
 
 bool poller_must_check_signals(struct shmrpc_slot *slot)

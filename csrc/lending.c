@@ -9,41 +9,27 @@
 #include <unistd.h>
 
 #include "conn.h"
-
-/* ---- forks ---- */
-
-static atomic_u64 forks;
-
-static void count_fork(void)
-{
-    store_relaxed(&forks, load_relaxed(&forks) + 1);
-}
-
-static void watch_forks(void)
-{
-    pthread_atfork(NULL, NULL, count_fork);
-}
+#include "forks.h"
 
 /* Whether this is a forked child, where a thread that it does not have may hold any lock. */
 static bool inherited(const struct lending *lending)
 {
-    return load_relaxed(&forks) != lending->forks;
+    return forks_seen() != lending->forks;
 }
 
 /* ---- beginning and end ---- */
 
 struct lending *lending_new(struct conn *conn, uint64_t own_max, uint64_t peer_max, bool trusted)
 {
-    static pthread_once_t once = PTHREAD_ONCE_INIT;
     struct lending *lending = calloc(1, sizeof *lending);
 
     if (lending == NULL)
         return NULL;
-    pthread_once(&once, watch_forks);
+    forks_watch();
     pthread_mutex_init(&lending->lock, NULL);
     arena_init(&lending->arena);
     store_relaxed(&lending->references, 1);
-    lending->forks = load_relaxed(&forks);
+    lending->forks = forks_seen();
     lending->conn = conn;
     lending->own_max = own_max;
     lending->peer_max = peer_max;
@@ -80,6 +66,8 @@ void lending_end(struct lending *lending)
 }
 
 /* ---- segments of the peer's ---- */
+
+enum { CONTROL_READS_MAX = 256, CONTROL_READ_BYTES = 4096 };
 
 struct memory *lending_peer_memory(const struct lending *lending, uint32_t number)
 {
@@ -155,8 +143,10 @@ static int take_descriptors(struct lending *lending, struct msghdr *message)
 
 int lending_read_control(struct lending *lending, int control_fd)
 {
-    for (;;) {
-        uint8_t bytes[256];
+    /* So much is more than the socket can hold, and so finds the record that came before what we
+     * look for it. A peer that rings on and on keeps nobody here: epoll tells again. */
+    for (int i = 0; i < CONTROL_READS_MAX; i++) {
+        uint8_t bytes[CONTROL_READ_BYTES];
         union {
             struct cmsghdr align;
             uint8_t bytes[CMSG_SPACE(sizeof(int))];
@@ -167,8 +157,10 @@ int lending_read_control(struct lending *lending, int control_fd)
                                  .msg_control = &control,
                                  .msg_controllen = sizeof control};
         ssize_t received = recvmsg(control_fd, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+        if (received < 0 && errno == EINTR)
+            continue;
         if (received < 0)
-            return errno == EAGAIN || errno == EINTR ? 0 : -EPIPE;
+            return errno == EAGAIN ? 0 : -EPIPE;
         int status = take_descriptors(lending, &message);
         if (status == 0)
             status = take_bytes(lending, bytes, (size_t)received);
@@ -179,6 +171,7 @@ int lending_read_control(struct lending *lending, int control_fd)
         if (lending->record_bytes == 0 && lending->record_fd >= 0)
             return -EPROTO; /* a descriptor that belongs to no record */
     }
+    return 0;
 }
 
 int lending_withdrawn(struct lending *lending, uint32_t number)
@@ -190,6 +183,8 @@ int lending_withdrawn(struct lending *lending, uint32_t number)
     if (i == lending->peer_count)
         return -EPROTO;
     struct memory *memory = lending->peer[i].memory;
+    if (load_acquire(&memory->references) != 1)
+        return -EBUSY; /* or it could have us map more than was agreed */
     lending->peer[i] = lending->peer[--lending->peer_count];
     store_relaxed(&lending->peer_bytes, load_relaxed(&lending->peer_bytes) - memory->bytes);
     memory_unref(memory);
@@ -277,18 +272,27 @@ shmrpc_lease *lending_find_lease(const struct lending *lending, const uint8_t *d
     return NULL;
 }
 
-/* With the lock held: the last use is over. */
-static void end_lease(struct lending *lending, const shmrpc_lease *lease)
+/* One use less; whether it was the last, after which nobody finds the lease any more. */
+static bool last_use(struct lending *lending, shmrpc_lease *lease)
 {
-    *(lease->previous != NULL ? &lease->previous->next : &lending->leases) = lease->next;
-    if (lease->next != NULL)
-        lease->next->previous = lease->previous;
-    if (lease->entry.owner == BLOCK_YOURS) {
-        lending->back_count--;
-        lending->back_bytes -= lease->entry.bytes;
+    pthread_mutex_lock(&lending->lock);
+    bool last = --lease->uses == 0;
+    if (last) {
+        *(lease->previous != NULL ? &lease->previous->next : &lending->leases) = lease->next;
+        if (lease->next != NULL)
+            lease->next->previous = lease->previous;
+        if (lease->entry.owner == BLOCK_YOURS) {
+            lending->back_count--;
+            lending->back_bytes -= lease->entry.bytes;
+        }
     }
-    if (lending->conn == NULL)
-        return;
+    pthread_mutex_unlock(&lending->lock);
+    return last;
+}
+
+/* With the lock held: to the peer, or to our arena. */
+static void give_back(struct lending *lending, const shmrpc_lease *lease)
+{
     if (lease->entry.owner == BLOCK_YOURS)
         arena_drop(&lending->arena, lease->entry.index, clock_coarse_ns());
     else
@@ -301,18 +305,17 @@ void shmrpc_lease_free(shmrpc_lease *lease, const void *data)
     struct lending *lending = lease->lending;
 
     (void)data;
+    if (!inherited(lending) && !last_use(lending, lease))
+        return;
+    memory_unref(lease->memory); /* before the peer can know of it, and withdraw the segment */
     if (!inherited(lending)) {
         pthread_mutex_lock(&lending->lock);
-        bool used = --lease->uses != 0;
-        if (!used)
-            end_lease(lending, lease);
+        if (lending->conn != NULL)
+            give_back(lending, lease);
         pthread_mutex_unlock(&lending->lock);
-        if (used)
-            return;
     }
     count_subtract(&lending->lease_count, 1);
     count_subtract(&lending->lease_bytes, lease->entry.bytes);
-    memory_unref(lease->memory);
     free(lease);
     lending_unref(lending);
 }
@@ -364,7 +367,7 @@ uint64_t lending_wants(const struct lending *lending, uint64_t bytes)
     uint64_t largest = round_up(lending->own_max / 32);
     uint64_t step = there > SEGMENT_BYTES_MIN ? there : SEGMENT_BYTES_MIN;
 
-    if (needed > left)
+    if (needed > left || !arena_has_place(&lending->arena))
         return 0;
     if (largest < SEGMENT_BYTES_SMALL)
         largest = SEGMENT_BYTES_SMALL;
@@ -424,22 +427,27 @@ int lending_add(struct lending *lending, struct memory *memory, int peer_fd, uin
     return 0;
 }
 
-int lending_withdraw(struct lending *lending, uint64_t now_ns, uint64_t quiet_ns)
+void lending_withdraw(struct lending *lending, uint64_t now_ns, uint64_t quiet_ns,
+                      struct withdrawn *withdrawn)
 {
     int place;
 
+    withdrawn->count = 0;
     if (lending->conn == NULL)
-        return -EPIPE;
-    while ((place = arena_find_idle(&lending->arena, now_ns, quiet_ns)) >= 0) {
-        int status = conn_withdraw(lending->conn, lending->arena.segments[place].number);
-        if (status < 0)
-            return status;
+        return;
+    while ((place = arena_find_idle(&lending->arena, now_ns, quiet_ns)) >= 0 &&
+           conn_withdraw(lending->conn, lending->arena.segments[place].number) == 0) {
         /* Ours goes now. It counts until the peer has let go of it as well. */
         arena_close(&lending->arena, place);
-        memory_unref(lending->own[place]);
+        withdrawn->memory[withdrawn->count++] = lending->own[place];
         lending->own[place] = NULL;
     }
-    return 0;
+}
+
+void lending_unmap(const struct withdrawn *withdrawn)
+{
+    for (uint32_t i = 0; i < withdrawn->count; i++)
+        memory_unref(withdrawn->memory[i]);
 }
 
 /* The peer has let go of a segment. */

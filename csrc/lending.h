@@ -90,6 +90,12 @@ struct shmrpc_loan {
     shmrpc_loan *previous, *next;
 };
 
+/* Mappings of segments of ours that were withdrawn. */
+struct withdrawn {
+    struct memory *memory[ARENA_SEGMENTS_MAX];
+    uint32_t count;
+};
+
 /* Buffers of a message, being received. */
 struct received_blocks {
     shmrpc_block *blocks; /* malloc */
@@ -109,7 +115,7 @@ struct memory *lending_peer_memory(const struct lending *lending, uint32_t numbe
 /* Leader: blocks of ours have come back. 0 or -EPROTO. */
 int lending_returned(struct lending *lending, const struct block_name *names, uint32_t count,
                      uint64_t now_ns);
-/* Leader: the peer withdraws a segment. 0 or -EPROTO. */
+/* Leader: the peer withdraws a segment. 0, -EPROTO if there is none, -EBUSY if somebody reads it. */
 int lending_withdrawn(struct lending *lending, uint32_t number);
 
 /* A lease on this block of the peer's that lies in this memory: 0 or -ENOMEM. */
@@ -132,7 +138,11 @@ uint64_t lending_wants(const struct lending *lending, uint64_t bytes);
 bool lending_has_room(const struct lending *lending, uint64_t bytes);
 /* Whether it could ever fit. */
 bool lending_allows(const struct lending *lending, uint64_t bytes);
-/* Withdraw the segments that were idle for so long; -EPIPE if the peer can't be told. */
-int lending_withdraw(struct lending *lending, uint64_t now_ns, uint64_t quiet_ns);
+/* Withdraw the segments that were idle for so long. */
+void lending_withdraw(struct lending *lending, uint64_t now_ns, uint64_t quiet_ns,
+                      struct withdrawn *withdrawn);
+
+/* Unmap them: without any lock, because that takes long. */
+void lending_unmap(const struct withdrawn *withdrawn);
 
 #endif

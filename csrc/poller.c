@@ -82,9 +82,13 @@ shmrpc_poller *shmrpc_poller_new(uint32_t workers, uint32_t max_concurrency, uin
 
     if (poller == NULL)
         return NULL;
+    forks_watch();
+    poller->forks = forks_seen();
     poller->references = 1;
     poller->kick_fd = -1;
     pthread_mutex_init(&poller->lock, NULL);
+    pthread_mutex_init(&poller->forward_lock, NULL);
+    store_relaxed(&poller->ways_epoch, 1);
     poller->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     if (poller->epoll_fd < 0 || (workers != 0 && make_kick(poller) < 0)) {
         int error = errno;
@@ -131,6 +135,7 @@ static void free_list(struct stored_list *list)
 static void destroy(struct shmrpc_poller *poller)
 {
     pthread_mutex_destroy(&poller->lock);
+    pthread_mutex_destroy(&poller->forward_lock);
     methods_free(&poller->methods);
     free(poller->conns);
     free(poller->conn_uses);
@@ -151,11 +156,15 @@ void poller_unref(struct shmrpc_poller *poller)
         destroy(poller);
 }
 
-/* Descriptors and mappings go now: a slot that its owner lost, in a signal handler perhaps, keeps
- * some private memory alive and nothing else. */
-void shmrpc_poller_free(shmrpc_poller *poller)
+bool poller_inherited(const struct shmrpc_poller *poller)
 {
-    poller_lock(poller);
+    return forks_seen() != poller->forks;
+}
+
+/* With the lock held: give back descriptors and mappings. Slots that are left keep some private
+ * memory alive and nothing else. */
+static void give_up(struct shmrpc_poller *poller)
+{
     poller->closed = true;
     free_list(&poller->queue);
     free_list(&poller->events);
@@ -171,8 +180,40 @@ void shmrpc_poller_free(shmrpc_poller *poller)
         close(poller->kick_fd);
     if (poller->epoll_fd >= 0)
         close(poller->epoll_fd);
+    poller->kick_fd = poller->epoll_fd = -1;
+}
+
+void shmrpc_poller_free(shmrpc_poller *poller)
+{
+    if (poller_inherited(poller))
+        return;
+    poller_lock(poller);
+    if (!poller->closed)
+        give_up(poller);
     poller_unlock(poller);
     poller_unref(poller);
+}
+
+void poller_end_if_unused(struct shmrpc_poller *poller)
+{
+    if (!poller->ending || poller->closed)
+        return;
+    for (uint32_t i = 0; i < poller->slot_capacity; i++) {
+        const struct shmrpc_slot *slot = poller->slots[i];
+        if (slot != NULL && (slot->worker || slot->conn != NULL))
+            return;
+    }
+    give_up(poller);
+}
+
+void shmrpc_poller_end(shmrpc_poller *poller)
+{
+    if (poller_inherited(poller))
+        return;
+    poller_lock(poller);
+    poller->ending = true;
+    poller_end_if_unused(poller);
+    poller_unlock(poller);
 }
 
 void poller_kick(struct shmrpc_poller *poller)
@@ -195,8 +236,9 @@ void shmrpc_poller_stop(shmrpc_poller *poller)
     workers_cancel_all(poller);
     workers_wake_all(poller);
     callers_stop(poller);
-    poller_unlock(poller);
     poller_kick(poller);
+    poller_unlock(poller);
+    forwards_unwanted(poller, NULL, 0);
 }
 
 shmrpc_brief *shmrpc_poller_batch(shmrpc_poller *poller)
@@ -483,9 +525,9 @@ int shmrpc_poller_fds(shmrpc_poller *poller, int *fds, int count)
             if (all[k] >= 0 && used < count)
                 fds[used++] = all[k];
     }
-    if (poller->kick_owned && used < count)
+    if (poller->kick_owned && !poller->closed && used < count)
         fds[used++] = poller->kick_fd;
-    if (used < count)
+    if (!poller->closed && used < count)
         fds[used++] = poller->epoll_fd;
     return used;
 }

@@ -6,16 +6,19 @@
  *   blocks.c    buffers beside messages: attaching, loans, waiting for room in the arena
  *   events.c    messages for Python: replies to its own calls, frames of streams
  *   workers.c   threads that run requests: admission, queue, standby
+ *   forward.c   requests that are passed on as calls to somebody else
  *
  * Rule 1: one thread leads at a time. Fields marked "leader" belong to it; the role changes hands
  *         only under `lock`.
  * Rule 2: a slot's state changes under `lock`, except by its own thread going to sleep.
- * Rule 3: lock order is poller->lock before conn->send_lock; nothing blocks while holding either.
+ * Rule 3: lock order is forward_lock before poller->lock, also of another poller, before
+ *         conn->send_lock; nothing blocks while holding one of them.
  */
 #ifndef SHMRPC_POLLER_H
 #define SHMRPC_POLLER_H
 
 #include "conn.h"
+#include "forks.h"
 #include "methods.h"
 
 /* gRPC status numbers that the core itself sends. */
@@ -76,9 +79,11 @@ struct shmrpc_slot {
     struct shmrpc_slot *next_idle;
     struct shmrpc_slot *serves; /* worker: the request around this one, in the same thread */
     struct shmrpc_slot *blocks; /* caller: the worker whose request waits here */
-    struct shmrpc_slot *forwards; /* worker, lock: where its request was passed on to */
-    struct shmrpc_slot *origin;   /* caller: the worker of that, for its own thread */
-    bool unwanted;                /* caller, lock: nobody waits for what origin asks for */
+    struct ways *ways;          /* worker, its own thread: see forward.c; malloc, or null */
+    struct shmrpc_slot *origin; /* caller, its own thread: the worker whose request it passes on */
+    struct shmrpc_slot *next_forward, *previous_forward; /* caller, origin's forward_lock */
+    uint64_t way_epoch; /* caller, origin's forward_lock: as poller->ways_epoch; 0: by no way */
+    bool unwanted;      /* caller, lock: nobody waits for what origin asks for */
     uint8_t *reply_metadata;    /* worker: see shmrpc_reply_metadata */
     uint32_t reply_metadata_bytes;
     uint32_t *ends;             /* of message.ends, malloc */
@@ -126,6 +131,7 @@ struct hot_list {
 struct shmrpc_poller {
     pthread_mutex_t lock;
     int epoll_fd, kick_fd;
+    uint64_t forks; /* in the process that made it */
     bool kick_owned, client;
     uint32_t workers, max_concurrency; /* lock: workers == 0 serves nothing */
 
@@ -134,6 +140,7 @@ struct shmrpc_poller {
     uint32_t conn_capacity, conn_count;
 
     uint32_t references; /* lock: the owner and every slot */
+    bool ending;         /* lock: it goes with the last slot of a conn or worker */
     bool closed;         /* lock: the owner has given it up, there are no conns any more */
     struct shmrpc_slot **slots; /* lock: by index */
     uint32_t slot_capacity, inside;
@@ -163,6 +170,10 @@ struct shmrpc_poller {
     atomic_u64 role_wanted; /* W: under lock: a caller waits for a leading worker's role */
     atomic_u64 spawn_wanted; /* W: under lock: a leading caller is to ask for another worker */
     atomic_u64 startable;   /* W: under lock, leader: perhaps a queued request can start now */
+
+    pthread_mutex_t forward_lock;
+    struct shmrpc_slot *forwards; /* forward_lock: callers that pass on requests of this poller */
+    atomic_u64 ways_epoch; /* W: forward_lock: how often the workers' ways were made invalid */
 
     struct hot_list *hot; /* leader: conns to poll */
     uint32_t hot_count, cursor;
@@ -200,6 +211,10 @@ int timeout_ms_until(uint64_t deadline_ns);
 
 /* Give up a reference; the last one frees it. */
 void poller_unref(struct shmrpc_poller *poller);
+/* With the lock held: if it is to end and nobody can be inside any more, close and unmap. */
+void poller_end_if_unused(struct shmrpc_poller *poller);
+/* Whether this is a forked child of the process that made it: then none of its locks may be taken. */
+bool poller_inherited(const struct shmrpc_poller *poller);
 /* Wake the leader out of epoll. */
 void poller_kick(struct shmrpc_poller *poller);
 void poller_lock(struct shmrpc_poller *poller);
@@ -278,8 +293,8 @@ int slot_sleep(struct shmrpc_slot *slot, uint64_t deadline_ns);
 void callers_promote(struct shmrpc_poller *poller, const struct shmrpc_slot *leader);
 /* With the lock held: the leading worker ends; who waits inside has to read by itself. */
 void callers_inherit(struct shmrpc_poller *poller, const struct shmrpc_slot *leader);
-/* Without the lock of this slot's poller: the request that was passed on here is not wanted. */
-void callers_unwanted(struct shmrpc_slot *slot);
+/* Send this request and wait for its reply: as shmrpc_call_with. */
+int64_t slot_call(struct shmrpc_slot *slot, struct outgoing *message, int64_t timeout_ns);
 /* With the lock held: end every wait, because the poller stops. */
 void callers_stop(struct shmrpc_poller *poller);
 struct shmrpc_slot *slot_new(struct shmrpc_poller *poller, uint64_t conn_id, bool worker);
@@ -288,14 +303,27 @@ struct shmrpc_slot *slot_new(struct shmrpc_poller *poller, uint64_t conn_id, boo
 
 int blocks_send(struct shmrpc_slot *slot, struct outgoing *message, int body,
                 atomic_u64 *position);
-/* The slot's next message carries the buffers of this one, if it has any: with its body, because
- * nobody here can grow an arena. They have to stay until it was sent. 0, -ENOMEM, -EMSGSIZE. */
+/* The slot's next message carries the buffers of this one, if it has any, each copied once, unless
+ * buffers are attached already. They have to stay until it was sent. 0, or as shmrpc_attach; then
+ * nothing is attached. */
 int blocks_pass(struct shmrpc_slot *slot, const shmrpc_message *message);
 /* RETURN or WITHDRAW has arrived. Consumes it. */
 int blocks_frame(struct shmrpc_poller *poller, struct conn *conn,
                  const struct frame_header *header);
 /* The slot goes. */
 void blocks_forget(struct shmrpc_slot *slot);
+
+/* ---- forward.c ---- */
+
+/* The call that the slot's origin was passed on by has ended: nobody may interrupt it any more. */
+void forward_end(struct shmrpc_slot *slot);
+/* Without locks: nobody waits for this request of the conn's any more, for any of its requests if
+ * call_id is 0, or for any at all if conn is null. End the calls by which they were passed on. */
+void forwards_unwanted(struct shmrpc_poller *poller, const struct conn *conn, uint64_t call_id);
+/* With the poller's lock held: the worker has ways that are not valid any more. */
+bool ways_stale(const struct shmrpc_poller *poller, const struct shmrpc_slot *worker);
+/* The worker goes. */
+void ways_forget(struct shmrpc_slot *worker);
 
 /* ---- workers.c ---- */
 
@@ -320,8 +348,6 @@ void workers_resume(struct shmrpc_poller *poller);
 void workers_forget(struct shmrpc_poller *poller, struct shmrpc_slot *slot);
 /* With the lock held: whether a request of this conn runs, or has run and got no reply. */
 bool workers_run(const struct shmrpc_poller *poller, const struct conn *conn);
-/* With the lock held: those that this conn's requests were passed on to need not answer. */
-void workers_lost(struct shmrpc_poller *poller, const struct conn *conn);
 /* With the lock held: tell all requests that run that nobody waits for them any more. */
 void workers_cancel_all(struct shmrpc_poller *poller);
 /* With the lock held: a client's conn has ended. Its workers end, what is queued is dropped. */

@@ -110,6 +110,7 @@ void ring_read(const struct ring_consumer *ring, uint64_t offset, void *destinat
         memcpy(destination, ring->peer->ring + start, first);
     if (first != count)
         memcpy((uint8_t *)destination + first, ring->peer->ring, count - first);
+    fetched(destination);
 }
 
 void ring_release(struct ring_consumer *ring, uint32_t length)

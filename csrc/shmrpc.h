@@ -21,7 +21,8 @@
  * or one of enum shmrpc_result. No function touches errno's meaning, logs or aborts.
  *
  * Threads: a poller and its conns may be used by any number of threads; a slot by one at a time.
- * Forks: nothing here may be used in a forked child but shmrpc_poller_fds, to close them.
+ * Forks: nothing here may be used in a forked child but shmrpc_poller_fds, to close them. What frees
+ * something does nothing there, or lets go of a mapping at most: finalizers run in the child, too.
  */
 #ifndef SHMRPC_H
 #define SHMRPC_H
@@ -45,6 +46,7 @@ enum shmrpc_kind {
     SHMRPC_GOODBYE = 11, /* last of a server that stops: no request without a reply was started */
     SHMRPC_RETURN = 12,  /* blocks of the receiver's go back to it */
     SHMRPC_WITHDRAW = 13, /* a segment of the sender's goes: nothing of it is in use */
+    SHMRPC_SERVES = 14,  /* the sender takes requests; for who passes calls on */
     SHMRPC_CLOSED = 100, /* never on the wire: this conn has ended */
     SHMRPC_ROOM = 101    /* nor this: what waited to be sent on this conn has left, or blocks of its
                           * arena have come back */
@@ -68,7 +70,8 @@ enum shmrpc_result {
     SHMRPC_STOPPED = -1004, /* the poller was stopped */
     SHMRPC_QUEUED = -1005,  /* a caller on a client: shmrpc_next_queued has a request to serve */
     SHMRPC_GROW = -1006,    /* the arena needs a further segment: shmrpc_arena_add, then again */
-    SHMRPC_FULL = -1007     /* the arena may not grow: shmrpc_wait_blocks, then again */
+    SHMRPC_FULL = -1007,    /* the arena may not grow: shmrpc_wait_blocks, then again */
+    SHMRPC_PASSING = -1008  /* a request that shmrpc_pass has passed on needs a look */
 };
 
 /* What became of a call whose connection ended. */
@@ -199,6 +202,9 @@ shmrpc_poller *shmrpc_poller_new(uint32_t workers, uint32_t max_concurrency, uin
  * that are left may be freed afterwards: the order in which a garbage collector frees them does
  * not matter. */
 void shmrpc_poller_free(shmrpc_poller *poller);
+/* Its connection is over and everybody has been told: close and unmap as soon as the last slot of a
+ * connection or worker is freed, also while something still refers to the poller. */
+void shmrpc_poller_end(shmrpc_poller *poller);
 /* Let a client serve requests as well: its workers take them, or threads that wait for replies. */
 void shmrpc_poller_serve(shmrpc_poller *poller, uint32_t workers, uint32_t max_concurrency);
 /* Let requests and notifications come as events, with message.method set, for one thread that does
@@ -258,12 +264,6 @@ int64_t shmrpc_call(shmrpc_slot *slot, const shmrpc_name *name, const char *body
 int64_t shmrpc_call_with(shmrpc_slot *slot, const shmrpc_name *name, uint32_t flags,
                          const char *metadata, size_t metadata_bytes, const char *body,
                          size_t body_bytes, int64_t timeout_ns);
-/* Pass the request that `worker` serves in this thread on, from where it lies, as a call on the slot's
- * conn: the same method, flags, metadata and body, and the earlier of its deadline and timeout_ns.
- * As shmrpc_call_with; -ECANCELED when the request is cancelled or its caller is gone: then the peer
- * is told. The slot is of another poller than the worker, and none of its threads serves by
- * forwarding to the worker's. */
-int64_t shmrpc_forward(shmrpc_slot *slot, shmrpc_slot *worker, int64_t timeout_ns);
 /* Go on waiting after -EAGAIN, -EINTR, SHMRPC_EVENTS, SHMRPC_SPAWN or SHMRPC_QUEUED. */
 int64_t shmrpc_wait(shmrpc_slot *slot);
 /* Give up waiting; the peer is told. The reply, if it still comes, is dropped and counted. */
@@ -330,9 +330,50 @@ int shmrpc_reply_metadata(shmrpc_slot *slot, const char *metadata, size_t metada
 int64_t shmrpc_reply_next(shmrpc_slot *slot, const char *body, size_t body_bytes);
 /* Reply to the slot's request; once. */
 int shmrpc_reply(shmrpc_slot *slot, uint32_t status, const char *body, size_t body_bytes);
+/* ---- passing on: requests of one poller as calls on another, for who stands between ---- */
+
+/* Pass the request that `worker` serves in this thread on, from where it lies, as a call on the slot's
+ * conn, which is of another poller: the same method, flags, metadata, body and buffers, and the
+ * earlier of its deadline and timeout_ns. Buffers are copied once, into the arena of the slot's conn
+ * if they were not short, unless shmrpc_attach was called before. As shmrpc_call_with; SHMRPC_GROW or
+ * SHMRPC_FULL if a buffer finds no room: nothing was sent, attach them and repeat; -ECANCELED when the
+ * request is cancelled or its caller is gone: then the peer is told. */
+int64_t shmrpc_forward(shmrpc_slot *slot, shmrpc_slot *worker, int64_t timeout_ns);
 /* Reply to the worker's request what `slot` has received after shmrpc_forward, from where it lies:
- * status, metadata and body. */
-int shmrpc_reply_from(shmrpc_slot *worker, const shmrpc_slot *slot);
+ * status, metadata, body and buffers, as above. Gives the request's buffers back before, and the
+ * reply's after that. */
+int shmrpc_reply_from(shmrpc_slot *worker, shmrpc_slot *slot);
+
+/* What one worker has counted of the calls that it has passed on by a way. */
+typedef struct shmrpc_tally {
+    uint64_t codes[17];   /* that have ended, by status */
+    uint64_t buckets[40]; /* the same, by the bit length of their nanoseconds */
+    uint64_t nanoseconds; /* all together */
+    uint64_t running;     /* that have not */
+} shmrpc_tally;
+
+/* A worker's ways: from now on its shmrpc_pass passes unary calls of this method on, by shmrpc_forward
+ * with this slot and timeout, and sends back what comes. The slot is for this alone, and stays, as
+ * the tally does, until shmrpc_ways_clear. In the worker's thread. `epoch` is shmrpc_ways_epoch from
+ * before it was looked up where the way goes. 0, -EINVAL, -ENOMEM; -ESTALE if ways of that time, or
+ * others that the worker has, are not valid any more. */
+int shmrpc_way_add(shmrpc_slot *worker, const char *name, size_t name_bytes, shmrpc_slot *slot,
+                   int64_t timeout_ns, shmrpc_tally *tally, uint64_t epoch);
+uint64_t shmrpc_ways_epoch(shmrpc_poller *poller);
+void shmrpc_ways_clear(shmrpc_slot *worker);
+/* As shmrpc_next, but it comes back only with what goes no way; not with a peer's that serves, whose
+ * calls may be called back. SHMRPC_PASSING: a call that went one ended with anything but a reply
+ * that could be sent back; see shmrpc_passing. -ESTALE: after shmrpc_ways_renew; clear. */
+int64_t shmrpc_pass(shmrpc_slot *worker);
+/* After SHMRPC_PASSING: the result of shmrpc_forward. *since_ns is when it was called. */
+int64_t shmrpc_passing(shmrpc_slot *worker, uint64_t *since_ns);
+/* Make the ways of all workers invalid: none of them passes anything on by one from now on, and
+ * each comes back from shmrpc_pass soon. */
+void shmrpc_ways_renew(shmrpc_poller *poller);
+/* How many calls are under way by ways that were made invalid. */
+uint32_t shmrpc_ways_stale(shmrpc_poller *poller);
+/* Whether the caller of the worker's request has said that it serves (SHMRPC_SERVES). */
+int shmrpc_caller_serves(shmrpc_slot *worker);
 
 /* ---- blocks: large buffers beside a message's body ----
  *
@@ -390,7 +431,7 @@ int64_t shmrpc_wait_blocks(shmrpc_slot *slot, uint64_t bytes, int64_t timeout_ns
 /* For an event loop: 0 if it may fit now, else 1, and SHMRPC_ROOM comes as an event. */
 int shmrpc_want_blocks(shmrpc_slot *slot, uint64_t bytes);
 /* Give segments back to the system of which nothing was in use for so long. Returns how many bytes
- * the arena has left, or -EPIPE. */
+ * our arena and the peer's have left, or -EPIPE. */
 int64_t shmrpc_arena_trim(shmrpc_poller *poller, uint64_t conn_id, uint64_t quiet_ns);
 /* 0 or -EPIPE. */
 int shmrpc_arena_stats_of(shmrpc_poller *poller, uint64_t conn_id, shmrpc_arena_stats *stats);

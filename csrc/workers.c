@@ -385,8 +385,6 @@ void workers_cancel(struct shmrpc_poller *poller, struct conn *conn, uint64_t ca
         if (slot != NULL && slot->running && slot->conn == conn && slot->call_id == call_id) {
             store_release32((atomic_u32 *)&slot->message.cancelled, 1);
             flags |= slot->message.flags;
-            if (slot->forwards != NULL)
-                callers_unwanted(slot->forwards);
         }
     }
     for (struct stored *stored = poller->queue.first; stored != NULL; stored = stored->next) {
@@ -398,6 +396,7 @@ void workers_cancel(struct shmrpc_poller *poller, struct conn *conn, uint64_t ca
     if ((flags & SHMRPC_FLAG_STREAM) != 0 || poller->event_requests)
         events_note(poller, conn, SHMRPC_CANCEL, call_id, flags);
     poller_unlock(poller);
+    forwards_unwanted(poller, conn, call_id);
 }
 
 bool workers_run(const struct shmrpc_poller *poller, const struct conn *conn)
@@ -408,24 +407,12 @@ bool workers_run(const struct shmrpc_poller *poller, const struct conn *conn)
     return conn->unanswered;
 }
 
-void workers_lost(struct shmrpc_poller *poller, const struct conn *conn)
-{
-    for (uint32_t i = 0; i < poller->slot_capacity; i++) {
-        const struct shmrpc_slot *slot = poller->slots[i];
-        if (slot != NULL && slot->running && slot->conn == conn && slot->forwards != NULL)
-            callers_unwanted(slot->forwards);
-    }
-}
-
 void workers_cancel_all(struct shmrpc_poller *poller)
 {
     for (uint32_t i = 0; i < poller->slot_capacity; i++) {
         struct shmrpc_slot *slot = poller->slots[i];
-        if (slot == NULL || !slot->running)
-            continue;
-        store_release32((atomic_u32 *)&slot->message.cancelled, 1);
-        if (slot->forwards != NULL)
-            callers_unwanted(slot->forwards);
+        if (slot != NULL && slot->running)
+            store_release32((atomic_u32 *)&slot->message.cancelled, 1);
     }
 }
 
@@ -571,7 +558,7 @@ static bool stand_by(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
     bool takes = false;
 
     poller->standby = slot;
-    while (!must_end(poller) && !takes) {
+    while (!must_end(poller) && !ways_stale(poller, slot) && !takes) {
         if (!poller->client && load_relaxed(&poller->startable) != 0)
             break;
         if (!poller->away && poller->away_count == seen) {
@@ -731,6 +718,11 @@ static int64_t find_work(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
                 callers_inherit(poller, slot);
             return SHMRPC_STOPPED;
         }
+        if (ways_stale(poller, slot)) {
+            if (poller->leader == slot)
+                step_out(poller, slot);
+            return -ESTALE;
+        }
         if (has_surplus(poller))
             wake_idle(poller); /* who sees the same, and ends */
         if ((!left_to_callers(poller) || poller->leader == slot) &&
@@ -759,6 +751,8 @@ static int64_t find_work(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
                     note_long(poller->leader, TICK_NS);
                 poller->leader = slot;
                 poller->away = false;
+            } else if (ways_stale(poller, slot)) {
+                continue;
             }
             if (poller->idle == NULL && may_spawn(poller)) {
                 if (takes)
@@ -902,28 +896,6 @@ int shmrpc_reply(shmrpc_slot *slot, uint32_t status, const char *body, size_t bo
         return shmrpc_reply(slot, status, body, body_bytes);
     }
     slot->replied = result != -EMSGSIZE && result != -ENOMEM;
-    return result < 0 ? result : 0;
-}
-
-int shmrpc_reply_from(shmrpc_slot *worker, const shmrpc_slot *slot)
-{
-    const shmrpc_message *reply = &slot->message;
-    struct outgoing message = {
-        .header = {.kind = SHMRPC_REPLY,
-                   .method_bytes = (uint16_t)reply->status,
-                   .call_id = worker->call_id,
-                   .metadata_bytes = reply->metadata_bytes},
-        .parts = {{(void *)(uintptr_t)reply->head, reply->metadata_bytes},
-                  {(void *)(uintptr_t)reply->body, reply->body_bytes}},
-    };
-    atomic_u64 position;
-
-    if (!worker->running || worker->replied)
-        return 0;
-    int result = blocks_pass(worker, reply);
-    if (result == 0)
-        result = slot_send(worker, &message, 1, &position);
-    worker->replied = result != -EMSGSIZE && result != -ENOMEM;
     return result < 0 ? result : 0;
 }
 

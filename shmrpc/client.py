@@ -154,7 +154,7 @@ class Client(Channel):
             if self._closed:
                 link.shutdown()
                 self._check_usable()
-            if len(self.registry):
+            if self._serves:
                 self._serve(link)
             self._link = link
             self._slots = link.slots
@@ -225,17 +225,29 @@ class Client(Channel):
 
         return add if function is None else add(function)
 
+    @property
+    def _serves(self) -> bool:
+        """Whether there is anything that the server may call."""
+        return len(self.registry) > 0
+
     def _serve(self, link: Connection) -> None:
         """Run the registered methods for this server (our lock is held)."""
         if link.poller.serving:
             return
         self.registry.bind(link.poller)
+        inline = self._inline_workers(link.poller)
+        link.at_end.append(inline.end)
         link.poller.serve(
             self._run_worker,
-            InlineWorkers(self, link.poller).serve,
+            inline.serve,
             workers=_WORKERS,
             max_concurrency=_MAX_CONCURRENCY,
         )
+        link.say_serves()
+
+    def _inline_workers(self, poller: Poller) -> InlineWorkers:
+        """What serves in threads that wait for something else."""
+        return InlineWorkers(self, poller)
 
     def _run_worker(self, poller: Poller) -> None:
         worker = Worker(self, poller)

@@ -78,6 +78,7 @@ class CallFuture(Future[Any]):
         self._channel = channel
         self._connection = connection
         self._metadata = b""
+        self._reply: tuple[int, Body] | None = None  # taken, and about to be the result
 
     # ---- for the channel ----
 
@@ -150,20 +151,27 @@ class CallFuture(Future[Any]):
     def replied(self, status: int, metadata: bytes, body: Body) -> Callable[[], None]:
         """Take the reply; finishing the future runs its callbacks, which may do anything."""
         self._metadata = metadata
-
-        def settle() -> None:
-            self._settle(status, body)
-            self.unregister()
-            self._connection.forget_if_done()
-
-        return settle
+        self._reply = status, body
+        return self._settle
 
     def lost(self, error: int) -> Callable[[], None]:
         """The connection has ended."""
+        if self._reply is not None:
+            return self._settle  # the thread that took it may not have come to that yet
         outcome = self._connection.outcome(self.call_id, self.position[0])
         return lambda: self.finish(None, self._connection.lost(error, outcome, self.method))
 
-    def _settle(self, status: int, body: Body) -> None:
+    def _settle(self) -> None:
+        """Be what the reply says. Can be repeated, by any thread."""
+        reply = self._reply
+        if reply is None:
+            return
+        self._finish_with(*reply)
+        self.unregister()
+        self._reply = None
+        self._connection.forget_if_done()
+
+    def _finish_with(self, status: int, body: Body) -> None:
         connection = self._connection
         if status != 0:
             error = self._channel._remote_error(connection, self.method, status, body)
@@ -207,6 +215,8 @@ class CallFuture(Future[Any]):
 
     def _forget(self) -> bool:
         """Take no reply any more, and tell the peer; False if it has come already."""
+        if self._reply is not None:
+            return False
         if self._connection.session.calls.pop(self.call_id, None) is None:
             return False
         self._connection.send_now(lib.SHMRPC_CANCEL, self.call_id)

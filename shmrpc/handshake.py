@@ -27,7 +27,7 @@ import socket
 import struct
 from collections.abc import Generator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import segments
 from ._native import ffi, lib
@@ -82,6 +82,13 @@ class Terms:
     max_memory_bytes: int = 0
     allow_uids: frozenset[int] = frozenset()
     allow_remote: bool = False  # tcp may be listened at where other hosts can reach it
+
+    def __post_init__(self) -> None:
+        uid: Any
+        for uid in self.allow_uids:
+            if not isinstance(uid, int) or uid < 0:
+                msg = f"allow_uids are the numbers of users, as os.getuid() returns, not {uid!r}"
+                raise TypeError(msg)
 
 
 @dataclass

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgpack
 
 from .errors import Error
+from .lending import total_stats
 from .reflection import describe_method
 from .timing import Timings, percentile
 
@@ -115,6 +116,7 @@ class Inspection:
             "workers": self._workers(),
             "uptime": now - self._started if poller is not None else 0.0,
             **(poller.stats() if poller is not None else {}),
+            **total_stats(list(poller.connections.values()) if poller is not None else []),
             "methods": self._methods(poller),
             "slowest": self._slowest(running, now),
         }

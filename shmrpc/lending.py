@@ -1,20 +1,16 @@
 """Buffers beside messages, as they are sent: in blocks of this side's arena.
 
 The arena is the core's; here is what it can't do by itself: make a further segment when it needs
-one, wait for what the peer gives back when it may not grow, say who holds what when nothing comes
-back, and give memory back to the system that nothing was in for a while.
+one, wait for what the peer gives back when it may not grow, and say who holds what when nothing
+comes back.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
-import queue
 import sys
-import threading
 import time
-import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from . import segments
@@ -22,6 +18,7 @@ from ._native import ffi, lib
 from .buffers import Unwritten
 from .errors import ConnectError, ConnectionLost, DeadlineExceeded, MessageTooLarge, Overloaded
 from .poller import nanoseconds_until
+from .tending import tend
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -47,7 +44,6 @@ T = TypeVar("T")
 
 MEMORY_BYTES = 1 << 30  # of values under way on one connection, unless the user says otherwise
 PATIENCE = 10.0  # seconds in which something comes back, for a call that waits for ever
-QUIET = 5.0  # seconds after which memory that nothing is in goes back to the system
 
 _ARRAYS = f"{__package__}.arrays"  # imported if there is a numpy array
 
@@ -248,7 +244,8 @@ def grow(connection: Connection, size: int) -> int:
     except (ConnectError, ConnectionLost, OSError):
         return -errno.ENOMEM
     connection.slots.append(slot)
-    _trimmer.watch(connection)
+    if not connection.tended:
+        tend(connection)
     return 0
 
 
@@ -314,58 +311,3 @@ def _full(connection: Connection, size: int, what: str) -> str:
         f"{stats['returned_bytes']} bytes values that came back to it and that it keeps. "
         "Let go of received values earlier, or raise max_memory_bytes on both sides"
     )
-
-
-# ---- giving memory back ----
-
-
-class _Trimmer:
-    """A thread that is there as long as some arena has memory, and looks for what is idle."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._watched: set[weakref.ref[Connection]] = set()
-        self._ends: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._running = False
-
-    def watch(self, connection: Connection) -> None:
-        """This connection's arena has grown."""
-        ends = self._ends
-        with self._lock:
-            # In a finalizer: what takes no lock, as this queue does not.
-            self._watched.add(weakref.ref(connection, lambda _: ends.put(None)))
-            if not self._running:
-                self._running = True
-                threading.Thread(target=self._run, name="shmrpc-trimmer", daemon=True).start()
-
-    def _run(self) -> None:
-        while self._trim():
-            with contextlib.suppress(queue.Empty):
-                self._ends.get(timeout=QUIET / 2)
-
-    def _trim(self) -> bool:
-        """Whether there is anything left to look after."""
-        quiet_ns = int(QUIET * 1e9)
-        with self._lock:
-            self._watched = {ref for ref in self._watched if _trim(ref(), quiet_ns)}
-            self._running = bool(self._watched)
-            return self._running
-
-
-def _trim(connection: Connection | None, quiet_ns: int) -> bool:
-    if connection is None or connection.closed:
-        return False
-    left: int = lib.shmrpc_arena_trim(connection.poller.c, connection.conn_id, quiet_ns)
-    return left > 0
-
-
-_trimmer = _Trimmer()
-
-
-def _after_fork_in_child() -> None:
-    """Nothing of it is ours, the thread least of all."""
-    global _trimmer  # noqa: PLW0603 - its lock may be held by a thread that is not here
-    _trimmer = _Trimmer()
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -22,6 +22,7 @@ from .errors import ConnectError, ConnectionLost, Error, ForkedError, ProtocolEr
 from .parcels import Parcel, value_of
 from .rendezvous import Credentials
 from .session import Body, Pending, Run, Session, Stream
+from .tending import tend
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -90,7 +91,7 @@ class Freed(Protocol):
 class Slot:
     """What one thread uses for one call at a time: a C slot, its view and a packer."""
 
-    __slots__ = ("__weakref__", "c", "connection", "message", "pack", "pack_beside", "view")
+    __slots__ = ("c", "connection", "message", "pack", "pack_beside", "view")
 
     def __init__(self, connection: Connection) -> None:
         slot = lib.shmrpc_slot_new(connection.poller.c, connection.conn_id)
@@ -103,7 +104,6 @@ class Slot:
             raise ConnectError(msg)
         self.c = ffi.gc(slot, lib.shmrpc_slot_free)
         self.connection = connection
-        connection.poller.slots.add(self)
         self.message = lib.shmrpc_slot_message(slot)
         size = lib.shmrpc_slot_view_bytes(slot)
         self.view = memoryview(ffi.buffer(lib.shmrpc_slot_view(slot), size))
@@ -114,6 +114,23 @@ class Slot:
         codec = self.connection.codec
         self.pack: Callable[[Any], bytes] = codec.encoder()
         self.pack_beside = slot_packer(codec, self.c)  # for a message that this slot sends next
+
+    # Before a call raises: its frames refer to the slot, and who keeps the exception keeps them.
+
+    def let_go(self) -> None:
+        """Free it, whoever still refers to it."""
+        self.view = memoryview(b"")
+        self.message = None
+        ffi.release(self.c)
+
+    def give_back(self) -> None:
+        """Put what it has into the pool, as another object."""
+        other = Slot.__new__(Slot)
+        for name in ("c", "connection", "message", "pack", "pack_beside", "view"):
+            setattr(other, name, getattr(self, name))
+        self.c = self.message = None
+        self.view = memoryview(b"")
+        other.connection.slots.append(other)
 
     def body(self) -> memoryview:
         """The body of the message just received, wherever it lies."""
@@ -159,12 +176,15 @@ class Connection:
         self.max_memory_bytes = agreement.max_memory_bytes
         self.backing = agreement.terms.backing
         self.growing = threading.Lock()  # held while a segment is added to our arena
+        # See tending: one of us has memory for values. Over sockets there is none.
+        self.tended = address.transport != "shm"
         self.session = Session()
         self.slots: list[Slot] = []
         self.closed = False
         self.retired = False
         self.refuses = False  # the peer takes no more calls: it is stopping
         self.caller: Any = None  # what handlers call their caller with, once one has asked
+        self.at_end: list[Callable[[], None]] = []  # to be called when it has ended
         self.reader: Any = None  # the thread that reads for futures, once one has to
         self._probe: Slot | None = None  # keeps the core's knowledge of a lost connection
         self.control_fd = agreement.socket.fileno()  # the rendezvous socket: the core's from now on
@@ -194,9 +214,14 @@ class Connection:
         return body.decode()
 
     def value(self, slot: Any, message: Any) -> Any:
-        """The value of the message in this C slot, which has buffers; ValueError if it is none."""
+        """The value of the message in this C slot, which has buffers; ValueError if it is none.
+
+        Of a peer whom we don't trust it is made of copies.
+        """
         if not self.plain:
             raise self._buffers_refused()
+        if not self.tended:
+            tend(self)
         return value_of(slot, message, untrusted=self.untrusted_values)
 
     def _buffers_refused(self) -> ValueError:
@@ -233,12 +258,12 @@ class Connection:
             self._probe = None
             self.poller.connections.pop(self.conn_id, None)
             self.wake_reader()
+            self.poller.end()
 
     def shutdown(self) -> None:
         """Hang up. Threads that wait get ``ConnectionLost``.
 
-        Descriptors and memory go with the last reference to the connection, that is, at once
-        unless somebody still waits.
+        Descriptors and memory go at once unless somebody still waits.
         """
         self.retire()
         lib.shmrpc_conn_shutdown(self.poller.c, self.conn_id)
@@ -253,7 +278,8 @@ class Connection:
             if isinstance(call, Stream):
                 call.outcome = self.outcome(call_id, call.position[0])
         later = self.session.lost(error)
-        later.append(self.wake_reader)
+        later += (self.wake_reader, *self.at_end)
+        self.at_end = []
         self._probe = None
         return later
 
@@ -307,6 +333,10 @@ class Connection:
         self.send(slot, kind, call_id, body, flags=flags)
         self.slots.append(slot)
 
+    def say_serves(self) -> None:
+        """Tell the peer that we take requests: who passes calls on needs to know."""
+        self.send_now(lib.SHMRPC_SERVES, 0)
+
     def flush(self, slot: Slot, deadline: float) -> int:
         """Wait until what was sent has left this process, and read meanwhile; -errno otherwise."""
         status: int = lib.shmrpc_flush(slot.c, nanoseconds_until(deadline))
@@ -348,8 +378,9 @@ class Poller:
             raise ConnectError(msg)
         self.c = ffi.gc(c, lib.shmrpc_poller_free)
         self.codec = codec
+        self._server = server
         self.forked = False
-        self.slots: weakref.WeakSet[Freed] = weakref.WeakSet()
+        self._server = server
         self.connections: dict[int, Connection] = {}
         self._dropped = 0  # frames, by connections that have ended
         self.threads: list[threading.Thread] = []
@@ -464,6 +495,7 @@ class Poller:
             self._dropped += session.dropped
             self.connections.pop(connection.conn_id, None)
             self.ended()
+            self.end()
 
     def _take_request(
         self, connection: Connection, message: Any, _later: list[Callable[[], None]]
@@ -511,6 +543,8 @@ class Poller:
             return body
         parcel: Parcel | None = self._unfinished
         if parcel is None:
+            if not connection.tended:
+                tend(connection)
             weight = lib.shmrpc_message_weight(message)
             parcel = self._unfinished = Parcel(body, weight, untrusted=connection.untrusted_values)
         parcel.fill(self._taker, message)
@@ -556,7 +590,10 @@ class Poller:
         deadline: float,
     ) -> bool:
         """Wait until ``ready()``; False when the time has passed or the poller stops."""
-        slot = connection.slot()
+        try:
+            slot = connection.slot()
+        except ConnectionLost:  # everybody has been told what there was to tell
+            return ready()
         waiters.append(slot)
         goes_on = True
         try:
@@ -566,6 +603,14 @@ class Poller:
             waiters.remove(slot)
         connection.slots.append(slot)
         return goes_on or ready()
+
+    def look(self, connection: Connection, /) -> None:
+        """Read what has come, if it may be that nobody else does: see ``tending``."""
+        if self._server or self.serving:
+            return  # there are threads for that
+        slot = connection.slot()
+        self.wait(slot, 0)
+        connection.slots.append(slot)
 
     # ---- serving ----
 
@@ -609,6 +654,11 @@ class Poller:
             return
         self.threads = [other for other in self.threads if other.is_alive()] + [thread]
 
+    def end(self) -> None:
+        """The connection is over: a client's poller goes with it, once no thread is inside."""
+        if not self._server:
+            lib.shmrpc_poller_end(self.c)
+
     def drain(self) -> None:
         """Refuse new requests from now on."""
         lib.shmrpc_poller_drain(self.c)
@@ -630,6 +680,9 @@ class Poller:
         for connection in list(self.connections.values()):
             lib.shmrpc_conn_goodbye(self.c, connection.conn_id)
             connection.shutdown()
+            later, connection.at_end = connection.at_end, []  # nobody is left to see it end
+            for run in later:
+                run()
 
     def join(self) -> None:
         """Wait for the worker threads to end."""
@@ -687,16 +740,12 @@ class Poller:
         """In a forked child: give up what is the parent's.
 
         Descriptors are closed, so that the parent's death can still be noticed by its peers;
-        memory stays as it is, because its locks may be held by threads that the child does not
-        have.
+        the core leaves its memory as it is, because its locks may be held by threads that the
+        child does not have.
         """
         self.forked = True
         for connection in self.connections.values():
             connection.slots.clear()
-        for slot in list(self.slots):
-            ffi.gc(slot.c, None)
-        ffi.gc(self._taker, None)
-        ffi.gc(self.c, None)
         count = 1 << 18
         fds = ffi.new("int[]", count)
         for fd in fds[0 : lib.shmrpc_poller_fds(self.c, fds, count)]:

@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 import weakref
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from . import address as addresses
@@ -157,6 +158,10 @@ class Server:
             self.registry.add(getattr(service, name), prefix + name)
 
     # ---- running ----
+
+    def allow_remote(self) -> None:
+        """Let ``tcp`` addresses be other than loopback when it starts, as the parameter does."""
+        self._terms = [replace(terms, allow_remote=True) for terms in self._terms]
 
     @property
     def addresses(self) -> list[str]:
@@ -333,6 +338,11 @@ class Server:
         if poller is None:
             return {}
         return {**poller.stats(), **total_stats(list(poller.connections.values()))}
+
+    def __repr__(self) -> str:
+        at = self.addresses or [str(terms.address) for terms in self._terms]
+        state = "listening" if self.addresses else "not listening"
+        return f"<shmrpc.Server {' '.join(at)} {state}>"
 
     # ---- what workers and the acceptor need ----
 

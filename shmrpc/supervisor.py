@@ -322,7 +322,7 @@ class Supervisor:
             self._listen(wanted)
             self._wanted = wanted
         if wanted != self._wanted:
-            said = ", ".join(text for text, _ in wanted)
+            said = ", ".join(text for text, *_ in wanted)
             msg = f"the server's addresses are now {said}: a reload can't change them; restart"
             sharing.send(worker.control, {"refused": msg})
             return
@@ -330,8 +330,12 @@ class Supervisor:
         sharing.send(worker.control, {"listen": worker.place}, fds)
 
     def _listen(self, wanted: list[list[Any]]) -> None:
-        for text, for_others in wanted:
-            self._listeners.append(Listener(addresses.parse(text), for_others=bool(for_others)))
+        for text, for_others, remote in wanted:
+            self._listeners.append(
+                Listener(
+                    addresses.parse(text), for_others=bool(for_others), allow_remote=bool(remote)
+                )
+            )
         handover.check_claimed(self._addresses())
 
     def _addresses(self) -> list[str]:
@@ -379,7 +383,9 @@ def join_supervisor(fd: int, server: _Server) -> tuple[Sharing, Callable[[], Non
     """
     control = socket.socket(fileno=fd)
     control.set_inheritable(False)
-    wanted = [(str(terms.address), bool(terms.allow_uids)) for terms in server._terms]
+    wanted = [
+        (str(terms.address), bool(terms.allow_uids), terms.allow_remote) for terms in server._terms
+    ]
     sharing.send(control, {"addresses": wanted})
     message, fds = sharing.receive(control)
     if message is None:

@@ -10,6 +10,7 @@ import errno
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -80,7 +81,6 @@ class Worker:
         if slot == ffi.NULL:
             raise MemoryError
         self.c = self._slot = ffi.gc(slot, lib.shmrpc_slot_free)
-        poller.slots.add(self)
         self._message = lib.shmrpc_slot_message(self._slot)
         self._new_packers()
         size = lib.shmrpc_slot_view_bytes(self._slot)
@@ -603,22 +603,40 @@ class InlineWorkers:
 
     def __init__(self, host: Host, poller: Poller) -> None:
         self._host = host
-        self._poller = poller
+        self._poller = weakref.ref(poller)  # which keeps us, and its descriptors stay as long as it
         self._free: list[Worker] = []
         self._lock = threading.Lock()
+        self._ended = False
 
     def serve(self) -> None:
         """Run what is queued in this thread."""
         with self._lock:
             worker = self._free.pop() if self._free else None
         if worker is None:
-            worker = Worker(self._host, self._poller)
+            poller = self._poller()
+            if poller is None:
+                return
+            worker = self._new(poller)
         try:
             worker.serve_queued(self._take_back)
         except BaseException:
             worker.end()
             raise
 
+    def _new(self, poller: Poller) -> Worker:
+        return Worker(self._host, poller)
+
     def _take_back(self, worker: Worker) -> None:
         with self._lock:
-            self._free.append(worker)
+            if not self._ended:
+                self._free.append(worker)
+                return
+        worker.end()
+
+    def end(self) -> None:
+        """The connection has ended: there will be nothing to run."""
+        with self._lock:
+            self._ended = True
+            free, self._free = self._free, []
+        for worker in free:
+            worker.end()

@@ -39,6 +39,7 @@ def make_server(addresses, options):
 
     @server.method
     async def sleep(seconds, result=None):
+        seen.append(f"sleep {seconds}")
         try:
             await asyncio.sleep(seconds)
         except asyncio.CancelledError:

@@ -7,8 +7,10 @@ import gc
 import glob
 import json
 import os
+import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -27,13 +29,18 @@ ASYNC_SERVICES = Path(__file__).parent / "async_services.py"
 SERVICES = Path(__file__).resolve().parent / "services.py"
 TRANSPORTS = ("shm", "unix", "tcp")
 # How much longer than named something may take where other work runs on the same CPUs.
-SLACK = 5
+SLACK = 20
 FAILED = pytest.StashKey()
 
 faulthandler.enable()
 
+# A run starts thousands of Pythons: what they import is compiled once, whatever the environment
+# says. This module is imported before the other tests' and before pytest-xdist starts its workers.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
-def wait_until(condition, timeout=10.0, what="the condition"):
+
+def wait_until(condition, timeout=40.0, what="the condition"):
     """Poll until it is true, and return what it returned."""
     end = time.monotonic() + timeout
     while True:
@@ -44,7 +51,7 @@ def wait_until(condition, timeout=10.0, what="the condition"):
         time.sleep(0.005)
 
 
-def in_threads(count, work, timeout=20):
+def in_threads(count, work, timeout=40):
     """Run ``work(number)`` in so many threads and return the results; errors are raised here.
 
     Threads that hang are left behind (they are daemons), so that the test fails and does not.
@@ -78,6 +85,15 @@ def pause(pid):
 
     os.kill(pid, signal.SIGSTOP)
     wait_until(lambda: states() == {"T"})
+
+
+class Process(subprocess.Popen):
+    """Killed where its block is left by an error: Popen's would wait for what may hang."""
+
+    def __exit__(self, kind, *rest):
+        if kind is not None:
+            self.kill()
+        super().__exit__(kind, *rest)
 
 
 class Service:
@@ -128,7 +144,7 @@ class Service:
         self.process.kill()
         self.process.wait()
 
-    def stop(self, timeout=10):
+    def stop(self, timeout=40):
         """SIGTERM, and its exit status."""
         self.process.terminate()
         return self.process.wait(timeout)
@@ -149,6 +165,19 @@ def address_of(transport, directory, name="calc"):
         "unix": f"unix://{directory}/{name}-unix.sock",
         "tcp": "tcp://127.0.0.1:0",
     }[transport]
+
+
+def free_port():
+    """A TCP port for a server that comes later or comes again.
+
+    None of those that the kernel gives to connections: one of them might take it meanwhile.
+    """
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.randrange(max(1024, first - 20_000), first)
+        with contextlib.suppress(OSError), socket.socket() as sock:
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 @contextlib.contextmanager
@@ -172,6 +201,7 @@ ALIKE = {
     "flow_control",
     "handover",
     "interceptors_live",
+    "kept_errors",
     "metadata",
     "retries_live",
     "stopping",
@@ -258,9 +288,17 @@ def run(request, no_leaks):
 # ---- nothing may be left over ----
 
 
+@pytest.fixture(scope="session", autouse=True)
+def frozen_imports():
+    """Collecting garbage twice a test looks at what tests made, not at all that was imported."""
+    gc.collect()
+    gc.freeze()
+
+
 def shm_names():
     """Names in /dev/shm that are ours or nobody's: other tests may run beside us."""
-    ours = {os.getpid(), *children()}
+    names = glob.glob("/dev/shm/shmrpc-[0-9]*")
+    ours = {os.getpid(), *children()} if names else set()
 
     def is_foreign(name):
         pid = name.split("-")[2]
@@ -269,7 +307,7 @@ def shm_names():
         pid = int(pid)
         return pid not in ours and psutil.pid_exists(pid)
 
-    return {name for name in glob.glob("/dev/shm/shmrpc-[0-9]*") if not is_foreign(name)}
+    return {name for name in names if not is_foreign(name)}
 
 
 def descriptors():
@@ -289,6 +327,11 @@ def shmrpc_threads():
     return {thread for thread in threading.enumerate() if thread.name.startswith("shmrpc-")}
 
 
+def what_is_there():
+    """What a test must not add to: names in /dev/shm, processes, threads."""
+    return shm_names(), children(), shmrpc_threads()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield
@@ -301,18 +344,19 @@ def pytest_runtest_makereport(item, call):
 def no_leaks(request):
     """Each test leaves the process, its children and /dev/shm as they were."""
     gc.collect()
-    before = shm_names(), children(), shmrpc_threads()
+    before = what_is_there()
     count = len(descriptors())
     yield
     if request.node.stash.get(FAILED, False):
-        return  # its traceback keeps everything alive
+        # Its traceback keeps everything alive here; what runs elsewhere must not disturb the next.
+        for pid in children() - before[1]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return
     end = time.monotonic() + 3
     while True:
         gc.collect()
-        left = [
-            now - then
-            for now, then in zip((shm_names(), children(), shmrpc_threads()), before, strict=True)
-        ]
+        left = [now - then for now, then in zip(what_is_there(), before, strict=True)]
         fds = descriptors()
         if not any(left) and len(fds) <= count:
             return

@@ -136,6 +136,10 @@ def add_callbacks(server):
         yield sum(requests)
 
     @server.method
+    def notify_back(method, *args):
+        shmrpc.current_call().caller.notify(method, *args)
+
+    @server.method
     def nest_elsewhere(address, *args):
         """Call another server, which knows nothing of our caller."""
         with shmrpc.connect(address) as client:

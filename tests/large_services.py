@@ -10,6 +10,7 @@ import numpy as np
 from services import tell_ready, watch_stdin
 
 import shmrpc
+from shmrpc import tending
 
 
 class Kept:
@@ -107,6 +108,7 @@ def add_methods(server):
 def main():
     setup = json.loads(sys.argv[1])
     threading.Thread(target=watch_stdin, daemon=True).start()
+    tending.QUIET = float(os.environ.get("QUIET", tending.QUIET))
     server = shmrpc.Server(*setup["addresses"], **setup["options"])
     add_methods(server)
     server.start()

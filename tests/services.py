@@ -218,8 +218,8 @@ def add_state(server):
             end = time.monotonic() + 60
             while not call.cancelled and time.monotonic() < end:
                 time.sleep(0.0005)
-            # Its deadline has passed: let the caller notice first.
-            time.sleep(0.02)
+            if call.deadline is not None and time.monotonic() >= call.deadline:
+                time.sleep(0.5)  # its deadline has passed: let the caller notice first
         return call.cancelled
 
     @server.method

@@ -4,7 +4,6 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -82,13 +81,6 @@ class Command:
         self.process.wait()
         self._reader.join(5)
         self.process.stderr.close()
-
-
-def free_port():
-    """A port at which nobody listens just now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
 
 
 def fds(pid):

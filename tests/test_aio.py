@@ -10,7 +10,15 @@ import threading
 import time
 
 import pytest
-from conftest import ASYNC_SERVICES, LOOPS, TRANSPORTS, Service, address_of, short_directory
+from conftest import (
+    ASYNC_SERVICES,
+    LOOPS,
+    TRANSPORTS,
+    Process,
+    Service,
+    address_of,
+    short_directory,
+)
 
 import shmrpc
 from shmrpc import aio
@@ -43,7 +51,7 @@ def address(async_server, transport):
     return async_server.addresses[TRANSPORTS.index(transport)]
 
 
-async def until(condition, seconds=10):
+async def until(condition, seconds=30):
     end = time.monotonic() + seconds
     while not await condition():
         assert time.monotonic() < end
@@ -286,19 +294,21 @@ def test_cancelling_a_task_cancels_the_handler(address, run):
     async def main():
         async with aio.connect(address) as client:
             seconds = 1000 + time.monotonic()
+
+            async def seen(what):
+                return what in await client.call("recall")
+
             task = asyncio.ensure_future(client.call("sleep", seconds))
-            await asyncio.sleep(0.05)
+            await until(lambda: seen(f"sleep {seconds}"))
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
+            task = asyncio.ensure_future(client.call("sleep", seconds + 1))
+            await until(lambda: seen(f"sleep {seconds + 1}"))
             with pytest.raises(asyncio.TimeoutError):
-                await asyncio.wait_for(client.call("sleep", seconds + 1), 0.05)
-
-            async def told():
-                seen = await client.call("recall")
-                return {f"cancelled sleep {seconds}", f"cancelled sleep {seconds + 1}"} <= set(seen)
-
-            await until(told)
+                await asyncio.wait_for(task, 0.05)
+            await until(lambda: seen(f"cancelled sleep {seconds}"))
+            await until(lambda: seen(f"cancelled sleep {seconds + 1}"))
             assert await client.call("add", 1, 2) == 3
 
     run(main)
@@ -432,17 +442,27 @@ def test_stop_with_grace(directory, transport, run):
                 raise
             return seconds
 
+        release = asyncio.Event()
+        server.method(name="short")(release.wait)
+
+        async def both_run():
+            return server.stats()["running"] == 2
+
+        async def refused():
+            try:
+                await client.call("sleep", 0)
+            except shmrpc.Error as error:
+                return error.code == "UNAVAILABLE"
+
         await server.start()
         async with aio.connect(server.addresses[0]) as client:
-            short = asyncio.ensure_future(client.call("sleep", 0.2))
+            short = asyncio.ensure_future(client.call("short"))
             long = asyncio.ensure_future(client.call("sleep", 60))
-            await asyncio.sleep(0.05)
-            stopping = asyncio.ensure_future(server.stop(0.6))
-            await asyncio.sleep(0.05)
-            with pytest.raises(shmrpc.Error) as caught:
-                await client.call("sleep", 0)
-            assert caught.value.code == "UNAVAILABLE"
-            assert await short == 0.2
+            await until(both_run)
+            stopping = asyncio.ensure_future(server.stop(1.0))
+            await until(refused)
+            release.set()
+            assert await short is True
             await stopping
             with pytest.raises((shmrpc.ConnectionLost, shmrpc.Cancelled)):
                 await long
@@ -533,25 +553,23 @@ else:
 def test_abrupt_ends_are_silent(address, how, status):
     """A loop that is closed with calls pending, Ctrl-C: no report, no warning."""
     command = [sys.executable, "-X", "dev", "-W", "error", "-c", ABRUPT, address, how]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "ready\n"
-    if how == "interrupt":
-        process.send_signal(signal.SIGINT)
-    _, complaints = process.communicate(timeout=20)
+    with Process(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        if how == "interrupt":
+            process.send_signal(signal.SIGINT)
+        _, complaints = process.communicate(timeout=40)
     assert complaints == ""
     assert process.returncode == status
 
 
-def test_idle_uses_no_cpu(address, run, async_server):
+def test_idle_uses_no_cpu(address, run):
     async def main():
         async with aio.connect(address) as client:
             await client.call("add", 1)
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.2)  # for spinning and standing by to end
             before = time.process_time()
-            theirs = sum(os.times()[:2])
-            await asyncio.sleep(1.5)
-            assert time.process_time() - before < 0.02
-            assert theirs is not None
+            await asyncio.sleep(1)
+            assert time.process_time() - before < 0.05
 
     run(main, debug=False)
 
@@ -561,20 +579,14 @@ def test_calls_do_not_starve_the_loop(address, run):
 
     async def main():
         async with aio.connect(address) as client:
-            ticks = []
-            stop = asyncio.get_running_loop().call_later(0.5, ticks.append, "stop")
 
             async def tick():
-                while "stop" not in ticks:
-                    ticks.append("tick")
+                for _ in range(20):
                     await asyncio.sleep(0.01)
 
             ticking = asyncio.ensure_future(tick())
-            while "stop" not in ticks:
+            while not ticking.done():
                 await client.call("add", 1)
-            await ticking
-            assert ticks.count("tick") >= 10
-            stop.cancel()
 
     run(main, debug=False)
 

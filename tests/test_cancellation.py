@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SLACK, in_threads, wait_until
+from conftest import SLACK, Process, in_threads, wait_until
 
 import shmrpc
 
@@ -124,7 +124,6 @@ def test_cancel_from_another_thread(client, how):
     def act(number):
         if number == 1:
             wait_until(lambda: client.call("is_running", label))
-            time.sleep(0.05)  # for the others to wait
             assert call.cancel()
         else:
             wait(number)
@@ -142,6 +141,7 @@ def test_closing_the_client(transport, service, connect):
         for (method, args, _), label in zip(STREAMS, labels, strict=True)
     ]
     future = client.submit("until_cancelled", "closed-future")
+    wait_until(lambda: client.call("is_running", "closed-future"))
     ready = threading.Barrier(5)
 
     def work(number):
@@ -215,6 +215,7 @@ def test_a_queued_call_that_is_cancelled_never_starts(transport, service, connec
     client.ping()  # they have arrived
     for call in (*futures, *calls):
         assert call.cancel()
+    client.ping()  # so has that
     Path(f"{path}.release").touch()
     assert blocker.result(10) == "first"
     assert client.call("add", 1, 2) == 3
@@ -230,16 +231,26 @@ def test_late_replies_are_dropped_and_counted(transport, service, connect):
     before = client.stats()
     for _ in range(3):
         with pytest.raises(shmrpc.DeadlineExceeded):
-            client.call("sleep", 0.05, timeout=0.01)
-    wait_until(lambda: client.call("running") == 0)
-    client.ping()
+            client.call("sleep", 0.3, timeout=0.05)
+
+    def late():
+        client.ping()
+        return client.stats()["late_replies"] - before["late_replies"]
+
+    wait_until(lambda: late() >= 3)
     after = client.stats()
-    assert after["late_replies"] - before["late_replies"] == 3
     for _ in range(3):
-        assert client.submit("sleep", 0.05).cancel()
-    wait_until(lambda: client.call("running") == 0)
-    client.ping()
-    assert client.stats()["frames_dropped"] - after["frames_dropped"] == 3
+        future = client.submit("sleep", 0.3)
+        wait_until(lambda: client.call("running") == 1)
+        assert future.cancel()
+        wait_until(lambda: client.call("running") == 0)
+
+    def dropped():
+        client.ping()
+        return client.stats()["frames_dropped"] - after["frames_dropped"]
+
+    wait_until(lambda: dropped() >= 3)
+    assert (late(), dropped()) == (3, 3)
 
 
 def test_late_items_are_dropped_and_counted(transport, service, connect):
@@ -344,7 +355,7 @@ def test_ctrl_c(transport, service, connect, how):
     """The wait ends at once, the handler is told, and the client can be used further."""
     running = service(transport)
     observer = connect(running.address)
-    child = subprocess.Popen(
+    child = Process(
         [sys.executable, "-c", CHILD, running.address, how, how],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

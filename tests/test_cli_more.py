@@ -4,10 +4,12 @@ import json
 import os
 import pty
 import re
+import select
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,17 @@ def first(requests):
 @server.method
 def hold():
     release.wait()
+
+kept = []
+
+@server.method
+def keep(value):
+    kept.append(value)
+    return len(value)
+
+@server.method
+def large_view(size):
+    return memoryview(bytes(size))
 """
 
 
@@ -248,6 +261,23 @@ def test_top_shows_a_server_whose_handlers_are_stuck(fresh, stuck_server):
     assert all(call["seconds"] >= 0.3 for call in look["slowest"])
 
 
+def test_top_shows_what_large_values_take(fresh):
+    """The server holds one that came in, and its caller one that went out."""
+    with fresh.serving("work") as server:
+        address = f"shm://{fresh.sockets}/work.sock"
+        with shmrpc.connect(address) as client:
+            assert client.call("keep", memoryview(bytes(1 << 20))) == 1 << 20
+            kept = client.call("large_view", 1 << 20)
+            [look] = json.loads(fresh.run("top", "work", "--once", "--json", "-i", "0.1").stdout)
+            assert (look["pinned_blocks"], look["pinned_bytes"]) == (1, 1 << 20)
+            assert look["arena_bytes"] >= look["arena_used_bytes"] >= 1 << 20
+            rows = fresh.run("top", "work", "--once", "-i", "0.1").stdout.splitlines()
+            [row] = [row for row in rows if str(server.pid) in row and "work" in row]
+            assert "1 (1 MiB)" in row
+            assert "1 MiB/" in row
+            assert len(kept) == 1 << 20
+
+
 def test_ls_and_ping_of_a_server_whose_handlers_are_stuck(fresh, stuck_server):
     [entry] = json.loads(fresh.run("ls", "--json").stdout)
     assert (entry["pid"], entry["status"], entry["problem"]) == (stuck_server.pid, "serving", None)
@@ -292,24 +322,35 @@ def test_top_times_the_calls_while_it_looks(fresh):
 @pytest.mark.thorough
 def test_top_on_a_terminal(fresh):
     ours, theirs = pty.openpty()
-    env = {"TERM": "xterm", "COLUMNS": "160", "LINES": "40"}
+    env = {"TERM": "xterm", "COLUMNS": "200", "LINES": "40"}
+    shown = b""
+
+    def read():
+        """Some of what it shows, b"" if it has ended; a terminal that nobody reads stops it."""
+        assert select.select([ours], [], [], 40)[0], f"nothing came after {shown[-2000:]!r}"
+        try:
+            return os.read(ours, 65536)
+        except OSError:  # nobody has the other end any more
+            return b""
+
     with (
         fresh.serving("work"),
         fresh.popen("top", "-i", "0.1", stdout=theirs, env=env) as top,
     ):
-        os.close(theirs)
-        shown = b""
-        while shown.count(b"shm://work") < 2:
-            shown += os.read(ours, 65536)
-        top.send_signal(signal.SIGINT)
-        # A terminal that nobody reads keeps it from ending.
-        while top.poll() is None:
-            try:
-                os.read(ours, 65536)
-            except OSError:
-                break
-        assert top.wait(20) == 130
-    os.close(ours)
+        try:
+            os.close(theirs)
+            while shown.count(b"shm://work") < 2:
+                more = read()
+                assert more, top.stderr.read()
+                shown += more
+            top.send_signal(signal.SIGINT)
+            end = time.monotonic() + 40
+            while read():  # to the end, at which it lets go of the terminal
+                assert time.monotonic() < end, "it goes on after Ctrl-C"
+            assert top.wait(20) == 130
+        finally:
+            top.kill()
+            os.close(ours)
 
 
 def test_top_of_nobody(place, fresh):

@@ -35,7 +35,7 @@ from typing import NamedTuple
 
 import msgpack
 import pytest
-from conftest import wait_until
+from conftest import free_port, wait_until
 from minimal_client import CANCEL, NOTIFY, PING, REQUEST, MinimalClient
 
 import shmrpc
@@ -112,8 +112,7 @@ class Story:
         self.environment = environment
         self.program = ""  # all programs since the last that was not continued
         self.background = []
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = str(free.getsockname()[1])
+        self.port = str(free_port())
 
     def tell(self):
         for snippet in snippets(self.page):

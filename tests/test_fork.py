@@ -1,8 +1,10 @@
 """Forks: what was inherited says so, the child connects anew, the parent notices nothing."""
 
+import ctypes
 import gc
 import multiprocessing
 import os
+import signal
 import threading
 import time
 import traceback
@@ -11,12 +13,13 @@ import pytest
 from conftest import SLACK, in_threads, wait_until
 
 import shmrpc
+from shmrpc._native import ffi
 
 # Python 3.12 and newer warn of forks with threads; that they work here is what is tested.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 
-def in_child(work, timeout=20):
+def in_child(work, timeout=50):
     """Run it in a forked child and return the text that it returned."""
     reader, writer = os.pipe()
     child = os.fork()
@@ -119,6 +122,45 @@ def test_child_collects_what_it_inherited(common, transport):
         server[0].stop()
 
 
+@pytest.fixture
+def core_lock(client):
+    """The mutex of the client's poller in the core, as if another thread held it at a fork."""
+    assert client.call("add", 1, 2) == 3  # there is a slot now that nobody uses
+    libc = ctypes.CDLL(None)
+    lock = ctypes.c_void_p(int(ffi.cast("uintptr_t", client._link.poller.c)))  # its first member
+    assert libc.pthread_mutex_lock(lock) == 0
+    yield
+    assert libc.pthread_mutex_unlock(lock) == 0
+
+
+def test_child_that_collects_while_a_thread_of_its_parent_holds_a_lock(client, core_lock):
+    """Slots that nobody uses are freed at the fork, others whenever the child lets go of them."""
+    assert in_child(lambda: client.__dict__.clear() or gc.collect() >= 0, timeout=10) == "True"
+
+
+def test_signal_interrupts_the_child_of_a_thread(common, transport, tmp_path):
+    """The thread that forked is the main thread of the child, which runs signal handlers."""
+    address = common.addresses[["shm", "unix", "tcp"].index(transport)]
+
+    def interrupt(*_):
+        raise InterruptedError
+
+    def work():
+        with shmrpc.connect(address) as own:
+            own.call("add", 1, 2)
+            signal.signal(signal.SIGALRM, interrupt)
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            return kinds_of_errors(lambda: own.call("hold", str(tmp_path / "end")))
+
+    def fork(_):
+        with shmrpc.connect(address) as own:
+            own.call("sleep", 0.05)  # now the core knows that this is not the main thread
+            return in_child(work, timeout=10)
+
+    assert in_threads(1, fork) == ["InterruptedError"]
+    (tmp_path / "end").touch()
+
+
 def test_child_that_exits_normally(client):
     """Exit handlers and destructors of the child leave the parent's connection alone."""
     child = os.fork()
@@ -175,7 +217,7 @@ def test_server_death_is_noticed_while_a_child_lives(transport, service, connect
         threading.Timer(0.1, running.process.kill).start()
         start = time.monotonic()
         with pytest.raises(shmrpc.ConnectionLost):
-            future.result(10)
+            future.result(40)
         assert time.monotonic() - start < 0.2 * SLACK
     finally:
         os.kill(child, 9)

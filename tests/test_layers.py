@@ -20,7 +20,7 @@ LAYERS = [
     ["errors", "logs", "buffers"],
     ["arrays", "tables"],
     ["values"],
-    ["address", "attaching", "codec", "metadata", "parcels", "scheduler", "session"],
+    ["address", "attaching", "codec", "metadata", "parcels", "scheduler", "session", "tending"],
     ["segments", "sharing", "handover", "rendezvous", "interceptors"],
     ["otel", "prometheus", "retries"],
     ["handshake"],

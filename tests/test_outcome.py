@@ -117,6 +117,9 @@ class Words:
     def sent(self):
         return ctypes.c_uint64.from_address(self._own + 128).value
 
+    def answered(self):
+        return ctypes.c_uint64.from_address(self._peer + 128).value
+
     def taken(self):
         return ctypes.c_uint64.from_address(self._peer + 256).value
 
@@ -238,6 +241,32 @@ def test_futures_whose_connection_was_replaced(service, connect):
     assert client.call("add", 1, 2) == 3
     assert outcomes(waiting) == {"not_started": 24}
     assert outcomes(held) == {"unknown": WORKERS}
+
+
+@pytest.mark.parametrize("count", [0, 200_000], ids=["small", "large"])
+def test_replies_that_a_thread_has_taken_when_another_learns_of_the_end(
+    pool, service, connect, count
+):
+    """The first of two runs its callbacks meanwhile, which may take as long as they like."""
+    running = service("shm")
+    client, words = connect_watched(connect, running.address)
+    client.call("zeros", count)
+    span = words.answered()
+    first, second = client.submit("zeros", count), client.submit("zeros", count)
+    wait_until(lambda: words.answered() == 3 * span)
+    held = client.submit("hold")
+    wait_until(lambda: words.taken() == words.sent() and words.queued() == 0)
+    fates = []
+
+    def end(_):
+        running.kill()
+        fates.append(pool.submit(fate_of, held.result).result(20))
+
+    # The base class's own: ours would have a thread read at once.
+    concurrent.futures.Future.add_done_callback(first, end)
+    assert first.result(20) == bytes(count)
+    assert fates == ["unknown"]
+    assert second.result(20) == bytes(count)
 
 
 def test_call_that_kills_before_its_sender_runs_on(pool, service, connect):

@@ -3,14 +3,13 @@
 import asyncio
 import random
 import signal
-import socket
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
-from conftest import wait_until
+from conftest import free_port, wait_until
 
 import shmrpc
 from shmrpc import aio
@@ -113,12 +112,10 @@ class Supervisor:
 @pytest.fixture
 def supervised(directory, transport):
     """A server that comes back; on tcp at the same port."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     address = {
         "shm": f"shm://{directory}/calc.sock",
         "unix": f"unix://{directory}/calc.sock",
-        "tcp": f"tcp://127.0.0.1:{port}",
+        "tcp": f"tcp://127.0.0.1:{free_port()}",
     }[transport]
     supervisor = Supervisor(address, directory)
     supervisor.address = address
@@ -306,12 +303,10 @@ server.serve_forever()
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
 def test_ten_restarts_lose_no_idempotent_call(directory, transport, end):
     """Sync and asyncio clients, whose only help is ``retries=``; the server drains or is killed."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     address = {
         "shm": f"shm://{directory}/calc.sock",
         "unix": f"unix://{directory}/calc.sock",
-        "tcp": f"tcp://127.0.0.1:{port}",
+        "tcp": f"tcp://127.0.0.1:{free_port()}",
     }[transport]
 
     def start():

@@ -434,6 +434,45 @@ def test_a_stock_server_with_tls(run, connect, keys):
         assert connect("front").call("twice", 1) == ["twice", 1]
 
 
+def with_hosts(path):
+    """The prefix of a command that finds this file at /etc/hosts, and nobody else does."""
+    bind = f'mount --bind {path} /etc/hosts && exec "$0" "$@"'
+    for options in ("-m", "-rm"):  # as root; else as one in a namespace of its own
+        prefix = ("unshare", options, "sh", "-c", bind)
+        if subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode == 0:
+            return prefix
+    pytest.skip("needs a mount namespace: root, or user namespaces")
+
+
+def test_calls_take_turns_at_the_hosts_of_a_name(run, service, connect, directory):
+    """One name, two addresses: DNS round-robin, also after one of them has gone."""
+    servers = [service(f"shm://{directory}/{name}") for name in "ab"]
+    first = run("--listen", "grpc://127.0.0.1:0", "--upstream", servers[0].address)
+    port = first.address.rpartition(":")[2]
+    second = run(
+        *("--listen", f"grpc://127.0.0.2:{port}", "--upstream", servers[1].address),
+        "--allow-remote",
+    )
+    hosts = Path(directory, "hosts")
+    hosts.write_text("127.0.0.1 localhost\n127.0.0.1 payments\n127.0.0.2 payments\n")
+    near = ("--listen", "shm://front", "--upstream", f"grpc://payments:{port}")
+    run(*near, prefix=with_hosts(hosts))
+    client = connect("front")
+    pids = [server.pid for server in servers]
+    wait_until(lambda: {client.call("pid", timeout=20) for _ in range(4)} == set(pids))
+    found = [client.call("pid", timeout=20) for _ in range(40)]
+    assert [found.count(pid) for pid in pids] == [20, 20]
+    second.close()
+
+    def settled():
+        try:
+            return {client.call("pid", timeout=20) for _ in range(8)} == {pids[0]}
+        except shmrpc.ConnectionLost:
+            return False
+
+    wait_until(settled, timeout=20)
+
+
 def refused(*arguments):
     command = Command("sidecar", *arguments, ready=False)
     try:

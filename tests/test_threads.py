@@ -59,7 +59,7 @@ def test_each_thread_with_its_own_deadline(client):
         timeout = 0.05 + 0.05 * (number % 4)
         start = time.monotonic()
         with pytest.raises(shmrpc.DeadlineExceeded):
-            client.call("sleep", 2, timeout=timeout)
+            client.call("hold_until_cancelled", timeout=timeout)
         return time.monotonic() - start - timeout
 
     late = in_threads(8, work)
@@ -74,14 +74,13 @@ def test_slow_handler_holds_up_nobody(transport, service, connect):
     running = service(transport)
     same, other = connect(running.address), connect(running.address)
     same.call("add", 1, 2)
-    slow = [same.submit("sleep", 1.5, number) for number in range(3)]
-    start = time.monotonic()
+    slow = [same.submit("hold", "", number) for number in range(3)]
     for number in range(50):
         assert same.call("add", number, 1) == number + 1
         assert other.call("add", number, 1) == number + 1
     assert connect(running.address).call("add", 1, 2) == 3
-    assert time.monotonic() - start < 1
     assert not any(future.done() for future in slow)
+    same.call("release")
     assert [future.result(20) for future in slow] == [0, 1, 2]
 
 
@@ -153,63 +152,93 @@ INTERRUPTED = """
 import os, signal, sys, threading, time
 import shmrpc
 
-def interrupted(what):
-    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
-    start = time.monotonic()
+address, mode, release = sys.argv[1:]
+client, watcher = shmrpc.connect(address), shmrpc.connect(address)
+results = []
+
+def wait_for_running(count):
+    while watcher.call("running") != count:
+        time.sleep(0.005)
+
+def interrupted(what, among=1):
+    # Once it runs, and is among so many.
+    def interrupt():
+        wait_for_running(among)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
     try:
+        thread.start()
         what()
     except KeyboardInterrupt:
-        print("interrupted" if time.monotonic() - start < 3 else "late", end=" ")
+        print("interrupted", end=" ")
     else:
         print("not interrupted", end=" ")
+    thread.join()
+    wait_for_running(among - 1)  # an interrupted call is cancelled
 
-client = shmrpc.connect(sys.argv[1])
-mode = sys.argv[2]
-if mode == "call":
-    interrupted(lambda: client.call("sleep", 5))
-if mode == "timeout":
-    interrupted(lambda: client.call("sleep", 5, timeout=10))
-if mode == "future":
-    future = client.submit("sleep", 5)
-    interrupted(future.result)
-    future.cancel()
-if mode == "follower":
+def hold():
+    client.call("hold_until_cancelled")
+
+def hold_until_timeout():
+    client.call("hold_until_cancelled", timeout=100)
+
+def wait_for_future():
+    future = client.submit("hold_until_cancelled")
+    try:
+        future.result()
+    finally:
+        future.cancel()
+
+def other():
+    results.append(client.call("hold", release, "other"))
+
+def follower():
     # Another thread reads for all; it must go on, and so must the interrupted one.
-    results = []
-    thread = threading.Thread(target=lambda: results.append(client.call("sleep", 1.2, "other")))
+    thread = threading.Thread(target=other)
     thread.start()
-    time.sleep(0.1)
-    interrupted(lambda: client.call("sleep", 5))
+    wait_for_running(1)
+    interrupted(hold, among=2)
+    open(release, "w").close()
     thread.join()
     print(results, end=" ")
-if mode == "leader":
+
+def leader():
     # The interrupted one reads for all, and hands that on.
-    results = []
     def later():
-        time.sleep(0.1)
-        results.append(client.call("sleep", 1, "other"))
+        wait_for_running(1)
+        other()
+
     thread = threading.Thread(target=later)
     thread.start()
-    interrupted(lambda: client.call("sleep", 5))
+    interrupted(hold, among=2)
+    open(release, "w").close()
     thread.join()
     print(results, end=" ")
-if mode == "again":
+
+def again():
     for _ in range(3):
-        interrupted(lambda: client.call("sleep", 5))
+        interrupted(hold)
+
+alone = {"call": hold, "timeout": hold_until_timeout, "future": wait_for_future}
+if mode in alone:
+    interrupted(alone[mode])
+else:
+    {"follower": follower, "leader": leader, "again": again}[mode]()
 print([client.call("echo", number) for number in range(3)], client.submit("add", 1, 2).result())
 """
 
 
 @pytest.mark.parametrize("mode", ["call", "timeout", "future", "follower", "leader", "again"])
-def test_keyboard_interrupt(common, transport, mode):
+def test_keyboard_interrupt(common, transport, directory, mode):
     """Ctrl-C ends the wait at once, and the client goes on working."""
     address = common.addresses[TRANSPORTS.index(transport)]
     run = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, address, mode],
+        [sys.executable, "-c", INTERRUPTED, address, mode, f"{directory}/release"],
         check=False,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=50,
     )
     expected = {
         "follower": "interrupted ['other'] ",
@@ -236,9 +265,9 @@ def test_signals_at_any_moment(client):
     worst = 0
     try:
         for _ in range(400):
+            start = time.monotonic()
             try:
                 signal.setitimer(signal.ITIMER_REAL, chosen.uniform(0.00005, 0.001))
-                start = time.monotonic()
                 client.call("hold_until_cancelled")
             except Alarm:
                 worst = max(worst, time.monotonic() - start)
@@ -267,36 +296,31 @@ def test_signal_that_raises_nothing_disturbs_nothing(client):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_serve_forever_drains(transport, service, connect, number, directory):
+    """The call under way ends as it would; new ones are told that they were not started."""
     running = service(transport)
     client = connect(running.address)
-    future = client.submit("sleep", 0.6, "finished")
+    release = f"{directory}/release"
+    future = client.submit("hold", release, "finished")
     wait_until(lambda: client.call("running") == 1)
     running.signal(number)
-    assert future.result(20) == "finished"
-    assert running.process.wait(10) == 0
-    with pytest.raises((shmrpc.ConnectError, shmrpc.ConnectionLost)):
-        client.call("add", 1, 2, timeout=0.3)
-
-
-def test_new_calls_while_draining(transport, service, connect):
-    """They are told that they were not started."""
-    running = service(transport)
-    client = connect(running.address)
-    future = client.submit("sleep", 1, "finished")
-    wait_until(lambda: client.call("running") == 1)
-    running.signal(signal.SIGTERM)
     outcomes = set()
-    while not future.done():
+
+    def refused():
         try:
             client.call("add", 1, 2, timeout=0.2)
         except shmrpc.ConnectionLost as error:
             outcomes.add(error.outcome)
         except (shmrpc.ConnectError, shmrpc.DeadlineExceeded):
             pass
-        time.sleep(0.01)
-    assert future.result() == "finished"
+        return "not_started" in outcomes
+
+    wait_until(refused, what="a call that is told so")
+    Path(release).touch()
+    assert future.result(20) == "finished"
     assert outcomes <= {"not_started", "not_sent"}
-    assert "not_started" in outcomes
+    assert running.process.wait(20) == 0
+    with pytest.raises((shmrpc.ConnectError, shmrpc.ConnectionLost)):
+        client.call("add", 1, 2, timeout=0.3)
 
 
 def test_stop_with_stuck_handlers_ends(transport, service, connect, directory):
@@ -317,11 +341,8 @@ def test_stop_with_stuck_handlers_ends(transport, service, connect, directory):
         cwd=SERVICES.parent,
     )
     client = connect(process.stdout.readline().strip())
-    future = client.submit("sleep", 60)
-    client.ping()
-    time.sleep(0.1)
-    start = time.monotonic()
-    output, _ = process.communicate("\n", timeout=20)
-    assert time.monotonic() - start < 2 * SLACK
+    future = client.submit("sleep", 600)
+    wait_until(lambda: client.call("shmrpc.stats")["running"])
+    output, _ = process.communicate("\n", timeout=50)
     assert output == "stopped\n"
     assert future.exception(5).outcome == "unknown"

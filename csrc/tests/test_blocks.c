@@ -366,6 +366,28 @@ TEST(returns_ring_only_who_waits)
     }
 }
 
+/* A ring full of them would keep the rest in the process that returns, where nobody may read. */
+TEST(many_returns_ring)
+{
+    for (int transport = SHM; transport <= SHM_SOCKET_BELLS; transport++) {
+        open_ends((enum transport)transport);
+        for (unsigned i = 0; i < 1000; i++) {
+            CHECK_EQUAL(attach(0, 5000), 0);
+            CHECK(send_item(0, 1) >= 0);
+            pass(1, i + 1);
+        }
+        while (!shmrpc_arm(ends[0].slot))
+            pump(0);
+        while (ends[1].kept != 0)
+            give_back(&ends[1], 0);
+        CHECK(wait_readable(shmrpc_poller_fd(ends[0].poller), HANG_SECONDS * 1000));
+        for (int round = 0; round < 100 && stats_of(0).lent_blocks != 0; round++)
+            pump(0);
+        CHECK_EQUAL(stats_of(0).lent_blocks, 0);
+        close_ends();
+    }
+}
+
 /* ---- room ---- */
 
 TEST(grows_up_to_its_limit)
@@ -469,6 +491,7 @@ TEST(idle_memory_goes_back_to_the_system)
         give_back(&ends[1], 1);
     pump(0);
     CHECK_EQUAL(shmrpc_arena_trim(ends[0].poller, ends[0].conn_id, 3600000000000ull), bytes);
+    CHECK_EQUAL(shmrpc_arena_trim(ends[1].poller, ends[1].conn_id, 0), bytes); /* the peer's */
     pump(1);
     CHECK_EQUAL(stats_of(1).peer_bytes, bytes); /* not quiet for so long */
     CHECK_EQUAL(shmrpc_arena_trim(ends[0].poller, ends[0].conn_id, 0), bytes);

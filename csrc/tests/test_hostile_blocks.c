@@ -3,6 +3,8 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -566,7 +568,7 @@ TEST(withdrawals)
     }
 }
 
-/* Also with blocks out: who reads them keeps the memory. */
+/* Not with blocks out, or it could have us map memory without end. Who reads them keeps them. */
 TEST(withdrawn_while_it_is_read)
 {
     const struct frame_header header = {.kind = SHMRPC_WITHDRAW, .length = 4, .total_bytes = 4};
@@ -580,7 +582,7 @@ TEST(withdrawn_while_it_is_read)
     const uint8_t *data = shmrpc_slot_message(slot)->blocks[0].data;
     shmrpc_lease *lease = shmrpc_lease_take(slot, 0);
     REQUIRE(hand_send(&hand, &header, &number) == 0);
-    CHECK_EQUAL(outcome(), 0);
+    CHECK_EQUAL(outcome(), EPROTO);
     CHECK_EQUAL(data[0] | data[4999], 0);
     shmrpc_lease_free(lease, data);
     close_victim();
@@ -725,6 +727,44 @@ TEST(unsealed_memory_of_a_stranger)
 }
 
 /* The peer ends with half a record sent: its descriptor is closed. */
+static atomic_u64 flooding;
+
+static void *flood(void *unused)
+{
+    static const uint8_t bells[65536];
+
+    (void)unused;
+    while (load_relaxed(&flooding) != 0)
+        if (send(hand.control_fd, bells, sizeof bells, MSG_NOSIGNAL | MSG_DONTWAIT) < 0)
+            sched_yield();
+    return NULL;
+}
+
+/* Bells without end keep nobody from the rest, nor from a deadline. */
+TEST(bells_without_end)
+{
+    pthread_t thread;
+
+    open_victim(SHM_SOCKET_BELLS, true);
+    store_relaxed(&flooding, 1);
+    REQUIRE(pthread_create(&thread, NULL, flood, NULL) == 0);
+    for (int i = 0; i < 20; i++) {
+        int64_t result = shmrpc_wait_events(slot, 1000000);
+        CHECK(result == -ETIMEDOUT || result == -EAGAIN);
+    }
+    send_segment(0, SEGMENT, SEGMENT, 1); /* among them */
+    send_entry(&good);
+    int64_t result;
+    while ((result = shmrpc_wait_events(slot, -1)) == -EAGAIN)
+        ;
+    CHECK_EQUAL(result, SHMRPC_EVENTS);
+    REQUIRE(shmrpc_take(slot) == 1);
+    CHECK_EQUAL(shmrpc_slot_message(slot)->block_count, 1);
+    store_relaxed(&flooding, 0);
+    pthread_join(thread, NULL);
+    close_victim();
+}
+
 TEST(half_a_record_and_the_end)
 {
     const struct memory_record record = {.mark = MEMORY_MARK, .number = 0, .bytes = SEGMENT};

@@ -121,6 +121,8 @@ class Client(Channel):
             raise
         poller.poll_for(link.slot())
         self._handlers.serve(poller)
+        if len(self._handlers.registry):
+            link.say_serves()
         self._link = link
         self._reconnects += 1
         _log.debug("connected to %s", link.peer)
@@ -176,6 +178,8 @@ class Client(Channel):
             self._handlers.registry.add(
                 wrapped, name, requests=requests, idempotent=idempotent, inline=inline
             )
+            if self._link is not None and len(self._handlers.registry) == 1:
+                self._link.say_serves()
             return wrapped
 
         return add if function is None else add(function)

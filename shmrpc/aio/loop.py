@@ -200,6 +200,12 @@ class LoopPoller(Poller):
             for waiters in self._rooms.values():
                 waiters.wake()
             self._rooms.clear()
+            self.end()
+
+    def end(self) -> None:
+        """As the base's, once the loop does not watch the descriptor any more."""
+        if not self.active:
+            super().end()
 
     # ---- polling ----
 
@@ -379,6 +385,9 @@ class LoopPoller(Poller):
             self._room_tellers[connection.conn_id] = waiting
             self.schedule()
         return waits
+
+    def look(self, _connection: Connection, /) -> None:
+        """Nothing: the loop reads."""
 
     def wait(self, _slot: Slot, _deadline: float, /) -> bool:
         """Threads don't wait on it."""

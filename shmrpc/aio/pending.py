@@ -6,7 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from shmrpc._native import lib
-from shmrpc.session import NOT_SENT, Body
+from shmrpc.session import NOT_SENT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence

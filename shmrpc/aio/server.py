@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from shmrpc import address as addresses
@@ -152,6 +153,10 @@ class Server:
 
     # ---- running ----
 
+    def allow_remote(self) -> None:
+        """Let ``tcp`` addresses be other than loopback when it starts, as the parameter does."""
+        self._terms = [replace(terms, allow_remote=True) for terms in self._terms]
+
     @property
     def addresses(self) -> list[str]:
         """Where it listens, with the ports that the system chose. Empty when it does not."""
@@ -267,6 +272,11 @@ class Server:
             **total_stats(list(self._poller.connections.values())),
             "running": self._handlers.running,
         }
+
+    def __repr__(self) -> str:
+        at = self.addresses or [str(terms.address) for terms in self._terms]
+        state = "listening" if self.addresses else "not listening"
+        return f"<shmrpc.aio.Server {' '.join(at)} {state}>"
 
     # ---- what the acceptor and handlers need ----
 

@@ -6,7 +6,7 @@ import sys
 
 from rich.console import Console
 
-__all__ = ["console", "count", "duration", "microseconds", "seconds_text"]
+__all__ = ["console", "count", "duration", "microseconds", "seconds_text", "size_text"]
 
 _PIPE_COLUMNS = 250  # no table is that wide; in a pipe nothing may be cut off or wrapped
 
@@ -57,3 +57,12 @@ def seconds_text(seconds: float | None) -> str:
     if seconds < 1:
         return f"{seconds * 1e3:.3g} ms"
     return f"{seconds:.3g} s" if seconds < 60 else duration(seconds)
+
+
+def size_text(nbytes: float) -> str:
+    """Return a number of bytes with its unit: 512 B, 64 KiB, 1.5 MiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.3g} {unit}" if nbytes < 1000 else f"{nbytes:.0f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.3g} GiB"

@@ -35,7 +35,8 @@ __all__ = ["serve"]
     metavar="N",
     help="Serve in N worker processes, which this one looks after.",
 )
-def serve(*, target: str, grace: float, processes: int | None) -> int:
+@click.option("--allow-remote", is_flag=True, help="Let its tcp addresses be other than loopback.")
+def serve(*, target: str, grace: float, processes: int | None, allow_remote: bool) -> int:
     """Run the server that MODULE defines, until SIGTERM or Ctrl-C.
 
     SERVER is the name of a shmrpc.Server or shmrpc.aio.Server in the module, or of a function
@@ -57,8 +58,10 @@ def serve(*, target: str, grace: float, processes: int | None) -> int:
       shmrpc serve calc --processes 4  the same in four processes
     """  # noqa: D301 - click wants the character \b itself
     if processes is not None:
-        return _supervise(target, grace, processes)
+        return _supervise(target, grace, processes, allow_remote=allow_remote)
     server = find_server(target)
+    if allow_remote:
+        server.allow_remote()
     try:
         run_server(server, grace, lambda where: _tell(target, where, f"pid {os.getpid()}"))
     except shmrpc.Error as error:
@@ -66,8 +69,9 @@ def serve(*, target: str, grace: float, processes: int | None) -> int:
     return 0
 
 
-def _supervise(target: str, grace: float, processes: int) -> int:
-    command = [sys.executable, "-m", "shmrpc.cli.worker", target, repr(grace)]
+def _supervise(target: str, grace: float, processes: int, *, allow_remote: bool) -> int:
+    reach = "remote" if allow_remote else "local"
+    command = [sys.executable, "-m", "shmrpc.cli.worker", target, repr(grace), reach]
     plural = "process" if processes == 1 else "processes"
     note = f"pid {os.getpid()}, {processes} {plural}"
     supervisor = Supervisor(command, processes, grace, lambda where: _tell(target, where, note))

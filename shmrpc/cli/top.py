@@ -22,7 +22,7 @@ import shmrpc
 from .completing import complete_address
 from .errors import CallFailed, explain, one_line
 from .options import check_addresses, check_seconds
-from .output import console, count, duration, seconds_text
+from .output import console, count, duration, seconds_text, size_text
 from .places import live_addresses
 from .watching import Look, Watcher
 
@@ -69,6 +69,8 @@ def top(*, addresses: tuple[str, ...], interval: float, once: bool, as_json: boo
       in flight      calls that have begun and not ended
       queued, delay  calls that wait for a worker, and how long they do
       ring           how full the fullest connection's ring is
+      arena          shared memory for large values that it sends: in use, of what there is
+      pinned         large values of its callers that it holds: how many, how much
       sleeps/s       waits that ended in sleeping; wakes/s: bells rung for the peers
     Below are the methods called most, and the calls that run longest just now.
 
@@ -168,7 +170,7 @@ def _servers(found: list[Look]) -> Table:
         ("address",),
         (
             *("pid", "up", "conns", "calls/s", "p50", "p99", "in flight", "queued", "delay"),
-            *("ring", "sleeps/s", "wakes/s"),
+            *("ring", "arena", "pinned", "sleeps/s", "wakes/s"),
         ),
     )
     for look in found:
@@ -185,6 +187,10 @@ def _servers(found: list[Look]) -> Table:
             count(look.queued),
             seconds_text(look.queue_delay_seconds) if look.queue_delay_seconds else "-",
             f"{look.fullest_ring_percent}%",
+            f"{size_text(look.arena_used_bytes)}/{size_text(look.arena_bytes)}"
+            if look.arena_bytes
+            else "-",
+            f"{look.pinned_blocks} ({size_text(look.pinned_bytes)})" if look.pinned_blocks else "-",
             count(look.sleeps_per_second),
             count(look.wakeups_per_second),
         )

@@ -34,6 +34,10 @@ class Look:
     sleeps_per_second: float | None = None
     wakeups_per_second: float | None = None
     fullest_ring_percent: int = 0
+    arena_bytes: int = 0
+    arena_used_bytes: int = 0
+    pinned_blocks: int = 0
+    pinned_bytes: int = 0
     outbox_bytes: int = 0
     methods: list[dict[str, Any]] = field(default_factory=list)
     slowest: list[dict[str, Any]] = field(default_factory=list)
@@ -97,6 +101,10 @@ class Watcher:
             now.get("running", 0),
             now.get("queued", 0),
             fullest_ring_percent=now.get("fullest_ring_percent", 0),
+            arena_bytes=now.get("arena_bytes", 0),
+            arena_used_bytes=now.get("arena_used_bytes", 0),
+            pinned_blocks=now.get("pinned_blocks", 0),
+            pinned_bytes=now.get("pinned_bytes", 0),
             outbox_bytes=now.get("outbox_bytes", 0),
             slowest=now["slowest"],
         )

@@ -1,6 +1,6 @@
-"""A worker of ``shmrpc serve --processes``: ``python -m shmrpc.cli.worker TARGET GRACE FD PID``.
+"""A worker of ``shmrpc serve --processes``: ``python -m shmrpc.cli.worker`` and five arguments.
 
-FD is a socket to the supervisor, PID the supervisor's.
+TARGET, GRACE, REACH (``remote`` or ``local``), FD (a socket to the supervisor), its PID.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .targets import find_server
 __all__ = ["main"]
 
 
-def main(target: str, grace: str, fd: str, supervisor: str) -> int:
+def main(target: str, grace: str, reach: str, fd: str, supervisor: str) -> int:
     """Serve until the supervisor says SIGTERM; returns the exit status."""
     die_with_parent(int(supervisor))
     # Ctrl-C and a terminal's end come to the whole group: the supervisor decides what they mean.
@@ -29,6 +29,8 @@ def main(target: str, grace: str, fd: str, supervisor: str) -> int:
         signal.signal(number, signal.SIG_IGN)
     try:
         server = find_server(target)
+        if reach == "remote":
+            server.allow_remote()
         shared, tell_ready = join_supervisor(int(fd), server)
         threading.Thread(target=shared.attend, name="shmrpc-supervised", daemon=True).start()
         run_server(server, float(grace), lambda _where: tell_ready(), [signal.SIGTERM])

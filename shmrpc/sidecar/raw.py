@@ -25,7 +25,7 @@ from shmrpc.errors import (
     RemoteError,
 )
 from shmrpc.parcels import Parcel
-from shmrpc.values import NotPlain
+from shmrpc.values import NotPlain, decode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -80,8 +80,9 @@ def flat(body: Any) -> bytes:
     if type(body) is not Parcel:
         packed: bytes = body
         return packed
+    copies = [memoryview(bytes(buffer)) for buffer in body.buffers]  # nobody else writes to them
     try:
-        return bytes(msgpack.packb(body.decode()))
+        return bytes(msgpack.packb(decode(bytes(body.body), copies, untrusted=True)))
     except (TypeError, ValueError) as error:
         msg = f"gRPC carries what MessagePack has, not arrays and tables: {error}"
         raise RemoteError(msg, type="TypeError", code="INVALID_ARGUMENT") from error

@@ -87,12 +87,19 @@ class Sidecar:
             leg = self.legs[key] = self._make_leg(address, config, limit)
         return leg
 
-    @staticmethod
-    def _make_leg(address: str, config: UpstreamConfig, limit: int) -> Any:
+    def _make_leg(self, address: str, config: UpstreamConfig, limit: int) -> Any:
         if not is_grpc(address):
-            return NativeEndpoint(address, config.connect_timeout, limit)
+            return NativeEndpoint(address, config.connect_timeout, limit, self._renew_ways)
         GrpcLeg = _grpc("grpc_leg", address).GrpcLeg  # noqa: N806 - a class
         return GrpcLeg(address, config.connect_timeout, limit, config.tls, config.keepalive)
+
+    def _renew_ways(self) -> None:
+        """No call goes where the core has been told to pass it on to, before."""
+        for server in self._relays():
+            server.renew_ways()
+
+    def _relays(self) -> list[RelayServer]:
+        return [server for server in list(self.servers.values()) if isinstance(server, RelayServer)]
 
     # ---- running ----
 
@@ -165,6 +172,7 @@ class Sidecar:
         replaced, self.table = self.table, table
         dropped = [self.servers.pop(a) for a in list(self.servers) if a not in config.listen]
         self.servers.update(started)
+        self._renew_ways()
         if http is not self._http:
             old, self._http = self._http, http
             if old is not None:
@@ -196,7 +204,10 @@ class Sidecar:
 
     def wait_unused(self, table: Table, goes_on: Callable[[], bool]) -> None:
         """Wait until no call uses this table."""
-        while goes_on() and any(worker.table is table for worker in list(self.workers)):
+        while goes_on() and (
+            any(worker.table is table for worker in list(self.workers))
+            or any(server.goes_old_ways for server in self._relays())
+        ):
             time.sleep(_QUIET_PAUSE)
 
     def stop(self, grace: float = 5.0) -> None:
@@ -267,4 +278,7 @@ class Sidecar:
             route = worker.route
             if route is not None:
                 flights[route.prefix] = flights.get(route.prefix, 0) + 1
+        for prefix, total in self.counts.totals().items():
+            if total.running:
+                flights[prefix] = flights.get(prefix, 0) + total.running
         return flights
