@@ -200,6 +200,7 @@ static int make_block(struct lending *lending, const uint8_t *data, uint64_t byt
     pthread_mutex_lock(&lending->lock);
     int status = lending->conn != NULL ? use_block(lending, data, bytes, entry, lease) : SHMRPC_FULL;
     bool used = status != 0;
+    bool around = lending->arena.lent_bytes < COPY_LENT_MAX;
     if (!used) {
         status = arena_alloc(&lending->arena, bytes, &place);
         if (status == -ENOSPC)
@@ -210,7 +211,10 @@ static int make_block(struct lending *lending, const uint8_t *data, uint64_t byt
         return status;
     if (used)
         return *lease == NULL ? 2 : 0;
-    copy_out(place.data, data, bytes);
+    if (around)
+        copy_out(place.data, data, bytes);
+    else
+        memcpy(place.data, data, bytes);
     *entry = (struct block_entry){.offset = place.offset,
                                   .bytes = bytes,
                                   .segment = place.number,

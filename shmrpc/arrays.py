@@ -173,7 +173,7 @@ def split(value: Any) -> tuple[bytes, Any, bool]:
 
 def has_plain_memory(array: Any) -> bool:
     """Whether it has the buffer protocol as it is, in one piece."""
-    return array.dtype.kind in _NUMBERS and array.flags.c_contiguous  # type: ignore[no-any-return]
+    return array.dtype.kind in _NUMBERS and bool(array.flags.c_contiguous)
 
 
 def memory_of(array: Any) -> Source:

@@ -34,7 +34,8 @@ class Poller(Protocol):
 class Tended(Protocol):
     """A connection."""
 
-    poller: Poller
+    @property
+    def poller(self) -> Poller: ...
     conn_id: int
     closed: bool
     tended: bool
