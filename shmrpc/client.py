@@ -147,9 +147,12 @@ class Client(Channel):
                 )
             except ConnectError as error:
                 failures.append(error)
-        if len(failures) == 1:
-            raise failures[0]
-        raise ConnectError("; ".join(str(error) for error in failures)) from failures[0]
+        try:
+            if len(failures) == 1:
+                raise failures[0]
+            raise ConnectError("; ".join(str(error) for error in failures)) from failures[0]
+        finally:
+            failures.clear()  # an error that its own traceback leads to waits for the collector
 
     def _adopt(self, link: Connection) -> None:
         with self._lock:

@@ -44,7 +44,7 @@ static void open_limited(enum transport transport, uint64_t max_bytes)
         memset(&ends[side], 0, sizeof ends[side]);
         ends[side].poller = shmrpc_poller_new(0, 0, WAIT_AUTO, 1);
         REQUIRE(ends[side].poller != NULL);
-        shmrpc_poller_serve_events(ends[side].poller);
+        shmrpc_poller_serve_events(ends[side].poller, 0);
         ends[side].conn_id = pair_give(&pair, side, ends[side].poller);
         ends[side].slot = shmrpc_slot_new(ends[side].poller, ends[side].conn_id);
         REQUIRE(ends[side].slot != NULL);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import errno
 import logging
 import os
@@ -176,10 +177,16 @@ class Server:
         segments.sweep()
         acceptor = Acceptor(self, self._terms, self._inspection)
         try:
-            poller = LoopPoller(
-                self.codec, server=True, wait=self._wait, spin_budget=self._spin_budget
+            poller = LoopPoller(self.codec, wait=self._wait, spin_budget=self._spin_budget)
+            handlers = Handlers(
+                self,
+                self.registry,
+                self._max_concurrency,
+                self.codec,
+                self._chain,
+                loop=self._loop,
+                context=contextvars.copy_context(),
             )
-            handlers = Handlers(self, self.registry, self._max_concurrency, self.codec, self._chain)
             handlers.serve(poller)
         except BaseException:
             acceptor.close()
@@ -231,9 +238,7 @@ class Server:
             connection.shutdown()
             for run in connection.session.lost(errno.EPIPE):
                 run()
-        poller.connections.clear()
         poller.close()
-        self.registry.bind(None)
 
     async def serve(self) -> None:
         """Start, and serve until cancelled, or until SIGTERM or SIGINT in the main thread."""
