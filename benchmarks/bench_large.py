@@ -1,5 +1,7 @@
 """numpy arrays of 64 B to 64 MB: echoed, lent, copied in, and as items of a stream.
 
+Draws docs/large-values.svg.
+
 Targets: echo of 1 MB at least 10x below raw UDS with msgpack and 1.2x below iceoryx2, of 4 KB at
 least 5x below raw UDS; a loan of 256 MB at most 1.5x one of 64 KB; 64 MB copied in at no less than
 0.7x of the machine's own memcpy; a stream of 1 MB items at least 5x raw UDS's items/s.
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from benchmarks import large
+from benchmarks import large, plot
 
 if TYPE_CHECKING:
     from benchmarks.replay import Record
@@ -23,7 +25,9 @@ _ROWS = [(task.comparison.case, task.row) for task in large.tasks()]
 
 @pytest.fixture(scope="module")
 def comparisons(effort: Effort) -> dict[str, Comparison]:
-    return {comparison.case: comparison for comparison in large.compare(effort)}
+    found = large.compare(effort)
+    plot.draw(found)
+    return {comparison.case: comparison for comparison in found}
 
 
 @pytest.mark.parametrize("case, row", _ROWS, ids=[f"{row}: {case}" for case, row in _ROWS])

@@ -297,6 +297,7 @@ int arena_alloc(struct arena *arena, uint64_t bytes, struct arena_place *place)
     }
     extent->generation++;
     extent->uses = 1;
+    extent->loaned = false;
     struct arena_segment *segment = &arena->segments[extent->segment];
     segment->used += count;
     arena->used_bytes += (uint64_t)count * ARENA_GRANULE;
@@ -369,16 +370,39 @@ static void unlend(struct arena *arena, uint32_t index)
     arena->lent_blocks--;
 }
 
-int arena_return(struct arena *arena, uint32_t index, uint32_t generation, uint64_t now_ns)
+/* Whether the peer has it. */
+static bool has_block(const struct arena *arena, uint32_t index, uint32_t generation)
 {
     if (index >= arena->extent_count)
-        return -EPROTO;
+        return false;
     const struct arena_extent *extent = at(arena, index);
-    if (extent->count == 0 || extent->lent == 0 || extent->generation != generation)
+    return extent->count != 0 && extent->lent != 0 && extent->generation == generation;
+}
+
+int arena_return(struct arena *arena, uint32_t index, uint32_t generation, uint64_t now_ns)
+{
+    if (!has_block(arena, index, generation))
         return -EPROTO;
     unlend(arena, index);
     arena_drop(arena, index, now_ns);
     return 0;
+}
+
+int arena_reclaim(struct arena *arena, const struct block_entry *entry, uint8_t **data,
+                  bool *loaned)
+{
+    if (!has_block(arena, entry->index, entry->generation))
+        return -EPROTO;
+    struct arena_extent *extent = at(arena, entry->index);
+    const struct arena_segment *segment = &arena->segments[extent->segment];
+    uint64_t start = (uint64_t)extent->start * ARENA_GRANULE;
+    uint64_t bytes = (uint64_t)extent->count * ARENA_GRANULE;
+    if (segment->number != entry->segment || entry->offset < start ||
+        entry->offset - start > bytes || entry->bytes > bytes - (entry->offset - start))
+        return -EPROTO;
+    *data = segment->base + entry->offset;
+    *loaned = extent->loaned;
+    return arena_share(arena, entry->index);
 }
 
 uint64_t arena_oldest_ns(const struct arena *arena)

@@ -21,6 +21,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "layout.h"
+
 /* Blocks start at multiples of it: four cache lines, so that two CPUs that use neighbours do not
  * share what is fetched together. */
 #define ARENA_GRANULE 256u
@@ -42,6 +44,7 @@ struct arena_extent {
     uint32_t generation;
     uint32_t uses; /* 0: free. Of the owner, and one for each time that the peer has it */
     uint32_t lent; /* uses of the peer */
+    bool loaned;   /* its owner may write to it at any time */
     uint64_t lent_ns; /* when the peer got it first */
 };
 
@@ -100,6 +103,9 @@ void arena_drop(struct arena *arena, uint32_t index, uint64_t now_ns);
 void arena_lend(struct arena *arena, uint32_t index, uint64_t now_ns);
 /* The peer gives one back, or says so, or never got it: 0, or -EPROTO if it has no such block. */
 int arena_return(struct arena *arena, uint32_t index, uint32_t generation, uint64_t now_ns);
+/* Where this part of a block lies that the peer has, or says so, in *data; whether the block is in a
+ * loan in *loaned. One use more of it is ours. -EPROTO if the peer has no such block. */
+int arena_reclaim(struct arena *arena, const struct block_entry *entry, uint8_t **data, bool *loaned);
 /* When the peer got the one that it has had longest; 0 if it has none. */
 uint64_t arena_oldest_ns(const struct arena *arena);
 

@@ -58,6 +58,11 @@ static inline void count_add(atomic_u64 *word, uint64_t value)
         atomic_fetch_add_explicit(word, value, memory_order_relaxed);
 }
 
+static inline uint64_t exchange(atomic_u64 *word, uint64_t value)
+{
+    return atomic_exchange_explicit(word, value, memory_order_relaxed);
+}
+
 static inline void count_subtract(atomic_u64 *word, uint64_t value)
 {
     atomic_fetch_sub_explicit(word, value, memory_order_relaxed);
@@ -105,6 +110,15 @@ static inline int compare_exchange32(atomic_u32 *word, uint32_t expected, uint32
 static inline void full_fence(void)
 {
     atomic_thread_fence(memory_order_seq_cst);
+}
+
+/* Streaming stores (copy.c) are in no order with others, unlike all else that x86 stores: after this
+ * they come before every later store, so that publishing an index with release covers them, too. */
+static inline void streamed_fence(void)
+{
+#if defined(__SSE2__)
+    __builtin_ia32_sfence();
+#endif
 }
 
 /* What was copied from memory that the peer writes was copied once: the compiler may not go back to

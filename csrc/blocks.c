@@ -1,9 +1,9 @@
 /* blocks.c - buffers beside messages, for users: attaching them to what a slot sends next, loans,
  * room in the arena. What becomes of blocks between two conns is in lending.c.
  *
- * attach:  the buffer lies in a loan? one more use of its block. Else a block is cut and the buffer
- *          copied, without a lock. No room: SHMRPC_GROW, SHMRPC_FULL. Too short, too long, or no
- *          shared memory: it goes with the body
+ * attach:  the buffer lies in a loan, or in a block that has come? one more use of that. Else a block
+ *          is cut and the buffer copied, without a lock. No room: SHMRPC_GROW, SHMRPC_FULL. Too
+ *          short, too long, or no shared memory: it goes with the body
  * send:    blocks become the peer's, before it can see the frame, and ours again if that failed
  */
 #define _GNU_SOURCE
@@ -13,9 +13,14 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "copy.h"
+
 struct attached {
     struct block_entry *entries;
-    const void **data; /* of those that go with the body */
+    union {
+        const void *data;    /* of those that go with the body */
+        shmrpc_lease *lease; /* of those that are the receiver's: a use of it */
+    } *sources;
     uint32_t count, capacity;
     uint64_t inline_bytes, block_bytes;
 };
@@ -48,12 +53,26 @@ static int reserve_entry(struct attached *attached)
     if (entries == NULL)
         return -ENOMEM;
     attached->entries = entries;
-    const void **data = realloc(attached->data, capacity * sizeof *data);
-    if (data == NULL)
+    void *sources = realloc(attached->sources, capacity * sizeof *attached->sources);
+    if (sources == NULL)
         return -ENOMEM;
-    attached->data = data;
+    attached->sources = sources;
     attached->capacity = capacity;
     return 0;
+}
+
+/* A block of our arena, and not of the receiver's. */
+static bool is_ours(const struct block_entry *entry)
+{
+    return entry->segment != BLOCK_INLINE && entry->owner == BLOCK_MINE;
+}
+
+/* The receiver has them, or will not get them: what our user has let go of meanwhile goes back. */
+static void drop_leases(struct attached *attached)
+{
+    for (uint32_t i = 0; i < attached->count; i++)
+        if (attached->entries[i].owner == BLOCK_YOURS)
+            shmrpc_lease_free(attached->sources[i].lease, NULL);
 }
 
 static void reset(struct attached *attached)
@@ -75,10 +94,11 @@ void shmrpc_detach(shmrpc_slot *slot)
         uint64_t now = clock_coarse_ns();
         pthread_mutex_lock(&lending->lock);
         for (uint32_t i = 0; i < attached->count && lending->conn != NULL; i++)
-            if (attached->entries[i].segment != BLOCK_INLINE)
+            if (is_ours(&attached->entries[i]))
                 arena_drop(&lending->arena, attached->entries[i].index, now);
         pthread_mutex_unlock(&lending->lock);
     }
+    drop_leases(attached);
     reset(attached);
 }
 
@@ -87,7 +107,7 @@ void blocks_forget(struct shmrpc_slot *slot)
     shmrpc_detach(slot);
     if (slot->attached != NULL) {
         free(slot->attached->entries);
-        free(slot->attached->data);
+        free(slot->attached->sources);
         free(slot->attached);
         slot->attached = NULL;
     }
@@ -106,7 +126,7 @@ int shmrpc_attach_inline(shmrpc_slot *slot, const void *data, uint64_t bytes)
         return -EMSGSIZE;
     attached->entries[attached->count] =
         (struct block_entry){.bytes = bytes, .segment = BLOCK_INLINE};
-    attached->data[attached->count++] = data;
+    attached->sources[attached->count++].data = data;
     attached->inline_bytes += bytes;
     return 1;
 }
@@ -140,21 +160,48 @@ static int no_room(const struct lending *lending, uint64_t bytes)
     return lending_wants(lending, bytes) != 0 ? SHMRPC_GROW : SHMRPC_FULL;
 }
 
-/* A block with these bytes, one use of which is ours. */
+/* With the lock held: the block that these bytes are in already, with one more use. 1, 0 if there is
+ * none, -EOVERFLOW. */
+static int use_block(struct lending *lending, const uint8_t *data, uint64_t bytes,
+                     struct block_entry *entry, shmrpc_lease **lease)
+{
+    const shmrpc_loan *loan = find_loan(lending, data, bytes);
+
+    *lease = loan == NULL ? lending_find_lease(lending, data, bytes) : NULL;
+    if (loan != NULL)
+        *entry = (struct block_entry){
+            .offset = loan->place.offset + (uint64_t)(data - loan->place.data),
+            .segment = loan->place.number,
+            .index = loan->place.index,
+            .generation = loan->place.generation};
+    else if (*lease != NULL)
+        *entry = (*lease)->entry;
+    else
+        return 0;
+    if (*lease != NULL) {
+        entry->offset += (uint64_t)(data - (*lease)->data);
+        entry->owner = BLOCK_YOURS - (*lease)->entry.owner; /* seen from the other side */
+    }
+    entry->bytes = bytes;
+    if (entry->owner == BLOCK_YOURS) {
+        (*lease)->uses++;
+        return 1;
+    }
+    int status = arena_share(&lending->arena, entry->index);
+    return status < 0 ? status : 1;
+}
+
+/* A block with these bytes, one use of which is ours: 0, 2 if it is a loan, or no room. */
 static int make_block(struct lending *lending, const uint8_t *data, uint64_t bytes,
-                      struct block_entry *entry)
+                      struct block_entry *entry, shmrpc_lease **lease)
 {
     struct arena_place place;
-    uint64_t inside = 0;
-    int status;
 
     pthread_mutex_lock(&lending->lock);
-    const shmrpc_loan *loan = find_loan(lending, data, bytes);
-    if (loan != NULL) {
-        place = loan->place;
-        inside = (uint64_t)(data - place.data);
-        status = arena_share(&lending->arena, place.index);
-    } else {
+    int status = lending->conn != NULL ? use_block(lending, data, bytes, entry, lease) : SHMRPC_FULL;
+    bool used = status != 0;
+    bool around = lending->arena.lent_bytes < COPY_LENT_MAX;
+    if (!used) {
         status = arena_alloc(&lending->arena, bytes, &place);
         if (status == -ENOSPC)
             status = no_room(lending, bytes);
@@ -162,14 +209,18 @@ static int make_block(struct lending *lending, const uint8_t *data, uint64_t byt
     pthread_mutex_unlock(&lending->lock);
     if (status < 0)
         return status;
-    if (loan == NULL)
+    if (used)
+        return *lease == NULL ? 2 : 0;
+    if (around)
+        copy_out(place.data, data, bytes);
+    else
         memcpy(place.data, data, bytes);
-    *entry = (struct block_entry){.offset = place.offset + inside,
+    *entry = (struct block_entry){.offset = place.offset,
                                   .bytes = bytes,
                                   .segment = place.number,
                                   .index = place.index,
                                   .generation = place.generation};
-    return loan != NULL ? 2 : 0;
+    return 0;
 }
 
 int shmrpc_attach(shmrpc_slot *slot, const void *data, uint64_t bytes)
@@ -186,13 +237,28 @@ int shmrpc_attach(shmrpc_slot *slot, const void *data, uint64_t bytes)
     if (status == 0)
         status = reserve_entry(slot->attached);
     if (status == 0)
-        status =
-            make_block(lending, data, bytes, &slot->attached->entries[slot->attached->count]);
+        status = make_block(lending, data, bytes,
+                            &slot->attached->entries[slot->attached->count],
+                            &slot->attached->sources[slot->attached->count].lease);
     if (status >= 0) {
         slot->attached->block_bytes += bytes;
         slot->attached->count++;
     }
     return status;
+}
+
+int shmrpc_attach_now(shmrpc_slot *slot, const void *data, uint64_t bytes)
+{
+    const struct lending *lending = lending_of(slot);
+    bool blocks = lending != NULL && bytes >= BLOCK_BYTES_MIN && lending_allows(lending, bytes);
+    int status = blocks ? shmrpc_attach(slot, data, bytes) : SHMRPC_FULL;
+
+    if (status < 0) {
+        shmrpc_detach(slot);
+        return status;
+    }
+    int number = (int)slot->attached->count - 1;
+    return status == 2 ? number | SHMRPC_LOANED : number;
 }
 
 /* ---- sending ---- */
@@ -238,7 +304,7 @@ static uint8_t *join_body(const struct attached *attached, const struct iovec *b
     for (uint32_t i = 0; i < attached->count; i++) {
         if (attached->entries[i].segment != BLOCK_INLINE || attached->entries[i].bytes == 0)
             continue;
-        memcpy(end, attached->data[i], attached->entries[i].bytes);
+        memcpy(end, attached->sources[i].data, attached->entries[i].bytes);
         end += attached->entries[i].bytes;
     }
     *bytes = (size_t)(end - joined);
@@ -258,7 +324,7 @@ static void lend_all(struct shmrpc_slot *slot, bool lend)
     pthread_mutex_lock(&lending->lock);
     for (uint32_t i = 0; i < attached->count && lending->conn != NULL; i++) {
         const struct block_entry *entry = &attached->entries[i];
-        if (entry->segment == BLOCK_INLINE)
+        if (!is_ours(entry))
             continue;
         if (lend)
             arena_lend(&lending->arena, entry->index, now);
@@ -286,6 +352,9 @@ int blocks_send(struct shmrpc_slot *slot, struct outgoing *message, int body, at
     free(joined);
     if (status < 0)
         lend_all(slot, false);
+    else
+        count_add(&slot->poller->beside, attached->block_bytes);
+    drop_leases(attached);
     slot->attaches = false;
     reset(attached);
     return status;
@@ -410,6 +479,7 @@ int shmrpc_loan_new(shmrpc_slot *slot, uint64_t bytes, shmrpc_loan **loan, uint8
         made->memory = lending->own[lending->arena.extents[made->place.index].segment];
         memory_ref(made->memory);
         reference_take(&lending->references);
+        lending->arena.extents[made->place.index].loaned = true;
         made->next = lending->loans;
         if (made->next != NULL)
             made->next->previous = made;
@@ -600,6 +670,8 @@ int shmrpc_arena_stats_of(shmrpc_poller *poller, uint64_t conn_id, shmrpc_arena_
         .oldest_ns = oldest != 0 && now > oldest ? now - oldest : 0,
         .loans = lending->loan_count,
         .loan_bytes = lending->loan_bytes,
+        .returned = lending->back_count,
+        .returned_bytes = lending->back_bytes,
         .peer_bytes = load_relaxed(&lending->peer_bytes),
         .leases = load_relaxed(&lending->lease_count),
         .leased_bytes = load_relaxed(&lending->lease_bytes),

@@ -633,19 +633,19 @@ static void read_part(const struct conn *conn, uint64_t offset, void *destinatio
 
 static int take_block(struct conn *conn, const struct block_entry *entry, shmrpc_block *block)
 {
-    if (conn->lending == NULL)
+    if (conn->lending == NULL || entry->bytes == 0)
         return -EPROTO;
+    if (entry->owner == BLOCK_YOURS)
+        return lending_reclaim(conn->lending, entry, block);
     struct memory *memory = lending_peer_memory(conn->lending, entry->segment);
     if (memory == NULL) { /* its descriptor came before, on the control socket */
         conn_read_control(conn);
         memory = lending_peer_memory(conn->lending, entry->segment);
     }
-    if (memory == NULL || entry->bytes == 0 || entry->offset > memory->bytes ||
+    if (memory == NULL || entry->offset > memory->bytes ||
         entry->bytes > memory->bytes - entry->offset)
         return -EPROTO;
-    block->lease = lending_lease(conn->lending, memory, entry);
-    block->data = memory->base + entry->offset;
-    return block->lease != NULL ? 0 : -ENOMEM;
+    return lending_lease(conn->lending, memory, entry, block);
 }
 
 /* Entries are loaded once, into private memory, and checked there. `room` is what the message has
@@ -660,17 +660,18 @@ static int take_entries(struct conn *conn, uint64_t offset, uint64_t room, uint6
         int status = 0;
         read_part(conn, offset + i * (uint64_t)BLOCK_ENTRY_BYTES, &entry, sizeof entry);
         *block = (shmrpc_block){.bytes = entry.bytes};
-        if (entry.reserved != 0)
+        if (entry.owner > BLOCK_YOURS)
             return -EPROTO;
         if (entry.segment == BLOCK_INLINE) {
-            if (entry.offset != 0 || entry.index != 0 || entry.generation != 0 ||
-                entry.bytes > room - received->inline_bytes)
+            if (entry.owner != 0 || entry.offset != 0 || entry.index != 0 ||
+                entry.generation != 0 || entry.bytes > room - received->inline_bytes)
                 return -EPROTO;
             received->inline_bytes += entry.bytes;
         } else {
             if (entry.bytes > allowed)
                 return -EPROTO;
             allowed -= entry.bytes;
+            received->block_bytes += entry.bytes;
             status = take_block(conn, &entry, block);
         }
         if (status < 0)

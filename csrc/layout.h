@@ -107,8 +107,9 @@ _Static_assert(offsetof(struct frame_header, metadata_bytes) == 24, "frame diagr
 _Static_assert(offsetof(struct frame_header, total_bytes) == 28, "frame diagram");
 
 /* The block table before the body of a message with SHMRPC_FLAG_BLOCKS: this, then `count` entries.
- * The bytes of entries in segment BLOCK_INLINE follow the body, in order; their offset, index and
- * generation are 0.
+ * The bytes of entries in segment BLOCK_INLINE follow the body, in order; their offset, index,
+ * generation and owner are 0. An entry of BLOCK_YOURS is a part of a block of the receiver's, which
+ * the sender has at this moment: the receiver reads it where it wrote it.
  */
 struct block_table {
     uint32_t count;
@@ -120,12 +121,14 @@ struct block_entry {
     uint64_t bytes;
     uint32_t segment; /* number, as its record on the control socket gave it */
     uint32_t index, generation; /* by which it is given back */
-    uint32_t reserved; /* 0 */
+    uint32_t owner; /* BLOCK_MINE, BLOCK_YOURS */
 };
 
 #define BLOCK_TABLE_BYTES 8u
 #define BLOCK_ENTRY_BYTES 32u
 #define BLOCK_INLINE UINT32_MAX
+#define BLOCK_MINE 0u
+#define BLOCK_YOURS 1u
 
 _Static_assert(sizeof(struct block_table) == BLOCK_TABLE_BYTES, "block table");
 _Static_assert(sizeof(struct block_entry) == BLOCK_ENTRY_BYTES, "block table");

@@ -240,6 +240,8 @@ static int poll_conn(struct shmrpc_poller *poller, struct shmrpc_slot *slot, str
         if (status <= 0)
             break;
         count++;
+        if ((header.flags & SHMRPC_FLAG_BLOCKS) != 0)
+            count_add(&poller->beside, conn->received.block_bytes);
         status = dispatch(poller, slot, conn, &header);
         if (status < 0)
             break;
@@ -497,6 +499,7 @@ struct lead {
     uint64_t entered_ns; /* the first time that the clock was read */
     uint64_t spin_start_ns, spin_budget_ns;
     uint32_t spin_step, patience, handovers;
+    uint64_t beside_ns; /* longer than the budget, for blocks under way */
     uint64_t yielded_ns; /* when the last yield returned */
     bool spinning;
     bool looked; /* at epoll, since the deadline */
@@ -526,6 +529,10 @@ static bool spin_on(struct shmrpc_poller *poller, const struct shmrpc_slot *slot
         bool may_spin = !slot->may_sleep || poller->policy.mode == WAIT_SPIN;
         bool spins = poller->hot_rings != 0 && may_spin;
         lead->spin_budget_ns = spins ? spin_policy_begin(&poller->policy) : 0;
+        if (load_relaxed(&poller->beside) != 0)
+            lead->beside_ns = spin_beside_ns(exchange(&poller->beside, 0));
+        if (lead->spin_budget_ns != 0 && poller->policy.mode == WAIT_AUTO)
+            lead->spin_budget_ns += lead->beside_ns;
     }
     if (lead->spin_budget_ns == 0)
         return false;

@@ -193,19 +193,111 @@ int lending_withdrawn(struct lending *lending, uint32_t number)
 
 /* ---- leases ---- */
 
-shmrpc_lease *lending_lease(struct lending *lending, struct memory *memory,
-                            const struct block_entry *entry)
+/* With the lock held. */
+static void add_lease(struct lending *lending, shmrpc_lease *lease)
+{
+    memory_ref(lease->memory);
+    reference_take(&lending->references);
+    lease->next = lending->leases;
+    if (lease->next != NULL)
+        lease->next->previous = lease;
+    lending->leases = lease;
+    if (lease->entry.owner == BLOCK_YOURS) {
+        lending->back_count++;
+        lending->back_bytes += lease->entry.bytes;
+    }
+    count_add(&lending->lease_count, 1);
+    count_add(&lending->lease_bytes, lease->entry.bytes);
+}
+
+int lending_lease(struct lending *lending, struct memory *memory, const struct block_entry *entry,
+                  shmrpc_block *block)
 {
     shmrpc_lease *lease = malloc(sizeof *lease);
 
     if (lease == NULL)
-        return NULL;
-    *lease = (shmrpc_lease){lending, memory, entry->bytes, {entry->index, entry->generation}};
-    memory_ref(memory);
-    reference_take(&lending->references);
-    count_add(&lending->lease_count, 1);
-    count_add(&lending->lease_bytes, entry->bytes);
-    return lease;
+        return -ENOMEM;
+    *lease = (shmrpc_lease){.lending = lending,
+                            .memory = memory,
+                            .data = memory->base + entry->offset,
+                            .entry = *entry,
+                            .uses = 1};
+    pthread_mutex_lock(&lending->lock);
+    add_lease(lending, lease);
+    pthread_mutex_unlock(&lending->lock);
+    *block = (shmrpc_block){.data = lease->data, .bytes = entry->bytes, .lease = lease};
+    return 0;
+}
+
+int lending_reclaim(struct lending *lending, const struct block_entry *entry, shmrpc_block *block)
+{
+    shmrpc_lease *lease = malloc(sizeof *lease);
+    uint8_t *data;
+    bool loaned;
+
+    if (lease == NULL)
+        return -ENOMEM;
+    pthread_mutex_lock(&lending->lock);
+    int status = arena_reclaim(&lending->arena, entry, &data, &loaned);
+    if (status == 0) {
+        *lease = (shmrpc_lease){
+            .lending = lending,
+            .memory = lending->own[lending->arena.extents[entry->index].segment],
+            .data = data,
+            .entry = *entry,
+            .uses = 1};
+        add_lease(lending, lease);
+    }
+    pthread_mutex_unlock(&lending->lock);
+    if (status < 0) {
+        free(lease);
+        return status == -EOVERFLOW ? -ENOMEM : status;
+    }
+    *block = (shmrpc_block){
+        .data = data, .bytes = entry->bytes, .lease = lease, .loaned = loaned};
+    return 0;
+}
+
+enum { LEASE_LOOKS = 32 }; /* who has more of them copies what it passes on of the older ones */
+
+shmrpc_lease *lending_find_lease(const struct lending *lending, const uint8_t *data,
+                                 uint64_t bytes)
+{
+    shmrpc_lease *lease = lending->leases;
+
+    for (int i = 0; i < LEASE_LOOKS && lease != NULL; i++, lease = lease->next)
+        if (data >= lease->data && bytes <= lease->entry.bytes &&
+            (uint64_t)(data - lease->data) <= lease->entry.bytes - bytes)
+            return lease;
+    return NULL;
+}
+
+/* One use less; whether it was the last, after which nobody finds the lease any more. */
+static bool last_use(struct lending *lending, shmrpc_lease *lease)
+{
+    pthread_mutex_lock(&lending->lock);
+    bool last = --lease->uses == 0;
+    if (last) {
+        *(lease->previous != NULL ? &lease->previous->next : &lending->leases) = lease->next;
+        if (lease->next != NULL)
+            lease->next->previous = lease->previous;
+        if (lease->entry.owner == BLOCK_YOURS) {
+            lending->back_count--;
+            lending->back_bytes -= lease->entry.bytes;
+        }
+    }
+    pthread_mutex_unlock(&lending->lock);
+    return last;
+}
+
+/* With the lock held: to the peer, or to our arena. */
+static void give_back(struct lending *lending, const shmrpc_lease *lease)
+{
+    if (lease->entry.owner == BLOCK_YOURS)
+        arena_drop(&lending->arena, lease->entry.index, clock_coarse_ns());
+    else
+        conn_return(lending->conn,
+                    (struct block_name){lease->entry.index, lease->entry.generation});
 }
 
 void shmrpc_lease_free(shmrpc_lease *lease, const void *data)
@@ -213,15 +305,17 @@ void shmrpc_lease_free(shmrpc_lease *lease, const void *data)
     struct lending *lending = lease->lending;
 
     (void)data;
+    if (!inherited(lending) && !last_use(lending, lease))
+        return;
     memory_unref(lease->memory); /* before the peer can know of it, and withdraw the segment */
     if (!inherited(lending)) {
         pthread_mutex_lock(&lending->lock);
         if (lending->conn != NULL)
-            conn_return(lending->conn, lease->name);
+            give_back(lending, lease);
         pthread_mutex_unlock(&lending->lock);
     }
     count_subtract(&lending->lease_count, 1);
-    count_subtract(&lending->lease_bytes, lease->bytes);
+    count_subtract(&lending->lease_bytes, lease->entry.bytes);
     free(lease);
     lending_unref(lending);
 }
@@ -235,6 +329,7 @@ int shmrpc_loan_free(shmrpc_loan *loan, const void *data)
     if (!inherited(lending)) {
         pthread_mutex_lock(&lending->lock);
         if (lending->conn != NULL) {
+            lending->arena.extents[loan->place.index].loaned = false;
             arena_drop(&lending->arena, loan->place.index, clock_coarse_ns());
             /* Who says so after this looks for room with the lock held, and finds it. */
             waited = load_relaxed(&lending->wanted) != 0;

@@ -52,7 +52,9 @@ struct lending {
     uint64_t own_max;
     uint32_t own_next;          /* lock: number of the next segment */
     shmrpc_loan *loans;         /* lock: all there are */
+    shmrpc_lease *leases;       /* lock: all there are, the latest first */
     uint64_t loan_count, loan_bytes; /* lock */
+    uint64_t back_count, back_bytes; /* lock: leases on blocks of ours */
     atomic_u64 wanted;          /* somebody waits for room */
 
     struct {
@@ -70,11 +72,15 @@ struct lending {
     int record_fd;               /* leader: and its descriptor, or -1 */
 };
 
+/* A block, or a part of one, that a message has brought: the peer's, or one of ours that has come
+ * back in a message. */
 struct shmrpc_lease {
     struct lending *lending;
     struct memory *memory;
-    uint64_t bytes;
-    struct block_name name;
+    const uint8_t *data;
+    struct block_entry entry; /* owner: whose it is, seen from the peer */
+    uint32_t uses;            /* lock: of the user, and of messages that are about to be sent */
+    shmrpc_lease *previous, *next; /* lock */
 };
 
 struct shmrpc_loan {
@@ -94,7 +100,7 @@ struct withdrawn {
 struct received_blocks {
     shmrpc_block *blocks; /* malloc */
     uint32_t count, table_bytes;
-    uint64_t inline_bytes;
+    uint64_t inline_bytes, block_bytes;
 };
 
 /* Null if there is no memory. */
@@ -112,9 +118,15 @@ int lending_returned(struct lending *lending, const struct block_name *names, ui
 /* Leader: the peer withdraws a segment. 0, -EPROTO if there is none, -EBUSY if somebody reads it. */
 int lending_withdrawn(struct lending *lending, uint32_t number);
 
-/* A lease on a block of the peer's: null if there is no memory. */
-shmrpc_lease *lending_lease(struct lending *lending, struct memory *memory,
-                            const struct block_entry *entry);
+/* A lease on this block of the peer's that lies in this memory: 0 or -ENOMEM. */
+int lending_lease(struct lending *lending, struct memory *memory, const struct block_entry *entry,
+                  shmrpc_block *block);
+/* A lease on a block of ours that the peer has, and sends: 0, -EPROTO or -ENOMEM. */
+int lending_reclaim(struct lending *lending, const struct block_entry *entry,
+                    shmrpc_block *block);
+/* With the lock held: one of the latest leases, in which these bytes lie, or null. */
+shmrpc_lease *lending_find_lease(const struct lending *lending, const uint8_t *data,
+                                 uint64_t bytes);
 
 /* ---- ours; with the lock held ---- */
 

@@ -183,6 +183,7 @@ struct shmrpc_poller {
     atomic_pointer larger_hot; /* struct hot_list *, for the leader to take */
     uint32_t hot_rings; /* leader: how many of them are worth spinning for */
     struct spin_policy policy; /* leader */
+    atomic_u64 beside;         /* bytes in blocks that were sent or received since the last spin */
     uint64_t looked_ns;        /* leader: when epoll was looked at last */
     uint32_t rounds;           /* leader: see keep_looking */
     uint64_t coarse_ns;        /* leader: the coarse clock in keep_looking */

@@ -81,7 +81,8 @@ enum shmrpc_outcome {
     SHMRPC_NOT_STARTED = 2 /* the peer's own segment shows, or it said, that it never started it */
 };
 
-enum { SHMRPC_METHOD_MAX = 255, SHMRPC_PYTHON_INDEX = 65535, SHMRPC_RUNNING_MAX = 4096 };
+enum { SHMRPC_METHOD_MAX = 255, SHMRPC_PYTHON_INDEX = 65535, SHMRPC_RUNNING_MAX = 4096,
+       SHMRPC_LOANED = 1 << 30 };
 
 typedef struct shmrpc_poller shmrpc_poller;
 typedef struct shmrpc_slot shmrpc_slot;
@@ -93,6 +94,7 @@ typedef struct shmrpc_block {
     const uint8_t *data;
     uint64_t bytes;
     shmrpc_lease *lease; /* null: it lies in the message itself, and goes with it */
+    uint32_t loaned; /* it lies in a loan of ours, to which its owner may write: copy it */
 } shmrpc_block;
 
 /* A received message, copied out of shared memory. Valid until the slot receives the next. */
@@ -172,8 +174,9 @@ typedef struct shmrpc_arena_stats {
     uint64_t lent_blocks, lent_bytes;      /* of that, what the peer has */
     uint64_t oldest_ns;                    /* how long it has had one of them */
     uint64_t loans, loan_bytes;            /* of that, what shmrpc_loan_new gave out here */
+    uint64_t returned, returned_bytes;     /* of that, what came back in messages, and is in use */
     uint64_t peer_bytes;                   /* of the peer's arena, mapped here */
-    uint64_t leases, leased_bytes;         /* of that, what is in use here */
+    uint64_t leases, leased_bytes;         /* what came in messages, of either arena, and is in use */
 } shmrpc_arena_stats;
 /* A request that runs. */
 typedef struct shmrpc_running {
@@ -388,12 +391,16 @@ int shmrpc_caller_serves(shmrpc_slot *worker);
 /* The next message sent with this slot (by shmrpc_call_with, shmrpc_send, shmrpc_send_item,
  * shmrpc_reply) has SHMRPC_FLAG_BLOCKS, and carries this buffer beside its body, after those
  * attached before. Null begins anew, with none. A buffer in a loan of the conn's arena is sent as
- * it is; any other is copied into the arena, or, if it goes with the body, when the message is
+ * it is; so is one in a block that came on this conn, whether it is the peer's or has come back; any other is copied into the arena, or, if it goes with the body, when the message is
  * sent: it has to stay until then. 0; 1 if it goes with the body; 2 if it lies in a loan; SHMRPC_GROW,
  * SHMRPC_FULL, -ENOMEM, -EMSGSIZE. */
 int shmrpc_attach(shmrpc_slot *slot, const void *data, uint64_t bytes);
 /* The same, but it goes with the body: 1, -ENOMEM, -EMSGSIZE. */
 int shmrpc_attach_inline(shmrpc_slot *slot, const void *data, uint64_t bytes);
+/* As shmrpc_attach, for a buffer that is going into a block at once or not at all: its number among
+ * those attached, with SHMRPC_LOANED if it lies in a loan. Below 0 if that can't be done without
+ * waiting or growing, and then none is attached any more. */
+int shmrpc_attach_now(shmrpc_slot *slot, const void *data, uint64_t bytes);
 /* There will be no such message. */
 void shmrpc_detach(shmrpc_slot *slot);
 /* What the attached buffers add to an item's size where streams count bytes: all of what goes with

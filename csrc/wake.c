@@ -101,6 +101,13 @@ uint64_t spin_policy_begin(struct spin_policy *policy)
     return policy->budget_ns;
 }
 
+uint64_t spin_beside_ns(uint64_t bytes)
+{
+    uint64_t ns = bytes / SPIN_BESIDE_BYTES_A_NS;
+
+    return ns < SPIN_BESIDE_NS_MAX ? ns : SPIN_BESIDE_NS_MAX;
+}
+
 void spin_policy_hit(struct spin_policy *policy, bool yielded, uint64_t spun_ns)
 {
     policy->misses = 0;

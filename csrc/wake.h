@@ -70,6 +70,12 @@ void wake_got_space(struct wake *wake);
                                * sleeping costs can never pay */
 #define SPIN_SKIP_MAX 64u     /* 50 us in 64 sleeps: under 1 us a wait for load that never hits */
 
+/* Who has sent or received large buffers waits for somebody who reads, and perhaps copies, that much
+ * memory: about this much time more. It is no guess whether the peer answers at all: a spin that
+ * this does not help is a miss like any other. */
+enum { SPIN_BESIDE_BYTES_A_NS = 8, SPIN_BESIDE_NS_MAX = 1000000 };
+uint64_t spin_beside_ns(uint64_t bytes);
+
 enum wait_mode { WAIT_AUTO = 0, WAIT_SPIN = 1, WAIT_BLOCK = 2 };
 
 struct spin_policy {

@@ -19,10 +19,21 @@ from .buffers import Source, Unwritten
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["freeze", "is_number", "make_array", "memory_of", "plan", "split"]
+__all__ = [
+    "Known",
+    "freeze",
+    "has_plain_memory",
+    "is_number",
+    "memory_of",
+    "parse",
+    "plan",
+    "split",
+    "view",
+]
 
 _U1 = np.dtype(np.uint8)
 _KINDS = frozenset("biufcmMSUV")  # neither objects nor numpy's variable-length strings
+_NUMBERS = frozenset("biufc")
 _PLAIN = re.compile(r"[<>|](?:[biufcSUV][0-9]{1,9}|[mM]8(?:\[[0-9]{0,9}[a-zA-Z]{1,2}\])?)")
 _DEPTH_MAX = 16  # of dtypes in dtypes
 _ITEM_MAX = 2**31 - 1  # numpy's own limit
@@ -32,8 +43,8 @@ _EMPTY_ITEMS_MAX = 1 << 24  # items without bytes: the message's length does not
 _KNOWN_MAX = 512
 _KNOWN_BYTES_MAX = 256
 _described: dict[tuple[Any, tuple[int, ...], bool], bytes] = {}
-_Known: TypeAlias = tuple[Any, tuple[int, ...], Literal["C", "F"], int]
-_parsed: dict[bytes, _Known] = {}
+Known: TypeAlias = tuple[Any, tuple[int, ...], Literal["C", "F"], int]
+_parsed: dict[bytes, Known] = {}
 
 
 # ---- dtypes ----
@@ -160,6 +171,11 @@ def split(value: Any) -> tuple[bytes, Any, bool]:
     return described, value, fortran
 
 
+def has_plain_memory(array: Any) -> bool:
+    """Whether it has the buffer protocol as it is, in one piece."""
+    return array.dtype.kind in _NUMBERS and bool(array.flags.c_contiguous)
+
+
 def memory_of(array: Any) -> Source:
     """Where its items are. Those in neither C's nor Fortran's order are copied when written."""
     if not array.flags.forc:
@@ -173,11 +189,13 @@ def _write(array: Any, target: memoryview) -> None:
     np.copyto(np.ndarray(array.shape, array.dtype, target), array)
 
 
-def make_array(described: bytes, memory: memoryview | bytes) -> Any:
+def parse(described: bytes) -> Known:
+    """What was described, for ``view``; ValueError if no array was."""
+    return _parsed.get(described) or _parse_array(described)
+
+
+def view(known: Known, memory: memoryview | bytes) -> Any:
     """A read-only array over this memory, which it keeps; ValueError if it does not fit."""
-    known = _parsed.get(described)
-    if known is None:
-        known = _parse_array(described)
     dtype, shape, order, nbytes = known
     if nbytes != len(memory):
         msg = f"a numpy array of shape {shape} and dtype {dtype} can't lie in {len(memory)} bytes"
@@ -190,7 +208,7 @@ def make_array(described: bytes, memory: memoryview | bytes) -> Any:
     return array if len(shape) == 1 else array.reshape(shape, order=order)
 
 
-def _parse_array(described: bytes) -> _Known:
+def _parse_array(described: bytes) -> Known:
     parts = msgpack.unpackb(described, strict_map_key=False)
     if type(parts) is not list or len(parts) != 3:
         msg = "a numpy array is described wrongly"
@@ -207,7 +225,7 @@ def _parse_array(described: bytes) -> _Known:
     ):
         msg = f"the shape of a numpy array is too big: {shape}"
         raise ValueError(msg)
-    known: _Known = (dtype, tuple(shape), "F" if fortran else "C", count * dtype.itemsize)
+    known: Known = (dtype, tuple(shape), "F" if fortran else "C", count * dtype.itemsize)
     if len(_parsed) >= _KNOWN_MAX:
         _parsed.clear()
     if len(described) <= _KNOWN_BYTES_MAX:
@@ -240,9 +258,9 @@ def plan(shape: Any, dtype: Any) -> tuple[int, Callable[[memoryview], Any]]:
     return model.nbytes, make
 
 
-def freeze(source: memoryview) -> None:
+def freeze(source: Any) -> None:
     """Make the array that ``plan`` made, and this is a view of, read-only: it is being sent."""
-    owner: Any = source.obj
+    owner: Any = source if isinstance(source, np.ndarray) else source.obj
     while isinstance(owner, np.ndarray):
         known = _lent.get(id(owner))
         if known is not None and owner is known():

@@ -162,8 +162,8 @@ class Channel(ABC):
         except (KeyError, TypeError):
             name = self._name(method)
         try:
-            body = slot.pack(args)
-        except NotPlain:  # it holds what travels beside the body
+            body = slot.pack_beside(args)
+        except NotPlain:  # it holds what can't go into blocks at once
             return self._call_beside(slot, method, args)
         except PACKING_ERRORS as error:
             raise self._unpackable(slot, method, args, kwargs, error) from error
@@ -195,6 +195,7 @@ class Channel(ABC):
         return result
 
     def _call_beside(self, slot: Slot, method: str, args: tuple[Any, ...]) -> Any:
+        lib.shmrpc_detach(slot.c)
         slot.connection.slots.append(slot)
         return self._call_with(method, args, {}, None, None, large=True)
 
@@ -250,7 +251,7 @@ class Channel(ABC):
             if large:
                 body, sources = encode(values)
             else:
-                body, sources = pack_split(self._codec, slot.pack, values)
+                body, sources = pack_split(self._codec, slot.pack_beside, values)
         except PACKING_ERRORS as error:
             raise self._unpackable(slot, method, args, kwargs, error) from error
         if not sources:
@@ -272,7 +273,8 @@ class Channel(ABC):
         kwargs: dict[str, Any],
         error: Exception,
     ) -> Exception:
-        slot.pack = self._codec.encoder()  # the old one may hold half a message
+        lib.shmrpc_detach(slot.c)
+        slot.new_packers()  # the old ones may hold half a message
         slot.give_back()
         return explain_arguments(self._codec, method, args, kwargs, error)
 
@@ -296,22 +298,22 @@ class Channel(ABC):
         connection = slot.connection
         if status < 0 and status != _MESSAGE:
             raise self._failure(slot, method, status)
-        body: memoryview | bytes
-        if status >= 0:
-            body = slot.view[:status]
-        else:
-            body = slot.body()
+        message = slot.message
+        if status < 0:
             if reply_metadata is not None:
                 reply_metadata.append(slot.metadata())
-            if slot.message.status != 0:
-                failure = self._remote_error(connection, method, slot.message.status, bytes(body))
+            if message.status != 0:
+                body = bytes(slot.body())
+                failure = self._remote_error(connection, method, message.status, body)
                 slot.give_back()
                 raise failure
         try:
-            if slot.message.flags & _BLOCKS:
-                result = connection.decode(connection.parcel(slot.c, slot.message, body))
+            if status >= 0:
+                result = self._decode(slot.view[:status])
+            elif message.flags & _BLOCKS:
+                result = connection.value(slot.c, message)
             else:
-                result = self._decode(body)
+                result = self._decode(slot.body())
         except (ValueError, TypeError) as error:
             raise self._undecodable(slot, method, error) from error
         connection.slots.append(slot)

@@ -283,6 +283,8 @@ def arena_stats(connection: Connection) -> dict[str, int | float]:
         "lent_oldest_s": stats.oldest_ns / 1e9,
         "loans": int(stats.loans),
         "loan_bytes": int(stats.loan_bytes),
+        "returned_blocks": int(stats.returned),
+        "returned_bytes": int(stats.returned_bytes),
         "peer_arena_bytes": int(stats.peer_bytes),
         "pinned_blocks": int(stats.leases),
         "pinned_bytes": int(stats.leased_bytes),
@@ -305,6 +307,7 @@ def _full(connection: Connection, size: int, what: str) -> str:
         f"{what} needs a block of {size} bytes, and the {connection.max_memory_bytes} bytes of "
         f"shared memory for values to {connection.peer} are in use: that holds "
         f"{stats['lent_blocks']} blocks of {stats['lent_bytes']} bytes, the oldest for "
-        f"{stats['lent_oldest_s']:.1f} s; {stats['loan_bytes']} bytes are loans of this process. "
+        f"{stats['lent_oldest_s']:.1f} s; {stats['loan_bytes']} bytes are loans of this process, "
+        f"{stats['returned_bytes']} bytes values that came back to it and that it keeps. "
         "Let go of received values earlier, or raise max_memory_bytes on both sides"
     )

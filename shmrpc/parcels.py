@@ -15,8 +15,9 @@ from typing import Any
 from ._native import ffi, lib
 from .values import decode
 
-__all__ = ["Parcel", "parcel_of"]
+__all__ = ["Parcel", "value_of"]
 
+_buffer, _gc = ffi.buffer, ffi.gc
 _free = lib.shmrpc_lease_free
 _take = lib.shmrpc_lease_take
 
@@ -42,22 +43,28 @@ class Parcel:
 
     def fill(self, slot: Any, message: Any) -> None:
         """Take the buffers out of the slot's message, from where an interruption left them."""
-        for index in range(len(self.buffers), message.block_count):
-            block = message.blocks[index]
-            size = block.bytes
-            if not block.lease:  # it lies in memory that the slot uses again
-                view = memoryview(bytes(ffi.buffer(block.data, size)))
-            elif self._untrusted:  # or what was checked could change before it is used
-                view = memoryview(bytes(ffi.buffer(block.data, size)))
-                _free(_take(slot, index), ffi.NULL)
-            else:
-                data = ffi.gc(block.data, partial(_free, _take(slot, index)), size)
-                view = memoryview(ffi.buffer(data, size)).toreadonly()
-            self.buffers.append(view)
+        take_buffers(self.buffers, slot, message, untrusted=self._untrusted)
 
 
-def parcel_of(slot: Any, message: Any, body: bytes | memoryview, *, untrusted: bool) -> Parcel:
-    """All of a slot's message that has ``SHMRPC_FLAG_BLOCKS``."""
-    parcel = Parcel(body, lib.shmrpc_message_weight(message), untrusted=untrusted)
-    parcel.fill(slot, message)
-    return parcel
+def take_buffers(buffers: list[memoryview], slot: Any, message: Any, *, untrusted: bool) -> None:
+    """Move the buffers of a slot's message that are not in the list yet to its end."""
+    blocks = message.blocks
+    for index in range(len(buffers), message.block_count):
+        block = blocks[index]
+        size, start = block.bytes, block.data
+        if not block.lease:  # it lies in memory that the slot uses again
+            view = memoryview(bytes(_buffer(start, size)))
+        elif untrusted or block.loaned:  # or it could change before, or after, it is used
+            view = memoryview(bytes(_buffer(start, size)))
+            _free(_take(slot, index), ffi.NULL)
+        else:
+            data = _gc(start, partial(_free, _take(slot, index)), size)
+            view = memoryview(_buffer(data, size)).toreadonly()
+        buffers.append(view)
+
+
+def value_of(slot: Any, message: Any, *, untrusted: bool) -> Any:
+    """The value that a slot's message with ``SHMRPC_FLAG_BLOCKS`` is; ValueError if it is none."""
+    buffers: list[memoryview] = []
+    take_buffers(buffers, slot, message, untrusted=untrusted)
+    return decode(_buffer(message.body, message.body_bytes), buffers, untrusted=untrusted)

@@ -16,9 +16,10 @@ import weakref
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from ._native import ffi, lib
+from .attaching import slot_packer
 from .codec import MsgpackCodec
 from .errors import ConnectError, ConnectionLost, Error, ForkedError, ProtocolError
-from .parcels import Parcel, parcel_of
+from .parcels import Parcel, value_of
 from .rendezvous import Credentials
 from .session import Body, Pending, Run, Session, Stream
 from .tending import tend
@@ -90,7 +91,7 @@ class Freed(Protocol):
 class Slot:
     """What one thread uses for one call at a time: a C slot, its view and a packer."""
 
-    __slots__ = ("c", "connection", "message", "pack", "view")
+    __slots__ = ("c", "connection", "message", "pack", "pack_beside", "view")
 
     def __init__(self, connection: Connection) -> None:
         slot = lib.shmrpc_slot_new(connection.poller.c, connection.conn_id)
@@ -106,7 +107,13 @@ class Slot:
         self.message = lib.shmrpc_slot_message(slot)
         size = lib.shmrpc_slot_view_bytes(slot)
         self.view = memoryview(ffi.buffer(lib.shmrpc_slot_view(slot), size))
-        self.pack: Callable[[Any], bytes] = connection.codec.encoder()
+        self.new_packers()
+
+    def new_packers(self) -> None:
+        """Forget what they were packing when they failed."""
+        codec = self.connection.codec
+        self.pack: Callable[[Any], bytes] = codec.encoder()
+        self.pack_beside = slot_packer(codec, self.c)  # for a message that this slot sends next
 
     # Before a call raises: its frames refer to the slot, and who keeps the exception keeps them.
 
@@ -119,7 +126,7 @@ class Slot:
     def give_back(self) -> None:
         """Put what it has into the pool, as another object."""
         other = Slot.__new__(Slot)
-        for name in ("c", "connection", "message", "pack", "view"):
+        for name in ("c", "connection", "message", "pack", "pack_beside", "view"):
             setattr(other, name, getattr(self, name))
         self.c = self.message = None
         self.view = memoryview(b"")
@@ -208,15 +215,23 @@ class Connection:
         if type(body) is not Parcel:
             return self.codec.decode(body)  # type: ignore[arg-type]
         if not isinstance(self.codec, MsgpackCodec):
-            msg = f"it has buffers, which are not for {type(self.codec).__qualname__}"
-            raise ValueError(msg)  # noqa: TRY004 - as for any body that is no value
+            raise self._buffers_refused()
         return body.decode()
 
-    def parcel(self, slot: Any, message: Any, body: bytes | memoryview) -> Parcel:
-        """The message in this C slot, which has buffers. Of a peer whom we don't trust: copies."""
+    def value(self, slot: Any, message: Any) -> Any:
+        """The value of the message in this C slot, which has buffers; ValueError if it is none.
+
+        Of a peer whom we don't trust it is made of copies.
+        """
+        if not self.plain:
+            raise self._buffers_refused()
         if not self.tended:
             tend(self)
-        return parcel_of(slot, message, body, untrusted=self.untrusted_values)
+        return value_of(slot, message, untrusted=self.untrusted_values)
+
+    def _buffers_refused(self) -> ValueError:
+        name = type(self.codec).__qualname__
+        return ValueError(f"it has buffers, which are not for {name}")
 
     def register(self, call_id: int, pending: Pending | Stream) -> None:
         """A call of ours is about to be sent: take frames for it."""

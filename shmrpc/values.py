@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "EXT_CODE",
     "LARGE",
+    "Encoder",
     "NotPlain",
     "decode",
     "encode",
@@ -118,17 +119,22 @@ def encode(value: Any) -> tuple[bytes, list[Source]]:
     ``Unwritten``; none is empty, and none is copied here. Objects that occur twice travel twice.
     Raises TypeError, ValueError, OverflowError or RecursionError for what can't be sent.
     """
-    buffers: list[Source] = []
-    encoder = _Encoder(buffers)
+    encoder = _Collector()
     body: bytes = msgpack.Packer(default=encoder.default).pack(encoder.lift(value, 0))
-    return body, buffers
+    return body, encoder.buffers
 
 
-class _Encoder:
-    """The buffers of one message, as they are found."""
+class Encoder:
+    """What makes ExtTypes of values, for messages without buffers."""
 
-    def __init__(self, buffers: list[Source] | None) -> None:
-        self._buffers = buffers  # None: there may not be any
+    def beside(self, _source: Any, size: int) -> int:
+        """The number of a buffer that is to travel beside the body."""
+        msg = f"{size} bytes don't travel in the body of a message"
+        raise NotPlain(msg)
+
+    def memory_of(self, array: Any) -> Any:
+        """A numpy array as ``beside`` wants it."""
+        return _arrays().memory_of(array)
 
     def lift(self, value: Any, depth: int) -> Any:
         """The same value, with ExtTypes for long bytes: msgpack packs those without asking."""
@@ -177,16 +183,14 @@ class _Encoder:
         return self._memory(view)
 
     def _array(self, kind: int, value: Any) -> Any:
-        if self._buffers is None and value.nbytes >= LARGE:
-            raise NotPlain  # at once: the next attempt has room for it
-        arrays = _arrays()
-        described, array, fortran = arrays.split(value)
-        if array.nbytes >= LARGE:
-            return self._extension(kind, described, array.nbytes, arrays.memory_of(array))
-        data = array.tobytes("F" if fortran else "C")
-        return _new(
-            msgpack.ExtType, (EXT_CODE, _HEADER.pack(kind, len(described)) + described + data)
-        )
+        described, array, fortran = _arrays().split(value)
+        size = array.nbytes
+        if size >= LARGE:
+            number = self.beside(self.memory_of(array), size)
+            data = _head(kind | _BESIDE, described) + _NUMBER.pack(number)
+        else:
+            data = _head(kind, described) + array.tobytes("F" if fortran else "C")
+        return _new(msgpack.ExtType, (EXT_CODE, data))
 
     def _scalar(self, value: Any) -> Any:
         # As a float64, which is a float: numbers arrive as Python's.
@@ -212,12 +216,8 @@ class _Encoder:
 
     def _extension(self, kind: int, described: bytes, size: int, source: Source) -> Any:
         if size >= LARGE:
-            if self._buffers is None:
-                msg = f"{size} bytes don't travel in the body of a message"
-                raise NotPlain(msg)
             kind |= _BESIDE
-            data = _NUMBER.pack(len(self._buffers))
-            self._buffers.append(source)
+            data = _NUMBER.pack(self.beside(source, size))
         elif isinstance(source, Unwritten):
             room = bytearray(size)
             source.write(memoryview(room))
@@ -229,7 +229,24 @@ class _Encoder:
         )
 
 
-_PLAIN = _Encoder(None)
+class _Collector(Encoder):
+    """The buffers of one message, as they are found."""
+
+    def __init__(self) -> None:
+        self.buffers: list[Source] = []
+
+    def beside(self, source: Source, _size: int) -> int:
+        self.buffers.append(source)
+        return len(self.buffers) - 1
+
+
+_PLAIN = Encoder()
+
+
+@functools.lru_cache(maxsize=512)
+def _head(kind: int, described: bytes) -> bytes:
+    """What an extension begins with: the next array is often as the last."""
+    return _HEADER.pack(kind, len(described)) + described
 
 
 def _check_depth(depth: int) -> None:
@@ -295,6 +312,15 @@ class _Decoder:
         """The value that an extension of the body stands for."""
         if code != EXT_CODE:
             return msgpack.ExtType(code, data)
+        start = 5 + data[1] if len(data) > 5 else 0  # of _HEADER, if it describes in a few bytes
+        view = _views.get(data[:start])
+        if view is None:
+            return self._value(data)
+        if data[0] & _BESIDE:
+            return view(self._take(data[start:]))
+        return view(data[start:])
+
+    def _value(self, data: bytes) -> Any:
         if len(data) < _HEADER.size:
             raise ValueError(_DAMAGED)
         kind, size = _HEADER.unpack_from(data)
@@ -306,8 +332,10 @@ class _Decoder:
         if kind & _BESIDE:
             memory = self._take(data[start:])
             kind &= ~_BESIDE
-        if kind in {_ARRAY, _SCALAR}:
-            return _array(kind, described, memory)
+        if kind == _ARRAY:
+            return _array(data[:start], described, memory)
+        if kind == _SCALAR:
+            return _scalar(described, memory)
         if kind == _ARROW:
             return self._arrow(described, memory)
         if kind == _VIEW and described:
@@ -323,11 +351,12 @@ class _Decoder:
         if len(packed) != _NUMBER.size:
             raise ValueError(_DAMAGED)
         number: int = _NUMBER.unpack(packed)[0]
-        buffer = self._buffers[number] if number < len(self._buffers) else None
+        buffers = self._buffers
+        buffer = buffers[number] if number < len(buffers) else None
         if buffer is None:
             msg = f"a value has buffer {number}, which the message has not, or no more"
             raise ValueError(msg)
-        self._buffers[number] = None
+        buffers[number] = None
         self.left -= 1
         return buffer.toreadonly()
 
@@ -339,6 +368,12 @@ class _Decoder:
         which, heads = _unpack_list(described, 2)
         return tables.make(which, heads, memory, untrusted=self._untrusted)
 
+
+# How arrays begin, header and description, and what makes them of the rest: the next one is often
+# as the last.
+_VIEWS_MAX = 512
+_HEAD_MAX = _HEADER.size + 255
+_views: dict[bytes, Callable[[memoryview | bytes], Any]] = {}
 
 unpack_extension = _Decoder((), untrusted=True).value
 """The ``ext_hook`` for messages without buffers, for who writes ``unpack`` out."""
@@ -370,14 +405,25 @@ def _view(memory: memoryview | bytes, code: Any, shape: Any) -> Any:
         raise ValueError(f"a memoryview is described wrongly: {error}") from error
 
 
-def _array(kind: int, described: bytes, memory: memoryview | bytes) -> Any:
+def _array(head: bytes, described: bytes, memory: memoryview | bytes) -> Any:
+    view = _described(described)
+    if len(_views) >= _VIEWS_MAX:
+        _views.clear()
+    if len(head) <= _HEAD_MAX:
+        _views[head] = view
+    return view(memory)
+
+
+def _described(described: bytes) -> Callable[[memoryview | bytes], Any]:
     try:
         arrays = _arrays()
     except ImportError as error:
         raise _missing("a numpy array", "numpy", "numpy", error) from error
-    array = arrays.make_array(described, memory)
-    if kind == _ARRAY:
-        return array
+    return functools.partial(arrays.view, arrays.parse(described))
+
+
+def _scalar(described: bytes, memory: memoryview | bytes) -> Any:
+    array = _described(described)(memory)
     if array.ndim or array.nbytes >= LARGE:
         raise ValueError(_DAMAGED)
     return array[()]

@@ -18,6 +18,7 @@ from msgpack import unpackb
 
 from . import loans
 from ._native import ffi, lib
+from .attaching import slot_packer
 from .calls import Requests
 from .codec import Codec, MsgpackCodec, pack_split
 from .context import CallContext, enter_worker, leave_worker
@@ -44,6 +45,9 @@ _log = logging.getLogger("shmrpc.server")
 
 _EMSGSIZE = -errno.EMSGSIZE
 _FAILED_WAIT_PAUSE = 0.05
+
+_MESSAGE, _REQUEST = lib.SHMRPC_MESSAGE, lib.SHMRPC_REQUEST
+_BLOCKS = lib.SHMRPC_FLAG_BLOCKS
 
 _next = lib.shmrpc_next
 _reply_next = lib.shmrpc_reply_next
@@ -78,9 +82,14 @@ class Worker:
             raise MemoryError
         self.c = self._slot = ffi.gc(slot, lib.shmrpc_slot_free)
         self._message = lib.shmrpc_slot_message(self._slot)
-        self._pack = host.codec.encoder()
+        self._new_packers()
         size = lib.shmrpc_slot_view_bytes(self._slot)
         self._view = memoryview(ffi.buffer(lib.shmrpc_slot_view(self._slot), size))
+
+    def _new_packers(self) -> None:
+        codec = self._host.codec
+        self._pack = codec.encoder()
+        self._pack_beside = slot_packer(codec, self._slot)  # for what this slot sends next
 
     def run(self) -> None:
         """Serve until the poller stops."""
@@ -99,7 +108,7 @@ class Worker:
         self.__dict__.clear()
 
     def _serve(self) -> None:
-        slot, message, view, pack = self._slot, self._message, self._view, self._pack
+        slot, message, view, pack = self._slot, self._message, self._view, self._pack_beside
         functions, decode = self._host.registry.functions, self._host.codec.decode
         plain = type(self._host.codec) is MsgpackCodec
         status = _next(slot)
@@ -121,7 +130,7 @@ class Worker:
                     else:
                         self._fail(error, args, result)
                     args = result = None  # or what they are made of is not given back
-                    pack = self._pack
+                    pack = self._pack_beside
                     status = _next(slot)
                     continue
                 size = len(body)
@@ -134,7 +143,7 @@ class Worker:
             if status == lib.SHMRPC_STOPPED:
                 return
             self._special(status)
-            pack = self._pack
+            pack = self._pack_beside
             status = _next(slot)
 
     def serve_queued(self, done: Callable[[Worker], None]) -> None:
@@ -174,8 +183,11 @@ class Worker:
 
     def _special(self, status: int) -> None:
         """Whatever is not a plain request."""
-        if status == lib.SHMRPC_MESSAGE:
-            self._run_message()
+        if status == _MESSAGE:
+            if self._message.flags == _BLOCKS:
+                self._run_beside()
+            else:
+                self._run_message()
         elif status == _EMSGSIZE:
             self._refuse_result()
         else:
@@ -208,7 +220,7 @@ class Worker:
             else:
                 result = function(*args)
             if message.kind != lib.SHMRPC_NOTIFY:
-                packed, sources = pack_split(self._host.codec, self._pack, result)
+                packed, sources = pack_split(self._host.codec, self._pack_beside, result)
                 alive = self._attach(sources, "the result")
                 # Views of the caller's blocks go back before the reply, not after it: then its
                 # next call finds them free, and still in the caches.
@@ -219,6 +231,33 @@ class Worker:
         except BaseException as error:
             self._fail(error, args, result)
 
+    def _run_beside(self) -> None:
+        """A request whose arguments have buffers, and nothing else that is special."""
+        message, registry = self._message, self._host.registry
+        connection = self._poller.connection(message.conn_id)
+        index = message.method
+        if message.kind != _REQUEST or registry.methods[index].streams or connection is None:
+            self._run_message()
+            return
+        args = result = _NOT_YET
+        try:
+            args = connection.value(self._slot, message)
+            result = registry.functions[index](*args)
+            body = self._pack_beside(result)
+            if len(body) >= _LARGE and may_hold_large(body):
+                raise NotPlain
+        except BaseException as error:
+            if result is not _NOT_YET and type(error) is NotPlain:
+                args = ()
+                self._reply_beside(result)
+            else:
+                self._fail(error, args, result)
+            return
+        # Views of the caller's blocks go back before the reply, not after it: then its next call
+        # finds them free, and still in the caches.
+        args = result = ()
+        self._reply(body)
+
     def _arguments(self, body: memoryview) -> Any:
         message = self._message
         if not message.flags & lib.SHMRPC_FLAG_BLOCKS:
@@ -227,7 +266,7 @@ class Worker:
         if connection is None:
             msg = f"the caller of {self._method_name()!r} is gone"
             raise Cancelled(msg)
-        return connection.decode(connection.parcel(self._slot, message, body))
+        return connection.value(self._slot, message)
 
     def _attach(self, sources: Sequence[Source], what: str) -> Any:
         """Have the next message carry these buffers; what has to live until it was sent."""
@@ -314,7 +353,7 @@ class Worker:
                 self._reply(b"")
             else:
                 result = outcome
-                packed, sources = pack_split(self._host.codec, self._pack, result)
+                packed, sources = pack_split(self._host.codec, self._pack_beside, result)
                 alive = self._attach(sources, "the result")
                 self._reply(packed)
                 del alive
@@ -410,7 +449,7 @@ class Worker:
     def _fail(self, error: BaseException, args: Any, result: Any) -> None:
         """Reply with what the handler raised, or what kept it from running or replying."""
         message = self._message
-        self._pack = self._host.codec.encoder()  # the old one may hold half a message
+        self._new_packers()  # the old ones may hold half a message
         if self._interruptible and not isinstance(error, Exception):
             self._interruption = error
         if message.kind == lib.SHMRPC_NOTIFY:

@@ -23,6 +23,7 @@ from shmrpc.bench.harness import (
     compare,
     compare_loads,
     compare_quiet,
+    compare_rows,
 )
 from shmrpc.bench.machine import Environment
 from shmrpc.bench.pace import paced_laps
@@ -107,6 +108,24 @@ def test_contenders_of_the_extra_work_or_are_missing():
         assert not comparison.failed, comparison
         assert missing <= set(comparison.absent)
         assert set(comparison.runs) | set(comparison.absent) == chosen
+
+
+def test_several_loads_of_one_contender():
+    loads = {"one": Load(), "three": Load(depth=3, connections=3)}
+    chosen = {"shm-aio": loads, "nowhere": {"nothing": Load()}}
+    found = compare_rows(Comparison("t", "c"), chosen, Effort(2, 0.1, 0.05), Placement())
+    assert set(found.runs) == {"one", "three"}, found
+    assert set(found.absent) == {"nothing"}
+    assert all(figures["calls_per_s"] > 0 for runs in found.runs.values() for figures in runs)
+
+
+@pytest.mark.parametrize("name", ["shm-aio", "asyncio"])
+def test_memory_of_a_connection(name):
+    crowd = Crowd(connections=20)
+    found = compare_quiet(Comparison("t", "c"), [name], 0.1, crowd)
+    (figures,) = found.runs[name]
+    assert 0 < figures["connection_kib"] < (1000 if name == "shm-aio" else 100)
+    assert figures["connection_kib"] > (128 if name == "shm-aio" else 0), "two rings of 64 KiB"
 
 
 @pytest.mark.parametrize("name", ["shm", "raw-uds"])

@@ -228,7 +228,7 @@ def test_blocks_go_back(shm_client):
 
 
 def test_views_pin_their_blocks(shm_client):
-    held = [shm_client.call("echo", np.full(100_000, number, "u1")) for number in range(20)]
+    held = [shm_client.call("add", np.full(100_000, number, "u1"), 0) for number in range(20)]
     assert shm_client.stats()["pinned_blocks"] == 20
     assert shm_client.stats()["pinned_bytes"] == 2_000_000
     theirs = shm_client.call("stats")
@@ -259,6 +259,45 @@ def test_others_pin_what_they_wrap(shm_client):
         assert shm_client.stats()["pinned_blocks"] == 1
         del wrapped
         wait_until(settled(shm_client))
+
+
+def test_what_comes_back_is_not_copied(shm_client):
+    sent = np.arange(100_000, dtype="u2")
+    whole = shm_client.call("echo", sent)
+    assert np.array_equal(whole, sent)
+    assert not whole.flags.writeable
+    stats = shm_client.stats()
+    assert stats["returned_blocks"] == stats["pinned_blocks"] == 1
+    assert 200_000 <= stats["arena_used_bytes"] < 201_000
+    theirs = shm_client.call("stats")
+    assert theirs["arena_bytes"] == 0
+    again = shm_client.call("echo", whole[10:90_000])  # which is in the block still
+    assert np.array_equal(again, sent[10:90_000])
+    assert shm_client.stats()["arena_used_bytes"] == stats["arena_used_bytes"]
+    del whole
+    assert np.array_equal(again, sent[10:90_000])
+    del again
+    wait_until(settled(shm_client))
+
+
+def test_what_came_can_be_sent_back(shm_client):
+    made = shm_client.call("make", 2, 100_000)
+    assert shm_client.call("total", *made) == 100_000
+    assert shm_client.call("total", made[1][:50_000], made[0], made[1]) == 150_000
+    assert shm_client.stats()["arena_bytes"] == 0  # nothing was copied
+    back = shm_client.call("echo", made)
+    assert [int(array.sum()) for array in back] == [0, 100_000]
+    del made
+    assert [int(array.sum()) for array in back] == [0, 100_000]
+    del back
+    wait_until(settled(shm_client))
+
+
+def test_what_came_back_outlives_the_client(large, connect):
+    client = connect(large("shm").address)
+    array = client.call("echo", np.full(MIB, 7, "u1"))
+    client.close()
+    assert array.sum() == 7 * MIB
 
 
 def test_bytes_pin_nothing(shm_client):
@@ -292,7 +331,7 @@ def test_idle_memory_goes_back_to_the_system(large, connect, monkeypatch):
     monkeypatch.setattr(tending, "QUIET", 0.1)
     client = connect(large("shm", env={"QUIET": "0.1"}).address)
     for _ in range(2):
-        assert client.call("echo", np.ones(4 * MIB, "u1")).sum() == 4 * MIB
+        assert client.call("add", np.ones(4 * MIB, "u1"), 0).sum() == 4 * MIB
         assert client.stats()["arena_bytes"] >= 4 * MIB
         assert client.stats()["peer_arena_bytes"] >= 4 * MIB
         wait_until(lambda: not arenas(client))
@@ -394,7 +433,7 @@ def test_views_outlive_a_killed_client(large, connect):
 
 
 def test_a_forked_child_reads_and_returns_nothing(shm_client):
-    array = shm_client.call("echo", np.full(MIB, 5, "u1"))
+    array = shm_client.call("add", np.full(MIB, 5, "u1"), 0)
     child = os.fork()
     if child == 0:
         good = array.sum() == 5 * MIB

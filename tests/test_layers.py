@@ -20,7 +20,7 @@ LAYERS = [
     ["errors", "logs", "buffers"],
     ["arrays", "tables"],
     ["values"],
-    ["address", "codec", "metadata", "parcels", "scheduler", "session", "tending"],
+    ["address", "attaching", "codec", "metadata", "parcels", "scheduler", "session", "tending"],
     ["segments", "sharing", "handover", "rendezvous", "interceptors"],
     ["otel", "prometheus", "retries"],
     ["handshake"],

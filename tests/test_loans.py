@@ -48,6 +48,21 @@ def server(directory):
         yield server
 
 
+def test_a_loan_that_comes_back_is_copied(server, connect):
+    client = connect("lender")
+    data = client.loan(100_000)
+    data[:] = b"a" * 100_000
+    back = client.call("echo", data)
+    data[:] = b"b" * 100_000
+    assert back == b"a" * 100_000
+    array = client.empty(100_000, "u1")
+    array[:] = 1
+    back = client.call("echo", array[5:50_000])
+    array.flags.writeable = True  # the call is over
+    array[:] = 2
+    assert (back == 1).all()
+
+
 def test_a_loan_is_seen_by_the_receiver_without_a_copy(server, connect):
     client = connect("lender")
     array = client.empty((1000, 100), "int64")

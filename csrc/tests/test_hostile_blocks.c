@@ -216,7 +216,7 @@ static const struct {
     ENTRY(.offset = UINT64_MAX, .bytes = 2, .segment = 0),
     ENTRY(.offset = 4096, .bytes = UINT64_MAX - 4095, .segment = 0),
     ENTRY(.offset = 4096, .bytes = UINT64_MAX, .segment = 0),
-    ENTRY(.offset = 0, .bytes = 5000, .segment = 0, .reserved = 1),
+    ENTRY(.offset = 0, .bytes = 5000, .segment = 0, .owner = 2),
     ENTRY(.offset = 0, .bytes = 101, .segment = BLOCK_INLINE),
     ENTRY(.offset = 0, .bytes = UINT64_MAX, .segment = BLOCK_INLINE),
     ENTRY(.offset = 1, .bytes = 10, .segment = BLOCK_INLINE),
@@ -299,25 +299,201 @@ TEST(blocks_over_a_socket)
 
 /* ---- returns ---- */
 
-/* The victim lends one block: its name. */
-static struct block_name lend(void)
+enum { LENT = 20000 };
+
+static void add_segment(void)
 {
-    static uint8_t data[20000];
     int fd = memory_fd(SEGMENT);
     void *memory = shmrpc_memory_map(fd, SEGMENT);
 
     REQUIRE(memory != NULL && shmrpc_arena_add(slot, memory, fd) == 0);
     close(fd);
-    CHECK_EQUAL(shmrpc_attach(slot, data, sizeof data), 0);
+}
+
+/* The victim sends these bytes in a block. */
+static struct block_entry lend_bytes(const uint8_t *data)
+{
     struct block_entry entry = {0};
+
+    CHECK(shmrpc_attach(slot, data, LENT) >= 0);
     CHECK_EQUAL(shmrpc_send_item(slot, 0, 7 << 16, NULL, 0), 0);
     uint8_t frame[BLOCK_TABLE_BYTES + BLOCK_ENTRY_BYTES];
     struct frame_header header;
     REQUIRE(hand_receive(&hand, &header, frame, sizeof frame) == 1);
     CHECK_EQUAL(header.length, sizeof frame);
     memcpy(&entry, frame + BLOCK_TABLE_BYTES, sizeof entry);
-    CHECK_EQUAL(entry.bytes, sizeof data);
+    CHECK_EQUAL(entry.bytes, LENT);
+    return entry;
+}
+
+static struct block_entry lend_entry(void)
+{
+    static uint8_t data[LENT];
+
+    for (uint32_t i = 0; i < LENT; i++)
+        data[i] = (uint8_t)(i / 7);
+    add_segment();
+    return lend_bytes(data);
+}
+
+static struct block_name lend(void)
+{
+    const struct block_entry entry = lend_entry();
+
     return (struct block_name){entry.index, entry.generation};
+}
+
+/* A peer that sends a part of a block back which it has, and others that it has not. */
+TEST(blocks_that_come_back)
+{
+    for (int manner = 0; manner < 14; manner++) {
+        open_victim(SHM, true);
+        struct block_entry entry = lend_entry();
+        const struct block_name name = {entry.index, entry.generation};
+        entry.owner = BLOCK_YOURS;
+        switch (manner) {
+        case 0: /* these two are right */
+            break;
+        case 1:
+            entry.offset += 100;
+            entry.bytes = 7000;
+            break;
+        case 2:
+            entry.generation++;
+            break;
+        case 3: /* a free one */
+            entry.index++;
+            break;
+        case 4:
+            entry.index = 1u << 31;
+            break;
+        case 5:
+            entry.segment++;
+            break;
+        case 6:
+            entry.offset--;
+            break;
+        case 7:
+            entry.bytes += 256;
+            break;
+        case 8:
+            entry.offset += 20224;
+            break;
+        case 9:
+            entry.bytes = UINT64_MAX;
+            break;
+        case 10:
+            entry.offset = UINT64_MAX;
+            break;
+        case 11:
+            entry.bytes = 0;
+            break;
+        case 12:
+            entry = (struct block_entry){.bytes = 50, .segment = BLOCK_INLINE, .owner = BLOCK_YOURS};
+            break;
+        default: /* one that it has given back */
+            send_returns(&name, sizeof name);
+        }
+        send_entry(&entry);
+        CHECK_EQUAL(outcome(), manner < 2 ? 0 : EPROTO);
+        close_victim();
+    }
+}
+
+static const shmrpc_block *receive_block(void)
+{
+    CHECK_EQUAL(shmrpc_wait_events(slot, -1), SHMRPC_EVENTS);
+    REQUIRE(shmrpc_take(slot) == 1 && shmrpc_slot_message(slot)->block_count == 1);
+    return shmrpc_slot_message(slot)->blocks;
+}
+
+/* A block that has come back is used until its last user has let go, whatever the peer does. */
+TEST(a_block_of_ours_is_used_on)
+{
+    shmrpc_arena_stats stats;
+
+    open_victim(SHM, true);
+    struct block_entry entry = lend_entry();
+    const struct block_name name = {entry.index, entry.generation};
+    entry.owner = BLOCK_YOURS;
+    entry.offset += 700;
+    entry.bytes = LENT - 700;
+    send_entry(&entry);
+    send_returns(&name, sizeof name);
+    const shmrpc_block *block = receive_block();
+    CHECK_EQUAL(block->bytes, LENT - 700);
+    CHECK_EQUAL(block->data[0], 100);
+    CHECK_EQUAL(block->loaned, 0);
+    const uint8_t *data = block->data;
+    shmrpc_lease *lease = shmrpc_lease_take(slot, 0);
+    shmrpc_take(slot);
+    CHECK_EQUAL(shmrpc_arena_stats_of(poller, conn_id, &stats), 0);
+    CHECK_EQUAL(stats.lent_blocks, 0);
+    CHECK_EQUAL(stats.returned, 1);
+    CHECK_EQUAL(stats.leases, 1);
+    /* Sent once more it is no copy: the same block. */
+    CHECK_EQUAL(shmrpc_attach(slot, data, 5000), 0);
+    shmrpc_lease_free(lease, NULL);
+    CHECK_EQUAL(shmrpc_arena_stats_of(poller, conn_id, &stats), 0);
+    CHECK_EQUAL(stats.returned, 0);
+    CHECK(stats.used_bytes != 0);
+    CHECK_EQUAL(data[0], 100);
+    shmrpc_detach(slot);
+    CHECK_EQUAL(shmrpc_arena_stats_of(poller, conn_id, &stats), 0);
+    CHECK_EQUAL(stats.used_bytes, 0);
+    close_victim();
+}
+
+/* What lies in a loan can change: whoever gets it back has to copy it. */
+TEST(a_loan_that_comes_back)
+{
+    shmrpc_loan *loan;
+    uint8_t *data;
+
+    open_victim(SHM, true);
+    add_segment();
+    CHECK_EQUAL(shmrpc_loan_new(slot, LENT, &loan, &data), 0);
+    struct block_entry entry = lend_bytes(data);
+    entry.owner = BLOCK_YOURS;
+    send_entry(&entry);
+    CHECK_EQUAL(receive_block()->loaned, 1);
+    shmrpc_loan_free(loan, NULL);
+    send_entry(&entry);
+    CHECK_EQUAL(receive_block()->loaned, 0); /* nobody writes there any more */
+    close_victim();
+}
+
+/* What the peer has lent us goes back as it is, and is ours until that was sent. */
+TEST(a_block_of_the_peer_is_sent_back)
+{
+    struct frame_header header;
+    struct block_entry entry;
+    uint8_t frame[BLOCK_TABLE_BYTES + BLOCK_ENTRY_BYTES];
+    struct block_name name;
+
+    open_victim(SHM, true);
+    send_segment(0, SEGMENT, SEGMENT, 1);
+    send_entry(&good);
+    const uint8_t *data = receive_block()->data;
+    shmrpc_lease *lease = shmrpc_lease_take(slot, 0);
+    shmrpc_take(slot);
+    CHECK_EQUAL(shmrpc_attach(slot, data + 10, 4500), 0);
+    shmrpc_lease_free(lease, NULL);
+    CHECK_EQUAL(hand_receive(&hand, &header, frame, sizeof frame), 0);
+    CHECK_EQUAL(shmrpc_send_item(slot, 0, 7 << 16, NULL, 0), 0);
+    REQUIRE(hand_receive(&hand, &header, frame, sizeof frame) == 1);
+    CHECK_EQUAL(header.kind, SHMRPC_ITEM);
+    memcpy(&entry, frame + BLOCK_TABLE_BYTES, sizeof entry);
+    const struct block_entry expected = {.offset = good.offset + 10,
+                                         .bytes = 4500,
+                                         .index = good.index,
+                                         .generation = good.generation,
+                                         .owner = BLOCK_YOURS};
+    CHECK_EQUAL(memcmp(&entry, &expected, sizeof entry), 0);
+    REQUIRE(hand_receive(&hand, &header, &name, sizeof name) == 1);
+    CHECK_EQUAL(header.kind, SHMRPC_RETURN);
+    CHECK_EQUAL(name.index, good.index);
+    close_victim();
 }
 
 TEST(returns)
