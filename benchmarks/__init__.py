@@ -2,7 +2,7 @@
 
 bench_*.py, __main__.py    the two ways in: `pytest benchmarks` and `python -m benchmarks`
 topics.py, targets.py      what is compared, and the ratios to reach
-policy.py                  the waiting policy's targets, regime by regime
+event_loops.py, web.py     calls, bytes and HTTP of event loops
 middlemen.py, uds_proxy.py  a process between client and server
 floor.py                   what any RPC over these rings pays at least: rings and msgpack
 report.py, conftest.py     tables for people, JSON by pytest-benchmark
@@ -17,3 +17,5 @@ contenders.register("sidecar", "benchmarks.middlemen:SIDECAR")
 contenders.register("uds-proxy", "benchmarks.middlemen:UDS_PROXY")
 contenders.register("shm 1 MB", "benchmarks.middlemen:SHM_LARGE")
 contenders.register("sidecar 1 MB", "benchmarks.middlemen:SIDECAR_LARGE")
+contenders.register("fastapi", "benchmarks.web:SHM")
+contenders.register("fastapi-uds", "benchmarks.web:UDS")

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks import bench_bytes, large, topics
+from benchmarks import bench_bytes, event_loops, large, topics
 from benchmarks.report import machine, policy_table, table, verdict_table
 from benchmarks.targets import judge
 from shmrpc.bench.figures import as_json
@@ -77,16 +77,17 @@ _TOPICS: dict[str, Callable[[Effort], Iterator[Comparison]]] = {
     "bytes": _bytes,
     "large": _large,
     "idle": _idle,
+    "aio": event_loops.compare,
     "policy": topics.policy,
 }
-_DEFAULT = [name for name in _TOPICS if name != "policy"]  # which takes minutes by itself
+_DEFAULT = [name for name in _TOPICS if name not in {"aio", "policy"}]  # each takes minutes
 
 
 def main() -> None:
     """Measure the topics that were asked for and print what came out."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
-        "topic", nargs="*", help=f"any of {', '.join(_TOPICS)}; all but policy by default"
+        "topic", nargs="*", help=f"any of {', '.join(_TOPICS)}; all but aio and policy by default"
     )
     parser.add_argument("--runs", type=int, default=3, help="of each contender (default: 3)")
     parser.add_argument("--seconds", type=float, default=0.3, help="of each run (default: 0.3)")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING
 
+from benchmarks.event_loops import CALLS_CASE, IDLE_CASE, WEB_CASE
 from benchmarks.large import COPIED_IN, LOANED, STREAMED
 from benchmarks.topics import IDLE_POLICY_CASE, PLACES, pairs_case
 from shmrpc.bench import regimes
@@ -75,8 +76,40 @@ POLICY = (
 )
 """What the waiting policy has to reach, regime by regime, wherever a wait is spun or slept."""
 
+
+def _aio(
+    subject: str, metric: str, above: str, below: str | None, bound: str, limit: float
+) -> Target:
+    return Target("aio", (CALLS_CASE,), subject, metric, above, below, bound, limit)
+
+
+AIO = (
+    _aio("shm-aio 1", "p50_us", "asyncio 1", "shm-aio 1", ">=", 5),
+    _aio("shm-aio 1", "p50_us", "shm-aio 1", None, "<", 12),
+    _aio("shm-uvloop 1", "p50_us", "uvloop 1", "shm-uvloop 1", ">=", 1.5),
+    _aio("shm-aio 64", "calls_per_s", "shm-aio 64", "asyncio 64", ">=", 2),
+    _aio("shm-uvloop 64", "calls_per_s", "shm-uvloop 64", "uvloop 64", ">=", 2),
+    _aio("shm-aio 1,000", "calls_per_s", "shm-aio 1,000", "shm-aio 64", ">=", 1),
+    _aio("shm-uvloop 1,000", "calls_per_s", "shm-uvloop 1,000", "shm-uvloop 64", ">=", 1),
+    _aio("shm-aio 64", "calls_per_s", "shm-aio 64", "grpcio-aio 64", ">=", 30),
+    _aio("shm-aio 200 clients", "calls_per_s", "shm-aio 200 clients", "shm-aio 64", ">=", 0.7),
+    _aio(
+        "shm-uvloop 200 clients",
+        "calls_per_s",
+        "shm-uvloop 200 clients",
+        "shm-uvloop 64",
+        ">=",
+        0.7,
+    ),
+    Target("aio", (IDLE_CASE,), "shm-aio", "cpu_ms", "shm-aio", None, "<", 10),
+    Target("aio", (IDLE_CASE,), "shm-aio", "connection_kib", "shm-aio", None, "<", 200),
+    Target("aio", (WEB_CASE,), "fastapi", "calls_per_s", "fastapi", "fastapi-uds", ">=", 1),
+)
+"""What calls of event loops have to reach."""
+
 TARGETS = (
     *POLICY,
+    *AIO,
     Target("unary", (FREE, TWO_CPUS), "shm", "p50_us", "shm", "floor", "<=", 1.6),
     Target("unary", (TWO_CPUS,), "shm", "p50_us", "raw-uds", "shm", ">=", 10),
     Target("unary", (ONE_CPU,), "shm", "calls_per_s", "shm", "raw-uds", ">=", 1.3),

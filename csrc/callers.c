@@ -528,6 +528,17 @@ void slot_begin(struct shmrpc_slot *slot, enum slot_goal goal, uint64_t deadline
 
 /* ---- calls ---- */
 
+static int after_sending(struct shmrpc_poller *poller, struct conn *conn, int status)
+{
+    if (status == 0 && load_relaxed(&poller->room_waiters) != 0)
+        callers_room(poller, conn);
+    if ((status == -EPIPE || status == -EPROTO) && load_relaxed(&conn->error) == 0) {
+        store_relaxed(&conn->ended_here, 1);
+        shutdown(conn->control_fd, SHUT_RDWR); /* the leader will see it and end the conn */
+    }
+    return status;
+}
+
 int poller_send(struct shmrpc_poller *poller, struct conn *conn, struct outgoing *message,
                 atomic_u64 *position)
 {
@@ -537,13 +548,7 @@ int poller_send(struct shmrpc_poller *poller, struct conn *conn, struct outgoing
     count_add(&poller->counters.wakeups_sent, bells);
     if (!conn->is_shm)
         full_fence(); /* outbox_bytes before room_waiters and receiving; shm has fence E */
-    if (status == 0 && load_relaxed(&poller->room_waiters) != 0)
-        callers_room(poller, conn);
-    if ((status == -EPIPE || status == -EPROTO) && load_relaxed(&conn->error) == 0) {
-        store_relaxed(&conn->ended_here, 1);
-        shutdown(conn->control_fd, SHUT_RDWR); /* the leader will see it and end the conn */
-    }
-    return status;
+    return after_sending(poller, conn, status);
 }
 
 int slot_send(struct shmrpc_slot *slot, struct outgoing *message, int body, atomic_u64 *position)
@@ -651,6 +656,65 @@ void shmrpc_abandon(shmrpc_slot *slot)
         forward_end(slot);
 }
 
+enum { HOLD_MAX = 8 }; /* more at once would leave the other side waiting, not working */
+
+/* As poller_send, in an event loop: what is sent while it takes a batch reaches the peer some messages
+ * at a time. Each time the peer's CPU has to fetch the position anew, and wants to see more than one
+ * message for that. */
+static int loop_send(struct shmrpc_poller *poller, struct conn *conn, struct outgoing *message,
+                     atomic_u64 *position)
+{
+    uint64_t bells = 0;
+
+    if (!poller->holding || !conn->is_shm)
+        return poller_send(poller, conn, message, position);
+    if (!conn->in_held) {
+        conn->in_held = true;
+        conn->held = 0;
+        conn->next_held = poller->held;
+        poller->held = conn;
+        conn_hold(conn);
+    }
+    int status = conn_send_held(conn, message, position);
+    if (status != 0 || ++conn->held == HOLD_MAX) {
+        conn->held = 0;
+        conn_publish(conn, true, &bells);
+        count_add(&poller->counters.wakeups_sent, bells);
+    }
+    return after_sending(poller, conn, status);
+}
+
+/* Let the peers see what is held. */
+static void publish(struct shmrpc_poller *poller)
+{
+    struct conn *conn;
+    uint64_t bells = 0;
+
+    poller->holding = false;
+    while ((conn = poller->held) != NULL) {
+        poller->held = conn->next_held;
+        conn->in_held = false;
+        conn_publish(conn, false, &bells);
+    }
+    count_add(&poller->counters.wakeups_sent, bells);
+}
+
+void shmrpc_publish(shmrpc_poller *poller)
+{
+    publish(poller);
+}
+
+/* In an event loop, whose only thread is the leader, after it has sent a request: the reply is on its
+ * way, poll for it. */
+static void expect_reply(struct shmrpc_poller *poller, struct conn *conn)
+{
+    if (conn->hot || !conn->is_shm || poller->batch.briefs == NULL ||
+        load_relaxed(&conn->error) != 0)
+        return;
+    poller_heat(poller, conn);
+    conn->last_active_ns = clock_now_ns(); /* the last look may be long ago */
+}
+
 int shmrpc_send(shmrpc_slot *slot, uint32_t kind, uint32_t flags, uint64_t call_id,
                 const shmrpc_name *name, uint32_t status, const char *metadata,
                 size_t metadata_bytes, const char *body, size_t body_bytes, uint64_t deadline_ns,
@@ -671,7 +735,10 @@ int shmrpc_send(shmrpc_slot *slot, uint32_t kind, uint32_t flags, uint64_t call_
     if (!slot->worker && conn_hung_up(slot->conn))
         return -ENOTCONN;
     set_deadline(&message, slot->conn, deadline_ns);
-    return slot_send(slot, &message, 2, (atomic_u64 *)position);
+    int result = slot_send(slot, &message, 2, (atomic_u64 *)position);
+    if (kind == SHMRPC_REQUEST || kind == SHMRPC_PING)
+        expect_reply(slot->poller, slot->conn);
+    return result;
 }
 
 int64_t shmrpc_send_request(shmrpc_slot *slot, uint64_t call_id, const shmrpc_name *name,
@@ -688,7 +755,8 @@ int64_t shmrpc_send_request(shmrpc_slot *slot, uint64_t call_id, const shmrpc_na
 
     if (conn_hung_up(slot->conn))
         return -ENOTCONN;
-    int status = poller_send(slot->poller, slot->conn, &message, &position);
+    int status = loop_send(slot->poller, slot->conn, &message, &position);
+    expect_reply(slot->poller, slot->conn);
     return status < 0 ? status : (int64_t)load_relaxed(&position);
 }
 
@@ -700,7 +768,7 @@ int shmrpc_send_reply(shmrpc_slot *slot, uint64_t call_id, const char *body, siz
     };
     atomic_u64 position;
 
-    return poller_send(slot->poller, slot->conn, &message, &position);
+    return loop_send(slot->poller, slot->conn, &message, &position);
 }
 
 int shmrpc_send_item(shmrpc_slot *slot, uint32_t flags, uint64_t call_id, const char *body,
@@ -776,19 +844,20 @@ int64_t shmrpc_poll(shmrpc_slot *slot, uint32_t spin_ns)
 {
     struct shmrpc_poller *poller = slot->poller;
 
+    if (poller->holding)
+        publish(poller);
     poller_lock(poller);
     slot_begin(slot, GOAL_EVENTS, 0);
     bool leads = slot_enter(poller, slot);
     poller->batch.count = poller->batch.used = 0;
     poller->batch.open = leads && poller->batch.briefs != NULL;
     poller_unlock(poller);
-    if (leads && slot->conn != NULL && spin_ns != 0 && load_relaxed(&slot->conn->error) == 0)
-        poller_heat(poller, slot->conn); /* a reply is on its way: poll from the start */
     int64_t result = leads ? poller_poll(poller, slot, spin_ns) : -EAGAIN;
     poller_lock(poller);
     poller->batch.open = false;
     if (poller->batch.count != 0)
-        result = poller->batch.count;
+        result = (int64_t)poller->batch.used << 16 | poller->batch.count;
+    poller->holding = poller->batch.count > 1;
     slot->goal = GOAL_NONE;
     leave(poller, slot);
     poller_unlock(poller);

@@ -312,6 +312,8 @@ int conn_flush(struct conn *conn, uint64_t *bells)
     uint64_t pushed = conn->pushed;
     int status = output_waits(conn) ? push_waiting(conn) : 0;
     pushed = conn->pushed - pushed;
+    if (pushed != 0 && conn->producer.holds)
+        ring_publish(&conn->producer);
     pthread_mutex_unlock(&conn->send_lock);
     if (pushed != 0 && conn->is_shm)
         *bells += (uint64_t)wake_peer_for_data(&conn->wake);
@@ -357,9 +359,10 @@ static uint64_t last_position(const struct conn *conn, uint32_t total)
     return conn->pushed + conn->outbox.span + frames_before * frame_span(conn->frame_max);
 }
 
-/* As conn_send, but rings no bell: *published is whether it pushed anything into a ring. */
+/* As conn_send, but rings no bell: *published is whether the peer has got anything in its ring. With
+ * `keep` it has not, if the conn holds: that is left to conn_publish. */
 static int send_quietly(struct conn *conn, struct outgoing *message, atomic_u64 *position,
-                        bool *published)
+                        bool keep, bool *published)
 {
     size_t total = 0;
     int status;
@@ -392,19 +395,45 @@ static int send_quietly(struct conn *conn, struct outgoing *message, atomic_u64 
         want_room(conn, true);
     if (status == -ENOMEM && pushed != 0)
         status = -EPIPE; /* the peer has half a message: only closing is left */
+    keep = keep && conn->producer.holds;
+    if (conn->producer.holds && !keep)
+        ring_publish(&conn->producer);
     pthread_mutex_unlock(&conn->send_lock);
-    *published = pushed != 0 && conn->is_shm;
+    *published = pushed != 0 && conn->is_shm && !keep;
     return status < 0 ? status : waits;
 }
 
 int conn_send(struct conn *conn, struct outgoing *message, atomic_u64 *position, uint64_t *bells)
 {
     bool published;
-    int status = send_quietly(conn, message, position, &published);
+    int status = send_quietly(conn, message, position, false, &published);
 
     if (published)
         *bells += (uint64_t)wake_peer_for_data(&conn->wake);
     return status;
+}
+
+int conn_send_held(struct conn *conn, struct outgoing *message, atomic_u64 *position)
+{
+    bool published;
+
+    return send_quietly(conn, message, position, true, &published);
+}
+
+void conn_hold(struct conn *conn)
+{
+    pthread_mutex_lock(&conn->send_lock);
+    conn->producer.holds = true;
+    pthread_mutex_unlock(&conn->send_lock);
+}
+
+void conn_publish(struct conn *conn, bool holds_on, uint64_t *bells)
+{
+    pthread_mutex_lock(&conn->send_lock);
+    conn->producer.holds = holds_on;
+    ring_publish(&conn->producer);
+    pthread_mutex_unlock(&conn->send_lock);
+    *bells += (uint64_t)wake_peer_for_data(&conn->wake);
 }
 
 static void hang_up(struct conn *conn)
@@ -422,7 +451,7 @@ void conn_return(struct conn *conn, struct block_name name)
 
     if (load_relaxed(&conn->error) != 0)
         return;
-    int status = send_quietly(conn, &message, &position, &published);
+    int status = send_quietly(conn, &message, &position, false, &published);
     /* One in a while is read: else many of them would fill the ring, and what does not fit there
      * leaves this process when somebody reads here. */
     conn->returns_unread += frame_span(sizeof name);

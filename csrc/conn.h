@@ -33,6 +33,9 @@ struct conn {
     uint64_t id;
     bool is_shm;
     bool hot;    /* leader: in the poller's list of conns to poll */
+    bool in_held;           /* leader: in the poller's list of conns that hold, */
+    uint32_t held;          /* leader: so many messages */
+    struct conn *next_held; /* leader */
     bool hung_up; /* leader: the peer is gone, its last frames are still to be read */
     int control_error; /* leader: 0, or the -errno that reading the control socket ended with */
     atomic_u64 error; /* 0, or the errno that ended it */
@@ -97,6 +100,12 @@ bool conn_hung_up(struct conn *conn);
  * the peer can see the message.
  * Adds the bells it rang to *bells. */
 int conn_send(struct conn *conn, struct outgoing *message, atomic_u64 *position, uint64_t *bells);
+/* For a thread that sends several messages at once: between conn_hold and conn_publish those of
+ * conn_send_held lie in the ring and the peer does not see them, unless another message follows
+ * them. */
+void conn_hold(struct conn *conn);
+int conn_send_held(struct conn *conn, struct outgoing *message, atomic_u64 *position);
+void conn_publish(struct conn *conn, bool holds_on, uint64_t *bells);
 /* Give a block back to the peer, or tell it that a segment is let go; rings only if it waits for that.
  * Called with the lending's lock held. */
 void conn_return(struct conn *conn, struct block_name name);

@@ -13,6 +13,7 @@
 
 #include <errno.h>
 #include <stdlib.h>
+#include <string.h>
 
 enum {
     RUN_ITEMS_MAX = 1024,   /* items in one event: */
@@ -85,8 +86,9 @@ bool events_add_brief(struct shmrpc_poller *poller, struct conn *conn,
         if (method == NULL)
             return false;
         method->calls++;
+        memmove(payload, payload + message.method_bytes, message.body_bytes);
     }
-    batch->used += header->total_bytes;
+    batch->used += (uint32_t)message.body_bytes;
     batch->briefs[batch->count++] = (shmrpc_brief){
         .conn_id = conn->id,
         .call_id = message.call_id,

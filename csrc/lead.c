@@ -269,6 +269,9 @@ static bool poll_hot(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
     for (uint32_t i = 0; i < poller->hot_count; i++) {
         uint32_t position = (poller->cursor + i) % poller->hot_count;
         struct conn *conn = poller->hot->conns[position];
+        if (conn->is_shm && !conn->hung_up && ring_empty(&conn->consumer) &&
+            load_relaxed(&conn->outbox_bytes) == 0)
+            continue; /* most of many, most of the time */
         int count = poll_conn(poller, slot, conn);
 
         if (count < 0)

@@ -96,7 +96,7 @@ shmrpc_poller *shmrpc_poller_new(uint32_t workers, uint32_t max_concurrency, uin
         errno = error;
         return NULL;
     }
-    poller->client = workers == 0;
+    poller->client = poller->reads_always = workers == 0;
     poller->workers = workers;
     poller->max_concurrency = max_concurrency;
     poller->policy.mode = mode;
@@ -112,10 +112,11 @@ void shmrpc_poller_serve(shmrpc_poller *poller, uint32_t workers, uint32_t max_c
     poller_unlock(poller);
 }
 
-void shmrpc_poller_serve_events(shmrpc_poller *poller)
+void shmrpc_poller_serve_events(shmrpc_poller *poller, int reads_always)
 {
     poller_lock(poller);
     poller->event_requests = true;
+    poller->reads_always |= reads_always != 0;
     poller_unlock(poller);
 }
 
@@ -461,6 +462,10 @@ int shmrpc_conn_shutdown(shmrpc_poller *poller, uint64_t conn_id)
     poller_lock(poller);
     struct conn *conn = poller_find(poller, conn_id);
     if (conn != NULL) {
+        if (conn->producer.holds) { /* what was sent before is to arrive */
+            uint64_t bells = 0;
+            conn_publish(conn, true, &bells);
+        }
         /* Who is gone before that has left a segment that nobody changes any more. */
         if (load_relaxed(&conn->error) == 0 && !conn_peer_left(conn))
             store_relaxed(&conn->ended_here, 1);

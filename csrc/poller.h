@@ -156,7 +156,10 @@ struct shmrpc_poller {
     uint64_t spawned_ns;   /* lock: when one was asked for last */
     uint32_t blocked;      /* lock: requests whose thread waits for something on this poller */
     bool event_requests;   /* lock: requests are events */
+    bool reads_always;     /* set before there are conns: see workers_full */
     struct batch batch;    /* leader */
+    bool holding;          /* leader: an event loop takes a batch, and what it sends is held: */
+    struct conn *held;     /* leader: conns that have something of that */
     uint64_t armed_ns;     /* leader: when poller_arm armed, 0 if it did not spin before */
     bool retired;          /* lock: a client's conn has ended, its workers end */
     uint64_t queued_bytes;                    /* lock */

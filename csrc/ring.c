@@ -64,8 +64,14 @@ int ring_push(struct ring_producer *ring, const struct frame_header *header,
     for (int i = 0; i < part_count; i++)
         position = copy_in(ring, position, parts[i].iov_base, parts[i].iov_len);
     ring->tail += frame_span(header->length);
-    store_release(&ring->own->tail, ring->tail); /* fence B, pairs with C */
+    if (!ring->holds)
+        ring_publish(ring);
     return 0;
+}
+
+void ring_publish(struct ring_producer *ring)
+{
+    store_release(&ring->own->tail, ring->tail); /* fence B, pairs with C */
 }
 
 /* The peer can change these bytes at any time: each word is loaded exactly once. */

@@ -34,6 +34,7 @@ struct ring_producer {
     uint64_t bytes;                 /* ring size, a power of two */
     uint64_t tail;                  /* published when ring_push returns */
     uint64_t head;                  /* cached copy of the peer's head */
+    bool holds;    /* what is pushed is not published before ring_publish */
 };
 
 struct ring_consumer {
@@ -59,6 +60,8 @@ static inline uint32_t ring_frame_max(uint64_t ring_bytes)
  * 0; -EAGAIN if it does not fit now; -EPROTO if the peer's head is impossible. */
 int ring_push(struct ring_producer *ring, const struct frame_header *header,
               const struct iovec *parts, int part_count);
+/* Let the peer see all that was pushed. */
+void ring_publish(struct ring_producer *ring);
 
 /* Copy the header of the next frame into *header. 1 if there is one, 0 if the ring is empty,
  * -EPROTO if tail or length are impossible. Nothing is consumed. */

@@ -129,7 +129,7 @@ typedef struct shmrpc_brief {
     int32_t method;       /* as in shmrpc_message; replies: -1 */
     uint16_t kind;
     uint16_t flags;
-    uint32_t start, end; /* where its body lies in the batch's bytes */
+    uint32_t start, end; /* where its body lies in the batch's bytes: right behind the one before */
 } shmrpc_brief;
 
 enum { SHMRPC_BATCH_BRIEFS = 256, SHMRPC_BATCH_BYTES = 65536 };
@@ -208,8 +208,10 @@ void shmrpc_poller_end(shmrpc_poller *poller);
 /* Let a client serve requests as well: its workers take them, or threads that wait for replies. */
 void shmrpc_poller_serve(shmrpc_poller *poller, uint32_t workers, uint32_t max_concurrency);
 /* Let requests and notifications come as events, with message.method set, for one thread that does
- * all: an event loop. Nothing counts or bounds those that run but that thread itself. */
-void shmrpc_poller_serve_events(shmrpc_poller *poller);
+ * all: an event loop. Nothing counts or bounds those that run but that thread itself. With
+ * `reads_always` a conn is read also while much waits to be sent on it: that of a side that calls,
+ * or two that only send would wait for each other. */
+void shmrpc_poller_serve_events(shmrpc_poller *poller, int reads_always);
 /* A descriptor that is readable while something waits for shmrpc_poll, after shmrpc_arm. */
 int shmrpc_poller_fd(shmrpc_poller *poller);
 /* Let shmrpc_poll put plain messages into a batch: SHMRPC_BATCH_BRIEFS briefs, and their bodies in
@@ -294,9 +296,13 @@ int shmrpc_want_room(shmrpc_slot *slot);
  * looks once. */
 int64_t shmrpc_wait_events(shmrpc_slot *slot, int64_t timeout_ns);
 /* For an event loop, in its one thread: take what is there, or comes within spin_ns if the policy
- * thinks that spinning pays. The number of briefs in the batch, which are older than any event;
- * SHMRPC_EVENTS, 0 if nothing came after spinning or -EAGAIN without. */
+ * thinks that spinning pays. The number of briefs in the batch, which are older than any event, and
+ * above its 16 bits how many bytes their bodies have; SHMRPC_EVENTS, 0 if nothing came after
+ * spinning or -EAGAIN without. */
 int64_t shmrpc_poll(shmrpc_slot *slot, uint32_t spin_ns);
+/* When the batch was taken, before the loop does anything else: let the peers see what was sent
+ * meanwhile by shmrpc_send_request and shmrpc_send_reply. */
+void shmrpc_publish(shmrpc_poller *poller);
 /* Ask to be woken through shmrpc_poller_fd: 1, or 0 if there is something to poll instead. */
 int shmrpc_arm(shmrpc_slot *slot);
 /* End the wait of another thread's slot in shmrpc_wait_events with 0. */

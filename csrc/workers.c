@@ -58,7 +58,7 @@ static bool over_limits(const struct conn *conn, uint64_t queued_max)
 
 bool workers_full(const struct shmrpc_poller *poller, const struct conn *conn)
 {
-    if (poller->client)
+    if (poller->reads_always)
         return false; /* a caller reads always, or two sides that only send would wait for ever */
     /* So does a handler that waits for a reply: it may lie behind the requests that are too many.
      * Those are queued, without a place in the segment's table, or refused. */

@@ -18,7 +18,7 @@ from .futures import CallFuture
 from .handshake import Terms
 from .intercepted import Intercepted
 from .lending import MEMORY_BYTES, arena_stats
-from .link import check_options, connect_link
+from .link import check_options, check_uids, connect_link
 from .poller import Connection, Poller, Wait, check_timeout
 from .registry import Registry
 from .retries import Retries
@@ -67,6 +67,7 @@ class Client(Channel):
         max_memory_bytes: int = MEMORY_BYTES,
         backing: Backing = "auto",
         allow_uids: Iterable[int] = (),
+        trust_uids: Iterable[int] = (),
         wait: Wait = "auto",
         spin_budget: float | None = None,
         codec: Codec | None = None,
@@ -76,14 +77,15 @@ class Client(Channel):
         """Connect; see ``connect`` for the parameters."""
         check_options(max_message_bytes, backing, wait, spin_budget, max_memory_bytes)
         timeout = check_timeout(timeout)
-        uids = frozenset(allow_uids)
+        allowed, trusted = check_uids(allow_uids, trust_uids)
         self._terms = [
             Terms(
                 addresses.parse(text),
                 max_message_bytes,
                 backing=backing,
                 max_memory_bytes=max_memory_bytes,
-                allow_uids=uids,
+                allow_uids=allowed,
+                trust_uids=trusted,
             )
             for text in ([address] if fallback is None else [address, fallback])
         ]
@@ -145,9 +147,12 @@ class Client(Channel):
                 )
             except ConnectError as error:
                 failures.append(error)
-        if len(failures) == 1:
-            raise failures[0]
-        raise ConnectError("; ".join(str(error) for error in failures)) from failures[0]
+        try:
+            if len(failures) == 1:
+                raise failures[0]
+            raise ConnectError("; ".join(str(error) for error in failures)) from failures[0]
+        finally:
+            failures.clear()  # an error that its own traceback leads to waits for the collector
 
     def _adopt(self, link: Connection) -> None:
         with self._lock:

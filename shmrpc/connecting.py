@@ -30,6 +30,7 @@ def connect(
     max_memory_bytes: int = MEMORY_BYTES,
     backing: Backing = "auto",
     allow_uids: Iterable[int] = (),
+    trust_uids: Iterable[int] = (),
     wait: Wait = "auto",
     spin_budget: float | None = None,
     codec: Codec | None = None,
@@ -47,6 +48,7 @@ def connect(
     max_memory_bytes: int = MEMORY_BYTES,
     backing: Backing = "auto",
     allow_uids: Iterable[int] = (),
+    trust_uids: Iterable[int] = (),
     wait: Wait = "auto",
     spin_budget: float | None = None,
     codec: Codec | None = None,
@@ -63,6 +65,7 @@ def connect(
     max_memory_bytes: int = MEMORY_BYTES,
     backing: Backing = "auto",
     allow_uids: Iterable[int] = (),
+    trust_uids: Iterable[int] = (),
     wait: Wait = "auto",
     spin_budget: float | None = None,
     codec: Codec | None = None,
@@ -79,8 +82,10 @@ def connect(
     memory that large values under way may take, in each direction: the smaller limit of both
     sides counts. ``backing`` is where our memory comes from: ``"shm"``, ``"memfd"`` or
     ``"auto"``. ``allow_uids`` are the other users' servers that
-    may be talked to. ``wait`` is ``"auto"``, ``"spin"`` (lowest latency at any cost) or
-    ``"block"``; ``spin_budget`` in seconds is how long ``"auto"`` spins at most.
+    may be talked to; ``trust_uids`` are those of them whose large values are used where they lie,
+    as views that their sender could change meanwhile, instead of copies. ``wait`` is ``"auto"``,
+    ``"spin"`` (lowest latency at any cost) or ``"block"``; ``spin_budget`` in seconds is how long
+    ``"auto"`` spins at most.
     ``interceptors`` see every call, the first outermost (see ``shmrpc.interceptors``).
     ``retries`` is how often a call is repeated whose connection was lost before it started, or
     that may have run and is declared idempotent (see ``shmrpc.retries.Retries``).
@@ -97,6 +102,7 @@ def connect(
         "max_memory_bytes": max_memory_bytes,
         "backing": backing,
         "allow_uids": list(allow_uids),
+        "trust_uids": list(trust_uids),
         "wait": wait,
         "spin_budget": spin_budget,
         "codec": codec,

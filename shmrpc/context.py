@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from .metadata import Metadata, check_metadata
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from .poller import Connection
     from .rendezvous import Credentials
 
@@ -22,6 +24,7 @@ __all__ = [
     "inherited_deadline",
     "leave_task",
     "leave_worker",
+    "task_source",
 ]
 
 
@@ -156,14 +159,11 @@ _thread = threading.local()
 _current: ContextVar[CallSource] = ContextVar("shmrpc_current_call")
 
 
-def enter_task(source: CallSource) -> Token[CallSource]:
-    """Tell ``current_call`` who runs the call of this task, or of this context."""
-    return _current.set(source)
-
-
-def leave_task(token: Token[CallSource]) -> None:
-    """Undo ``enter_task``."""
-    _current.reset(token)
+# Methods of the variable themselves: they are called once a call. The first two tell `current_call`
+# who runs the call of this task, or of this context, and undo that; the third gives who does.
+enter_task: Callable[[CallSource], Token[CallSource]] = _current.set
+leave_task: Callable[[Token[CallSource]], None] = _current.reset
+task_source: Callable[[None], CallSource | None] = _current.get
 
 
 def inherited_deadline() -> float | None:

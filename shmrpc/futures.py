@@ -72,7 +72,7 @@ class CallFuture(Future[Any]):
         self._waiters = _Watchers(self)
         self.method = method
         self.deadline = deadline  # time.monotonic() seconds
-        self.call_id = connection.session.new_id(lib.SHMRPC_PYTHON_INDEX)
+        self.call_id = connection.session.next_id()
         self.position: Sequence[int] = NOT_SENT
         self.threads = Waiters()
         self._channel = channel

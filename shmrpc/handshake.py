@@ -81,6 +81,7 @@ class Terms:
     backing: segments.Backing = "auto"
     max_memory_bytes: int = 0
     allow_uids: frozenset[int] = frozenset()
+    trust_uids: frozenset[int] = frozenset()  # whose values are views of their memory
     allow_remote: bool = False  # tcp may be listened at where other hosts can reach it
 
     def __post_init__(self) -> None:

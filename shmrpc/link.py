@@ -12,10 +12,11 @@ from .poller import WAIT_MODES, Connection, Poller, Wait
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Iterable
 
     from .codec import Codec
 
-__all__ = ["check_options", "connect_link", "shake_hands"]
+__all__ = ["check_options", "check_uids", "connect_link", "shake_hands"]
 
 _POLL_MAX = (1 << 31) - 1  # milliseconds
 
@@ -44,6 +45,15 @@ def check_options(
     if spin_budget is not None and not 0 < spin_budget <= 1:
         msg = f"spin_budget must be between 0 and 1 second, not {spin_budget!r}"
         raise ValueError(msg)
+
+
+def check_uids(allow: Iterable[int], trust: Iterable[int]) -> tuple[frozenset[int], frozenset[int]]:
+    """Both as sets; ValueError if some are to be trusted that may not connect."""
+    allowed, trusted = frozenset(allow), frozenset(trust)
+    if not trusted <= allowed:
+        msg = f"trust_uids has {sorted(trusted - allowed)}, which allow_uids has not"
+        raise ValueError(msg)
+    return allowed, trusted
 
 
 def _run(steps: handshake.Steps, sock: socket.socket, deadline: float) -> handshake.Agreement:

@@ -171,22 +171,27 @@ class Connection:
         self.peer_pid = agreement.peer_pid
         self.trusted = agreement.trusted
         # Whose values are checked to the last offset, in copies that only we can write to.
-        self.untrusted_values = not agreement.trusted or address.transport == "tcp"
+        self.untrusted_values = address.transport == "tcp" or not (
+            agreement.trusted or self.credentials.uid in agreement.terms.trust_uids
+        )
         self.max_request_bytes = agreement.peer_max_message_bytes
         self.max_memory_bytes = agreement.max_memory_bytes
         self.backing = agreement.terms.backing
         self.growing = threading.Lock()  # held while a segment is added to our arena
         # See tending: one of us has memory for values. Over sockets there is none.
         self.tended = address.transport != "shm"
+        self.always_tended = False
         self.session = Session()
         self.slots: list[Slot] = []
         self.closed = False
         self.retired = False
         self.refuses = False  # the peer takes no more calls: it is stopping
         self.caller: Any = None  # what handlers call their caller with, once one has asked
+        self.owner: Any = None  # whose it is, where a poller has connections of several
         self.at_end: list[Callable[[], None]] = []  # to be called when it has ended
         self.reader: Any = None  # the thread that reads for futures, once one has to
         self._probe: Slot | None = None  # keeps the core's knowledge of a lost connection
+        self.watched = False  # it has been taken
         self.control_fd = agreement.socket.fileno()  # the rendezvous socket: the core's from now on
         self.conn_id = agreement.add(poller.c)
 
@@ -230,7 +235,7 @@ class Connection:
 
     def register(self, call_id: int, pending: Pending | Stream) -> None:
         """A call of ours is about to be sent: take frames for it."""
-        if self._probe is None:
+        if not self.watched:
             self.watch()
         self.session.calls[call_id] = pending
         if self.retired and not self.closed:
@@ -240,6 +245,7 @@ class Connection:
     def watch(self) -> None:
         """Keep what tells the outcome of calls after the connection's end."""
         self._probe = self.slot()
+        self.watched = True
 
     def outcome(self, call_id: int, position: int) -> int:
         """What became of a registered call whose connection was lost."""
@@ -272,7 +278,9 @@ class Connection:
     def end(self, error: int) -> list[Callable[[], None]]:
         """It has ended with this errno (the poller's lock is held)."""
         self.closed = True
+        slots = self.slots
         self.retire()
+        slots.clear()  # a Caller that somebody keeps has this list, and must not keep descriptors
         self.caller = None
         for call_id, call in list(self.session.calls.items()):  # others register theirs meanwhile
             if isinstance(call, Stream):
@@ -380,7 +388,6 @@ class Poller:
         self.codec = codec
         self._server = server
         self.forked = False
-        self._server = server
         self.connections: dict[int, Connection] = {}
         self._dropped = 0  # frames, by connections that have ended
         self.threads: list[threading.Thread] = []
@@ -413,6 +420,11 @@ class Poller:
             with self._lock:
                 connection = self.connections.get(conn_id)
         return connection
+
+    def add_method(self, name: bytes, index: int, *, fast: bool) -> None:
+        """Give requests for this name that number; the empty one is every other's."""
+        if lib.shmrpc_method_add(self.c, name, len(name), index, fast) < 0:
+            raise MemoryError
 
     # ---- events ----
 

@@ -84,6 +84,10 @@ class Registry:
         index = self._indexes.get(name)
         return self.methods[index] if index is not None else None
 
+    def number(self, name: str) -> int | None:
+        """The number of this name, or None."""
+        return self._indexes.get(name)
+
     def add(
         self,
         function: Any,
@@ -150,12 +154,9 @@ class Registry:
             self._poller = poller
             if poller is not None:
                 if self.admits_others:
-                    lib.shmrpc_method_add(poller.c, b"", 0, OTHER, True)
+                    poller.add_method(b"", OTHER, fast=True)
                 for name, index in self._indexes.items():
                     self._add_to_core(poller, name, index)
 
     def _add_to_core(self, poller: Poller, name: str, index: int) -> None:
-        text = name.encode()
-        fast = not self.methods[index].streams
-        if lib.shmrpc_method_add(poller.c, text, len(text), index, fast) < 0:
-            raise MemoryError
+        poller.add_method(name.encode(), index, fast=not self.methods[index].streams)

@@ -27,7 +27,7 @@ from .errors import Error, ForkedError
 from .inspection import Inspection
 from .intercepted import intercept_handlers
 from .lending import MEMORY_BYTES, total_stats
-from .link import check_options
+from .link import check_options, check_uids
 from .poller import Connection, Poller, Wait, check_timeout
 from .proxy import public_methods
 from .registry import Registry
@@ -56,9 +56,12 @@ class Server:
     ``workers`` handlers run at a time, on as many threads. ``max_concurrency`` calls may run or
     wait for a worker; the next is refused with ``Overloaded``. ``allow_remote`` lets a ``tcp``
     address be one that other hosts can reach: it has neither encryption nor authentication, and
-    is for loopback, and for links that you trust as much. ``show_tracebacks`` is whether
-    callers see a handler's traceback: by default those of our own uid do. ``interceptors`` see
-    every call before its handler, the first outermost (see ``shmrpc.interceptors``).
+    is for loopback, and for links that you trust as much. ``allow_uids`` are the other users who
+    may call; ``trust_uids`` those of them whose large values handlers get as they lie in their
+    memory, as views that they could change meanwhile, instead of copies. ``show_tracebacks`` is
+    whether callers see a handler's traceback: by default those of our own uid do.
+    ``interceptors`` see every call before its handler, the first outermost (see
+    ``shmrpc.interceptors``).
 
     Methods may be added from any thread at any time. A server made before a fork raises
     ``ForkedError`` in the child.
@@ -73,6 +76,7 @@ class Server:
         max_memory_bytes: int = MEMORY_BYTES,
         backing: Backing = "auto",
         allow_uids: Iterable[int] = (),
+        trust_uids: Iterable[int] = (),
         allow_remote: bool = False,
         show_tracebacks: bool | None = None,
         wait: Wait = "auto",
@@ -88,14 +92,15 @@ class Server:
         if workers < 1 or max_concurrency < 1:
             msg = "workers and max_concurrency must be at least 1"
             raise ValueError(msg)
-        uids = frozenset(allow_uids)
+        allowed, trusted = check_uids(allow_uids, trust_uids)
         self._terms = [
             handshake.Terms(
                 addresses.parse(text),
                 max_message_bytes,
                 backing=backing,
                 max_memory_bytes=max_memory_bytes,
-                allow_uids=uids,
+                allow_uids=allowed,
+                trust_uids=trusted,
                 allow_remote=allow_remote,
             )
             for text in address

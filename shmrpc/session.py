@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "NOT_SENT",
+    "PYTHON_INDEX",
     "WINDOW_BYTES",
     "WINDOW_MESSAGES",
     "Body",
@@ -32,6 +33,8 @@ WINDOW_BYTES = 256 << 10
 
 # Where a request lies that has not been sent: one number, see the core's shmrpc_outcome_of.
 NOT_SENT = ((1 << 64) - 1,)
+
+PYTHON_INDEX = 65535  # the core's SHMRPC_PYTHON_INDEX
 
 _CREDIT = struct.Struct("<II")
 _CREDIT_MAX = 0xFFFF_FFFF
@@ -300,11 +303,8 @@ class Session:
         self.calls: dict[int, Pending | Stream] = {}  # ours, by call id
         self.requests: dict[int, Stream] = {}  # the peer's streams
         self.dropped = 0  # frames that belong to no call
-        self._ids = itertools.count(1)
-
-    def new_id(self, low_bits: int) -> int:
-        """A call id that was never used on this connection."""
-        return next(self._ids) << 16 | low_bits
+        # Gives a call id that was never used on this connection, and says that it is Python's.
+        self.next_id = itertools.count((1 << 16) | PYTHON_INDEX, 1 << 16).__next__
 
     def stream_of(self, call_id: int, *, from_caller: bool, frames: int = 1) -> Stream | None:
         """The stream that frames belong to; counts them as dropped if there is none."""

@@ -34,11 +34,14 @@ class Poller(Protocol):
 class Tended(Protocol):
     """A connection."""
 
-    @property
-    def poller(self) -> Poller: ...
     conn_id: int
     closed: bool
     tended: bool
+    always_tended: bool  # memory comes and goes in the core, and we are not told
+
+    @property
+    def poller(self) -> Poller:
+        """Its poller."""
 
 
 class _Tender:
@@ -88,7 +91,7 @@ def _look(connection: Tended | None) -> bool:
     if left > 0:
         with contextlib.suppress(Error):
             poller.look(connection)
-    return left > 0
+    return left > 0 or connection.always_tended
 
 
 _tender = _Tender()

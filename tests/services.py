@@ -291,6 +291,11 @@ def add_state(server):
             return client.call(method, *args)
 
     @server.method
+    def pinned(value):
+        """How many blocks of callers' memory this process uses."""
+        return server.stats()["pinned_blocks"]
+
+    @server.method
     def die():
         os._exit(1)
 

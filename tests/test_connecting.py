@@ -419,6 +419,32 @@ def test_server_of_another_user(service, directory, connect):
     refused(running.address, "backing='shm' can't be sealed", allow_uids=[OTHER_UID], backing="shm")
 
 
+@as_root
+@pytest.mark.parametrize("trusts", [False, True])
+def test_large_values_of_another_user(service, directory, connect, trusts):
+    """They are copied before anybody looks at them, unless that user is trusted."""
+    os.chmod(directory, 0o755)
+    home = os.path.join(directory, "home")
+    os.mkdir(home)
+    os.chown(home, OTHER_UID, OTHER_UID)
+    ours, theirs = ([0], [OTHER_UID]) if trusts else ((), ())
+    running = service(f"shm://{home}/calc.sock", uid=OTHER_UID, allow_uids=[0], trust_uids=ours)
+    client = connect(running.address, allow_uids=[OTHER_UID], trust_uids=theirs)
+    data = memoryview(bytes(range(250)) * 1000)
+    view = client.call("echo", data)
+    assert view == data
+    assert view.readonly
+    assert client.stats()["pinned_blocks"] == trusts
+    assert client.call("pinned", data) == trusts
+
+
+def test_only_who_is_allowed_can_be_trusted(directory):
+    with pytest.raises(ValueError, match=r"trust_uids has \[7\], which allow_uids has not"):
+        shmrpc.connect("calc", allow_uids=[8], trust_uids=[7, 8])
+    with pytest.raises(ValueError, match="trust_uids"):
+        shmrpc.Server("calc", trust_uids=[7])
+
+
 # ---- where the memory is ----
 
 

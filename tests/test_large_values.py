@@ -283,6 +283,23 @@ def test_what_came_back_outlives_the_client(large, connect):
     assert array.sum() == 7 * MIB
 
 
+def test_others_pin_what_they_wrap(shm_client):
+    """By the buffer protocol, and by DLPack as torch and others use it."""
+    for wrap in (np.from_dlpack, lambda a: a.__dlpack__(max_version=(1, 0)), memoryview):
+        array = shm_client.call("echo", np.arange(50_000, dtype="f4").reshape(50, 1000))
+        with pytest.raises(BufferError):
+            array.__dlpack__()  # before version 1.0 nobody could say that it is read-only
+        wrapped = wrap(array)
+        if isinstance(wrapped, np.ndarray):
+            assert np.shares_memory(wrapped, array)
+            assert not wrapped.flags.writeable
+        del array
+        gc.collect()
+        assert shm_client.stats()["pinned_blocks"] == 1
+        del wrapped
+        wait_until(settled(shm_client))
+
+
 def test_bytes_pin_nothing(shm_client):
     held = [shm_client.call("echo", b"x" * 100_000) for _ in range(5)]
     assert shm_client.stats()["pinned_blocks"] == 0

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import in_threads, wait_until
-from sidecars import Command
+from sidecars import Command, segments_of
 
 import shmrpc
 
@@ -135,3 +135,22 @@ def test_over_sockets_and_back(large, run, connect):
     assert client.call("stats")["pinned_blocks"] == 1
     client.call("drop")
     settled(client)
+
+
+@pytest.mark.thorough
+def test_idle_memory_goes_back_to_the_system(large, run, connect):
+    """Also of a server whose results alone are large: the sidecar reads what it wants back."""
+    server = large()
+    sidecar = run("--listen", "shm://front", "--upstream", server.address)
+    client = connect("front")
+    assert client.call("echo", 1) == 1
+
+    def held():
+        return segments_of(server.pid), segments_of(sidecar.pid)
+
+    before = held()
+    for _ in range(20):
+        assert [item.nbytes for item in client.call("make", 2, MIB)] == [MIB] * 2
+    assert all(now > then for now, then in zip(held(), before, strict=True))
+    gc.collect()
+    wait_until(lambda: held() == before, timeout=60)

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 from conftest import in_threads, wait_until
-from sidecars import Command, fds
+from sidecars import Command, fds, segments_of
 
 import shmrpc
 
@@ -68,12 +68,6 @@ def test_nothing_is_left_of_upstreams_that_were_lost(service, run, connect):
         assert in_threads(8, work, timeout=60) == [{True}] * 8
         assert client.call("pid") == server.pid
     wait_until(lambda: all(now <= then for now, then in zip(held(), before, strict=True)))
-
-
-def segments_of(pid):
-    """How many of them a process has mapped."""
-    with open(f"/proc/{pid}/maps") as file:
-        return sum("/dev/shm/shmrpc" in line or "memfd:" in line for line in file)
 
 
 def test_retries_and_reloads_meet_the_next_call(service, run, connect, directory):

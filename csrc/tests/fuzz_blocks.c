@@ -307,7 +307,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t count)
     pair.options[0].arena_max_bytes = pair.options[0].peer_arena_max_bytes = ARENA;
     hand_open(&hand, &pair);
     user.poller = shmrpc_poller_new(0, 0, WAIT_AUTO, 1);
-    shmrpc_poller_serve_events(user.poller);
+    shmrpc_poller_serve_events(user.poller, 0);
     user.conn_id = pair_give(&pair, 0, user.poller);
     user.slot = shmrpc_slot_new(user.poller, user.conn_id);
     REQUIRE(user.slot != NULL);

@@ -44,7 +44,7 @@ static void open_limited(enum transport transport, uint64_t max_bytes)
         memset(&ends[side], 0, sizeof ends[side]);
         ends[side].poller = shmrpc_poller_new(0, 0, WAIT_AUTO, 1);
         REQUIRE(ends[side].poller != NULL);
-        shmrpc_poller_serve_events(ends[side].poller);
+        shmrpc_poller_serve_events(ends[side].poller, 0);
         ends[side].conn_id = pair_give(&pair, side, ends[side].poller);
         ends[side].slot = shmrpc_slot_new(ends[side].poller, ends[side].conn_id);
         REQUIRE(ends[side].slot != NULL);
@@ -322,9 +322,10 @@ TEST(ten_thousand_random_orders)
             give_back(&ends[1], (unsigned)random_below(&random, ends[1].kept));
     }
     pass(1, sent);
+    pump(0); /* where nothing was left to pass, it has not looked at what came back */
     shmrpc_arena_stats stats = stats_of(0);
     CHECK(stats.bytes <= 32 * MIB);
-    CHECK_EQUAL(stats.lent_blocks + 0, ends[1].kept); /* all others have come back */
+    CHECK_EQUAL(stats.lent_blocks, ends[1].kept); /* all others have come back */
     while (ends[1].kept != 0)
         give_back(&ends[1], 0);
     pump(0);

@@ -16,12 +16,14 @@ struct ends {
     struct conn conns[2];
     int epoll_fd;
     uint64_t bells;
+    bool holds; /* send_message by conn_send_held */
 };
 
 static void ends_init(struct ends *ends)
 {
     ends->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     ends->bells = 0;
+    ends->holds = false;
     for (int side = 0; side < 2; side++) {
         struct epoll_event event = {.events = EPOLLIN};
         REQUIRE(conn_init(&ends->conns[side], &ends->pair.options[side], ends->epoll_fd) == 0);
@@ -61,7 +63,8 @@ static int send_message(struct ends *ends, int side, uint8_t kind, size_t bytes,
         .parts = {{payload, name}, {payload + name, metadata},
                   {payload + name + metadata, bytes - name - metadata}},
     };
-    int status = conn_send(&ends->conns[side], &message, &at, &ends->bells);
+    int status = ends->holds ? conn_send_held(&ends->conns[side], &message, &at)
+                             : conn_send(&ends->conns[side], &message, &at, &ends->bells);
     if (position != NULL)
         *position = load_relaxed(&at);
     free(payload);
@@ -126,6 +129,60 @@ TEST(messages_of_all_sizes_both_ways)
         pass(&ends, 1, 0, 77);
         ends_close(&ends);
     }
+}
+
+/* What is held is seen when it is published, or with the next message that is not held: in order. */
+TEST(held_messages)
+{
+    struct frame_header header;
+    struct ends ends;
+    uint64_t position;
+
+    harness_progress(HANG_SECONDS);
+    ends_open(&ends, SHM, 4096, 4096);
+    for (uint64_t round = 0; round < 200; round++) { /* past the ring's end, several times */
+        uint64_t id = 10 * round;
+        conn_hold(&ends.conns[0]);
+        ends.holds = true;
+        for (unsigned i = 0; i < 3; i++) {
+            CHECK_EQUAL(send_message(&ends, 0, SHMRPC_REQUEST, 90, id + i, &position), 0);
+            CHECK_EQUAL(receive(&ends, 1, &header), 0);
+        }
+        CHECK_EQUAL(conn_outcome(&ends.conns[0], id + 2, position), SHMRPC_NOT_STARTED);
+        ends.holds = false;
+        if (round % 2 == 0)
+            conn_publish(&ends.conns[0], round % 4 == 0, &ends.bells);
+        else
+            CHECK_EQUAL(send_message(&ends, 0, SHMRPC_CANCEL, 0, id + 3, NULL), 0);
+        for (unsigned i = 0; i < 3; i++)
+            pass(&ends, 1, 90, id + i);
+        if (round % 2 != 0)
+            pass(&ends, 1, 0, id + 3);
+        CHECK_EQUAL(receive(&ends, 1, &header), 0);
+    }
+    ends_close(&ends);
+}
+
+/* A ring that is full of what is held empties all the same. */
+TEST(held_messages_fill_the_ring)
+{
+    struct ends ends;
+    unsigned sent = 0;
+    int status = 0;
+
+    harness_progress(HANG_SECONDS);
+    ends_open(&ends, SHM, 4096, 4096);
+    conn_hold(&ends.conns[0]);
+    ends.holds = true;
+    while ((status = send_message(&ends, 0, SHMRPC_REQUEST, 500, sent, NULL)) == 0)
+        sent++;
+    CHECK_EQUAL(status, 1); /* it waits: time to publish */
+    CHECK(sent >= 6);
+    conn_publish(&ends.conns[0], true, &ends.bells);
+    for (unsigned i = 0; i <= sent; i++)
+        pass(&ends, 1, 500, i);
+    CHECK_EQUAL(load_relaxed(&ends.conns[0].outbox_bytes), 0);
+    ends_close(&ends);
 }
 
 /* Exactly as long as one, two and three frames: no empty last piece. */

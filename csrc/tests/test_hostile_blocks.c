@@ -46,7 +46,7 @@ static void open_victim(enum transport transport, bool trusted)
     pair.options[0].peer_arena_max_bytes = ARENA;
     poller = shmrpc_poller_new(0, 0, WAIT_AUTO, 1);
     REQUIRE(poller != NULL);
-    shmrpc_poller_serve_events(poller);
+    shmrpc_poller_serve_events(poller, 0);
     if (transport != STREAM)
         hand_open(&hand, &pair);
     else

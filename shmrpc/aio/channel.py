@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar, overload
 from shmrpc import loans
 from shmrpc._native import ffi, lib
 from shmrpc.codec import PACKING_ERRORS, Codec, MsgpackCodec, explain_arguments, pack_split
-from shmrpc.context import inherited_deadline
-from shmrpc.errors import Cancelled, DeadlineExceeded, Error, ProtocolError
+from shmrpc.context import inherited_deadline, task_source
+from shmrpc.errors import Cancelled, ConnectionLost, DeadlineExceeded, Error, ProtocolError
 from shmrpc.metadata import Metadata, pack_metadata
 from shmrpc.outcomes import remote_error, send_error
 from shmrpc.poller import FOREVER, Connection, Slot, check_timeout
@@ -25,7 +25,7 @@ from shmrpc.values import LARGE, NotPlain, may_hold_large
 from .calls import Call
 from .lending import attach, meet_all
 from .loop import LoopPoller, check_loop
-from .pending import Pending, Probe
+from .pending import NO_VALUE, Pending, Probe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -50,7 +50,7 @@ _EPIPE, _EPROTO, _ENOTCONN = -errno.EPIPE, -errno.EPROTO, -errno.ENOTCONN
 class Registered(Protocol):
     """A pending or open call, as far as sending its request is concerned."""
 
-    position: Sequence[int]  # one number: see the core's shmrpc_outcome_of
+    position: Sequence[int] | None  # one number: see the core's shmrpc_outcome_of
 
     @property
     def call_id(self) -> int: ...
@@ -97,6 +97,14 @@ class Channel(ABC):
             self._names.clear()
         self._names[method] = name
         return name
+
+    def _new_slot(self, connection: Connection) -> Slot | None:
+        """A slot to send from; None if the connection has just ended, and is dropped now."""
+        try:
+            return connection.slot()
+        except ConnectionLost:
+            self._drop(connection)
+            return None
 
     def _send_request(
         self,
@@ -180,7 +188,8 @@ class Channel(ABC):
         connection = self._link
         if connection is None or kwargs or timeout is not None or metadata is not None:
             return await self._call_with(method, args, kwargs, timeout, metadata)
-        if inherited_deadline() is not None or not self._loop.is_running():
+        serves = task_source(None) is not None and inherited_deadline() is not None
+        if serves or not self._loop.is_running():
             return await self._call_with(method, args, kwargs, timeout, metadata)
         if get_ident() != self._thread:
             check_loop(self._loop, repr(self))
@@ -189,7 +198,13 @@ class Channel(ABC):
             name = self._names[method]
         except (KeyError, TypeError):
             name = self._name(method)
-        slot = connection.slot()
+        slots = connection.slots
+        if not slots:
+            slot = self._new_slot(connection)
+            if slot is None:
+                return await self._call_with(method, args, kwargs, timeout, metadata)
+            slots.append(slot)
+        slot = slots[-1]  # it stays there: nobody else runs before the request is sent
         try:
             body = slot.pack(args)
             size = len(body)
@@ -197,45 +212,51 @@ class Channel(ABC):
         except NotPlain:
             body, size, large = b"", 0, True
         except PACKING_ERRORS:
+            slots.pop()
+            del slots  # as below
             try:
                 body, _ = self._pack(slot, method, args, kwargs)  # says why
             except BaseException:
                 slot.give_back()
                 raise
+            slots = connection.slots
+            slots.append(slot)
             large, size = False, len(body)
         if large:
-            connection.slots.append(slot)
-            del slot
+            del slot, slots
             return await self._call_with(method, args, kwargs, timeout, metadata)
         pending = Pending(connection, self._loop)
-        pending.register()
+        if connection.retired or not connection.watched:
+            pending.register()
+        else:
+            connection.session.calls[pending.call_id] = pending
         position = _send_request(slot.c, pending.call_id, name, body, size)
-        connection.slots.append(slot)
-        del slot  # the frames of an exception that somebody keeps would keep the connection
+        del slot, slots  # the frames of an exception that somebody keeps would keep the connection
         if position < 0:
             pending.unregister()
             if position != _ENOTCONN:
                 raise self._sent_error(connection, method, position)
             self._drop(connection)
             return await self._call_with(method, args, kwargs, timeout, metadata)
-        pending.position = (position,)
-        connection.poller.schedule()  # type: ignore[attr-defined]
+        pending.sent_at = position
+        poller: LoopPoller = connection.poller  # type: ignore[assignment]
+        if not poller.scheduled:
+            poller.schedule()
         try:
             await pending
         except BaseException:
             self._cancel(pending)
             raise
-        if pending.status or pending.error or pending.body is not None:
-            return self._result(pending, method)
-        return pending.result_value
+        value = pending.value
+        return self._result(pending, method) if value is NO_VALUE else value
 
     def _result(self, pending: Pending, method: str) -> Any:
         error = pending.error
         if not error and not pending.status:
-            if pending.body is None:
-                return pending.result_value
+            if pending.value is not NO_VALUE:
+                return pending.value
             try:
-                return pending.connection.decode(pending.body)
+                return pending.connection.decode(pending.body or b"")
             except (ValueError, TypeError) as reason:
                 error = reason
         if not isinstance(error, Exception):
@@ -263,7 +284,9 @@ class Channel(ABC):
             connection = self._link
             if connection is None:
                 connection = await self._connect(deadline)
-            slot = connection.slot()
+            slot = self._new_slot(connection)
+            if slot is None:
+                continue
             alive: Any = None  # until it was sent
             try:
                 body, sources = self._pack(slot, method, args, kwargs)
@@ -366,7 +389,9 @@ class Channel(ABC):
             flags |= lib.SHMRPC_FLAG_KEYWORDS
         while True:
             connection = self._link or await self._connect(deadline)
-            slot = connection.slot()
+            slot = self._new_slot(connection)
+            if slot is None:
+                continue
             alive: Any = None  # until it was sent
             body = b""
             try:

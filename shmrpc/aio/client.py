@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import errno
 import logging
 import os
@@ -19,7 +20,8 @@ from shmrpc.registry import Registry
 from .channel import Channel
 from .handlers import Handlers
 from .intercepted import Intercepted
-from .loop import LoopPoller, check_loop
+from .loop import check_loop
+from .shared import SharedPoller, shared_poller
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,7 +63,8 @@ class Client(Channel):
         self._pid = os.getpid()
         self._reconnects = -1
         self._connecting = asyncio.Lock()
-        self._handlers = Handlers(self, Registry(takes_async=True), _MAX_CONCURRENCY, codec)
+        self.handlers: Handlers | None = None  # once it has methods
+        self._context = contextvars.copy_context()
         around = Intercepted.with_retries(interceptors, retries)
         if around:
             calls = Intercepted(self, around, self._peer_name, self._is_idempotent)
@@ -98,9 +101,12 @@ class Client(Channel):
                 failures.append(error)
             else:
                 return self._adopt(agreement, terms)
-        if len(failures) == 1:
-            raise failures[0]
-        raise ConnectError("; ".join(str(error) for error in failures)) from failures[0]
+        try:
+            if len(failures) == 1:
+                raise failures[0]
+            raise ConnectError("; ".join(str(error) for error in failures)) from failures[0]
+        finally:
+            failures.clear()  # an error that its own traceback leads to waits for the collector
 
     async def _shake_hands(self, terms: Terms, timeout: float) -> Agreement:
         """In a thread: it takes system calls that may block."""
@@ -110,19 +116,27 @@ class Client(Channel):
         except asyncio.CancelledError:
             shaking.add_done_callback(_close_agreement)
             raise
+        finally:
+            del shaking  # as above: it has the error, whose traceback has us
 
     def _adopt(self, agreement: Agreement, terms: Terms) -> Connection:
         try:
             self._check_usable()
-            poller = LoopPoller(self._codec, wait=self._wait, spin_budget=self._spin_budget)
-            link = poller.add(agreement, terms.address)
+            poller = shared_poller(
+                self._loop, self._codec, wait=self._wait, spin_budget=self._spin_budget
+            )
+            try:
+                link = poller.add(agreement, terms.address)
+            finally:
+                poller.close_if_unused()
         except BaseException:
             agreement.close()
             raise
-        poller.poll_for(link.slot())
-        self._handlers.serve(poller)
-        if len(self._handlers.registry):
-            link.say_serves()
+        link.owner = self
+        if self.handlers is not None:
+            self.handlers.serve_one(link)
+            if len(self.handlers.registry):
+                link.say_serves()
         self._link = link
         self._reconnects += 1
         _log.debug("connected to %s", link.peer)
@@ -131,9 +145,21 @@ class Client(Channel):
     def _drop(self, connection: Connection, /) -> None:
         self._retire(connection)
         connection.shutdown()
-        connection.poller.dispatch()
         _log.debug("hung up on %s", connection.peer)
-        connection.poller.close()  # type: ignore[attr-defined]
+        self._leave(connection)
+
+    def lose(self, connection: Connection) -> None:
+        """The connection has ended: the next call makes a new one."""
+        if self._link is connection:
+            self._link = None
+
+    def _leave(self, connection: Connection) -> None:
+        """Let its poller see the end of a connection that was hung up, and go with the last one."""
+        poller: SharedPoller = connection.poller  # type: ignore[assignment]
+        if self.handlers is not None:
+            self.handlers.leave(poller)
+        poller.schedule()
+        poller.close_if_unused()
 
     def _retire(self, connection: Connection, /) -> None:
         if self._link is connection:
@@ -173,12 +199,25 @@ class Client(Channel):
         inline: bool = False,
     ) -> Any:
         """Offer a function to the server, as ``aio.Server.method``."""
+        if self.handlers is None:
+            registry = Registry(takes_async=True)
+            self.handlers = Handlers(
+                self,
+                registry,
+                _MAX_CONCURRENCY,
+                self._codec,
+                loop=self._loop,
+                context=self._context,
+            )
+            if self._link is not None:
+                self.handlers.serve_one(self._link)
+        handlers = self.handlers
 
         def add(wrapped: Any) -> Any:
-            self._handlers.registry.add(
+            handlers.registry.add(
                 wrapped, name, requests=requests, idempotent=idempotent, inline=inline
             )
-            if self._link is not None and len(self._handlers.registry) == 1:
+            if self._link is not None and len(handlers.registry) == 1:
                 self._link.say_serves()
             return wrapped
 
@@ -206,7 +245,10 @@ class Client(Channel):
     # ---- the rest ----
 
     async def stats(self) -> dict[str, int | float]:
-        """Counters of the current connection; as ``shmrpc.Client.stats``."""
+        """Counters; as ``shmrpc.Client.stats``.
+
+        Those of waiting and of frames are of all clients of the loop that wait alike.
+        """
         link = self._link or await self._connect(time.monotonic() + self._timeout)
         counters = link.poller.stats()
         shown = (
@@ -240,10 +282,9 @@ class Client(Channel):
                 link.send_now(lib.SHMRPC_CANCEL, call_id)
                 pending.lost(errno.EPIPE)
         link.shutdown()
-        await self._handlers.stop(0)
-        poller = link.poller
-        if isinstance(poller, LoopPoller):
-            poller.close()
+        if self.handlers is not None:
+            await self.handlers.stop(0)
+        self._leave(link)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "connected" if self._link else "not connected"

@@ -10,7 +10,7 @@ from shmrpc import address as addresses
 from shmrpc.codec import Codec, MsgpackCodec
 from shmrpc.handshake import Terms
 from shmrpc.lending import MEMORY_BYTES
-from shmrpc.link import check_options
+from shmrpc.link import check_options, check_uids
 from shmrpc.poller import Wait, check_timeout
 from shmrpc.pool import check_connections
 
@@ -63,6 +63,7 @@ def connect(
     max_memory_bytes: int = MEMORY_BYTES,
     backing: Backing = "auto",
     allow_uids: Iterable[int] = (),
+    trust_uids: Iterable[int] = (),
     wait: Wait = "auto",
     spin_budget: float | None = None,
     codec: Codec | None = None,
@@ -80,6 +81,7 @@ def connect(
     max_memory_bytes: int = MEMORY_BYTES,
     backing: Backing = "auto",
     allow_uids: Iterable[int] = (),
+    trust_uids: Iterable[int] = (),
     wait: Wait = "auto",
     spin_budget: float | None = None,
     codec: Codec | None = None,
@@ -96,6 +98,7 @@ def connect(
     max_memory_bytes: int = MEMORY_BYTES,
     backing: Backing = "auto",
     allow_uids: Iterable[int] = (),
+    trust_uids: Iterable[int] = (),
     wait: Wait = "auto",
     spin_budget: float | None = None,
     codec: Codec | None = None,
@@ -109,14 +112,15 @@ def connect(
     """
     check_options(max_message_bytes, backing, wait, spin_budget, max_memory_bytes)
     check_timeout(timeout)
-    uids = frozenset(allow_uids)
+    allowed, trusted = check_uids(allow_uids, trust_uids)
     terms = [
         Terms(
             addresses.parse(text),
             max_message_bytes,
             backing=backing,
             max_memory_bytes=max_memory_bytes,
-            allow_uids=uids,
+            allow_uids=allowed,
+            trust_uids=trusted,
         )
         for text in ([address] if fallback is None else [address, fallback])
     ]

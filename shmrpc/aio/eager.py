@@ -12,6 +12,8 @@ import sys
 import types
 from typing import TYPE_CHECKING, Any
 
+from shmrpc.context import enter_task, leave_task
+
 if TYPE_CHECKING:
     import contextvars
     from collections.abc import Awaitable, Callable, Coroutine, Generator
@@ -59,26 +61,55 @@ def _take_over(spare: _Spare) -> Generator[Any, Any, None]:
         yield from spare.coroutine.__await__()
 
 
+class Work:
+    """What a driver is to run, and what became of it."""
+
+    __slots__ = ("error", "result", "source")
+
+    def __init__(self) -> None:
+        self.source: Any = None  # of current_call()
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+
 @types.coroutine
-def _resume(
-    coroutine: Coroutine[Any, Any, Any], awaited: Any, spare: _Spare
-) -> Generator[Any, Any, Any]:
+def _drive(work: Work) -> Generator[Any, Any, None]:
+    """Run the coroutines that are sent, one after the other, and yield what they wait for.
+
+    ``work`` says that one has ended: so nothing has to be raised for that, as a coroutine does by
+    itself. (None is what a coroutine yields that lets others run for a turn.)
+    """
+    while True:
+        coroutine = yield work
+        token = enter_task(work.source)
+        try:
+            work.result = yield from coroutine
+        except (Exception, asyncio.CancelledError) as error:
+            work.error = error
+        leave_task(token)  # not if we are closed, perhaps in another context
+        del coroutine, token
+
+
+@types.coroutine
+def _resume(driver: Any, work: Work, awaited: Any, spare: _Spare) -> Generator[Any, Any, Any]:
     """The rest of a coroutine that has suspended for ``awaited``, and its result."""
     try:
         if spare.cancelled is not None:
-            awaited = coroutine.throw(spare.cancelled)
-        while True:
+            awaited = driver.throw(spare.cancelled)
+        while awaited is not work:
             try:
                 sent = yield awaited
             except GeneratorExit:
-                coroutine.close()
                 raise
             except BaseException as error:
-                awaited = coroutine.throw(error)
+                awaited = driver.throw(error)
             else:
-                awaited = coroutine.send(sent)
-    except StopIteration as stop:
-        return stop.value
+                awaited = driver.send(sent)
+    finally:
+        driver.close()
+    if work.error is not None:
+        raise work.error
+    return work.result
 
 
 class Starter:
@@ -88,36 +119,47 @@ class Starter:
         """Each coroutine gets a copy of ``context``."""
         self._loop = loop
         self._context = context
-        self._spare = _Spare(loop, context)
+        self._renew()
 
-    def step(self, first: Callable[[Any], Any], coroutine: Coroutine[Any, Any, Any]) -> Any:
-        """Call ``first(coroutine)``, which sends it None, as if in its task. No task may run.
+    def _renew(self) -> None:
+        self._spare = _Spare(self._loop, self._context)
+        self.work = Work()
+        self._driver: Any = _drive(self.work)
+        self._send: Callable[[Any], Any] = self._driver.send
+        self._send(None)
 
-        Returns what the coroutine waits for: ``adopt`` has to follow. Raises what it raises, that
-        is, StopIteration with its result.
+    def step(self, source: Any, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Begin the coroutine as if in its task, in which ``source`` runs the call.
+
+        Returns what it waits for: ``adopt`` has to follow. ``work`` if it has ended: that has its
+        result or error then, to be taken from there. No task may run.
         """
         spare = self._spare
         if spare.gate.done() or spare.context != self._context:
             self.close()  # the last coroutine cancelled it, or changed its context
-            spare = self._spare = _Spare(self._loop, self._context)
+            self._renew()
+            spare = self._spare
+        self.work.source = source
         _enter_task(self._loop, spare.task)
         try:
-            return spare.context.run(first, coroutine)
+            return spare.context.run(self._send, coroutine)
+        except BaseException:  # Ctrl-C: it ends the driver, too
+            self._renew()
+            raise
         finally:
             _leave_task(self._loop, spare.task)
 
     def adopt(
-        self,
-        run: Callable[[Awaitable[Any]], Coroutine[Any, Any, None]],
-        coroutine: Coroutine[Any, Any, Any],
-        awaited: Any,
+        self, run: Callable[[Awaitable[Any]], Coroutine[Any, Any, None]], awaited: Any
     ) -> asyncio.Task[None]:
         """The task that runs ``run(rest)``, where awaiting ``rest`` runs the coroutine on."""
-        spare, self._spare = self._spare, _Spare(self._loop, self._context)
-        return spare.adopt(run(_resume(coroutine, awaited, spare)))
+        spare, driver, work = self._spare, self._driver, self.work
+        self._renew()
+        return spare.adopt(run(_resume(driver, work, awaited, spare)))
 
     def close(self) -> None:
         """Give the spare task up."""
+        self._driver.close()
         self._spare.task.cancel()
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from shmrpc import loans
 from shmrpc._native import ffi, lib
+from shmrpc.bytestream import refuse
 from shmrpc.codec import MsgpackCodec, pack_split
 from shmrpc.context import CallContext, enter_task, leave_task
 from shmrpc.errors import (
@@ -35,7 +36,8 @@ from shmrpc.values import LARGE, NotPlain, encode, may_hold_large
 from .calls import AsyncReceiver, send_item
 from .eager import starter_of
 from .lending import attach, meet_all, meet_now
-from .loop import LoopPoller, LoopWaiters, decoder_of
+from .loop import LoopPoller, LoopWaiters, decoder_of, poller_of
+from .pending import NO_VALUE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
@@ -79,7 +81,8 @@ class Incoming:
     flags = 0
     deadline_ns = 0
     packed_metadata = b""
-    body: bytes | memoryview | Parcel = b""
+    value: Any = NO_VALUE  # its arguments, if they were decoded already
+    body: bytes | Parcel = b""
     stream: Stream | None = None
     task: asyncio.Task[None] | None = None
     call_context: CallContext | None = None
@@ -101,15 +104,6 @@ class Incoming:
     def deadline(self) -> float | None:
         """``time.monotonic()`` seconds."""
         return self.deadline_ns / 1e9 if self.deadline_ns else None
-
-    def first_step(self, coroutine: Any) -> Any:
-        """Run its handler until that waits for something; raises StopIteration with its result."""
-        token = enter_task(self)
-        try:
-            return coroutine.send(None)
-        except BaseException:
-            leave_task(token)
-            raise
 
     # ---- for current_call() ----
 
@@ -185,8 +179,14 @@ class Handlers:
         max_concurrency: int,
         codec: Codec,
         chain: Callable[[Method, Any], Any] | None = None,
+        *,
+        loop: asyncio.AbstractEventLoop,
+        context: contextvars.Context,
     ) -> None:
-        """``chain`` runs a method through interceptors: ``await chain(method, final)(...)``."""
+        """``chain`` runs a method through interceptors: ``await chain(method, final)(...)``.
+
+        Handlers begin in copies of ``context``, not in what is set where somebody woke the poller.
+        """
         self.host = host
         self.registry = registry
         self._codec = codec
@@ -196,13 +196,12 @@ class Handlers:
         self._running: dict[tuple[int, int], Incoming] = {}
         self._executor: ThreadPoolExecutor | None = None
         self._position = ffi.new("uint64_t *")
-        self._loop = asyncio.get_running_loop()
+        self._loop = loop
         self._thread = threading.get_ident()
         self._poller: LoopPoller | None = None
         self._decode = decoder_of(codec)
         self._methods = registry.methods
-        # Handlers begin with what is set here and now, not where somebody woke the poller.
-        self._context = contextvars.copy_context()
+        self._context = context
         self._starter = starter_of(self._loop, self._context)
         self._waits: dict[int, int] = {}  # by method: calls that get a task at once
 
@@ -210,7 +209,18 @@ class Handlers:
         """Take the requests that come on this poller."""
         self._poller = poller
         self.registry.bind(poller)
-        poller.serve_requests(self._take, self._take_plain, self._cancel, self._close)
+        poller.serve_requests(self._take, self._take_plain, self.cancel, self.close)
+
+    def serve_one(self, connection: Connection) -> None:
+        """Be ready for requests on this connection, whose poller has others beside it."""
+        self._poller = poller_of(connection)
+        self.registry.bind(self._poller)
+
+    def leave(self, poller: LoopPoller | None) -> None:
+        """Take none of this one any more, which is about to be closed."""
+        if self._poller is poller:
+            self._poller = None
+            self.registry.bind(None)
 
     @property
     def running(self) -> int:
@@ -263,6 +273,7 @@ class Handlers:
         if self._executor is not None:
             self._executor.shutdown(wait=False, cancel_futures=True)
             self._executor = None
+        self.leave(self._poller)
         if self._starter is not None:
             self._starter.close()
             self._starter = None
@@ -284,7 +295,21 @@ class Handlers:
     ) -> Callable[[], None]:
         """A request is there (the poller's lock is held)."""
         index = message.method
-        method = self.registry.methods[index] if index >= 0 else None
+        return self._admit(connection, message, body, self._methods[index] if index >= 0 else None)
+
+    def take(
+        self, connection: Connection, message: Any, body: bytes | Parcel, name: str
+    ) -> Callable[[], None]:
+        """The same for the method of this name."""
+        return self._admit(connection, message, body, self.registry.find(name))
+
+    def _admit(
+        self,
+        connection: Connection,
+        message: Any,
+        body: bytes | Parcel,
+        method: Method | None,
+    ) -> Callable[[], None]:
         call = Incoming(self, connection, message.call_id, method)
         call.kind, call.flags, call.deadline_ns = message.kind, message.flags, message.deadline_ns
         call.packed_metadata = metadata_of(message)
@@ -296,6 +321,23 @@ class Handlers:
             call.stream.started = True
         return lambda: self._start(call)
 
+    def take_plain(
+        self,
+        connection: Connection,
+        call_id: int,
+        deadline_ns: int,
+        name: str,
+        flags: int,
+        value: Any,
+        body: bytes | None,
+    ) -> None:
+        """A request for the method of this name is there, which has nothing but arguments."""
+        index = self.registry.number(name)
+        if index is None:
+            refuse(connection, call_id)
+        else:
+            self._take_plain(connection, call_id, deadline_ns, index, flags, value, body)
+
     def _take_plain(
         self,
         connection: Connection,
@@ -303,9 +345,10 @@ class Handlers:
         deadline_ns: int,
         index: int,
         flags: int,
-        body: memoryview,
+        value: Any,
+        body: bytes | None,
     ) -> None:
-        """A request is there that has nothing but arguments."""
+        """A request is there that has nothing but arguments: a value, or a body that is none."""
         method = self._methods[index]
         call = Incoming(self, connection, call_id, method)
         if flags:
@@ -313,18 +356,16 @@ class Handlers:
         if deadline_ns:
             call.deadline_ns = deadline_ns
         if not method.direct or self._chain is not None or len(self._running) >= self._max:
-            call.body = bytes(body)
+            call.value, call.body = value, body or b""
             self._start(call)
             return
-        if not method.is_async:
-            call.body = body
+        if body is not None or not method.is_async:
+            call.value, call.body = value, body or b""
             self._run_inline(call, method)
             return
         stage: Stage = "arguments"
         try:
-            args, kwargs = self._decode(body), _NO_KEYWORDS
-            if flags:
-                args, kwargs = args
+            args, kwargs = value if flags else (value, _NO_KEYWORDS)
             stage = "handler"
             coroutine = method.function(*args, **kwargs)
         except Exception as error:
@@ -338,29 +379,47 @@ class Handlers:
             self._running[connection.conn_id, call_id] = call
             _start_task(self._loop, self._context, self._run(call, method, coroutine), call)
             return
-        try:
-            awaited = starter.step(call.first_step, coroutine)
-        except StopIteration as stop:
-            self._reply(call, stop.value)
-        except asyncio.CancelledError:
-            self._end(call, _CANCELLED)
-        except Exception as error:
-            self._fail(call, _without_frames(error, 2), "handler")
-        else:
+        awaited = starter.step(call, coroutine)
+        work = starter.work
+        if awaited is not work:
             self._waits[index] = _WAITS
             call.started = True
             call.started_at = time.monotonic()
             self._running[connection.conn_id, call_id] = call
-            call.task = starter.adopt(
-                lambda rest: self._run(call, method, rest), coroutine, awaited
-            )
+            call.task = starter.adopt(lambda rest: self._run(call, method, rest), awaited)
+            return
+        work.source = None
+        if work.error is not None:
+            raised, work.error = work.error, None
+            if isinstance(raised, asyncio.CancelledError):
+                self._end(call, _CANCELLED)
+            else:
+                self._fail(call, raised, "handler")
+            return
+        # As _reply, for a short result of a call that nothing unusual happened to.
+        result, work.result = work.result, None
+        try:
+            reply = self._pack(result)
+        except Exception:
+            self._reply(call, result)  # again, and does what is to be done then
+            return
+        slots = connection.slots
+        usual = not (call.reply_metadata or call.cancelled_by_caller or connection.closed)
+        if usual and len(reply) < LARGE and slots:
+            call.replied = True
+            if _send_reply(slots[-1].c, call_id, reply, len(reply)) == _EMSGSIZE:
+                self._refuse_result(call)
+        else:
+            self._reply(call, result)
 
-    def _cancel(self, connection: Connection, call_id: int) -> None:
+    def cancel(self, connection: Connection, call_id: int) -> None:
+        """The caller has given up."""
         call = self._running.get((connection.conn_id, call_id))
         if call is not None:
             self._abort(call)
 
-    def _close(self, connection: Connection) -> None:
+    def close(self, connection: Connection) -> None:
+        """The callers of this connection have gone."""
         for call in list(self._running.values()):
             if call.connection is connection:
                 self._abort(call)
@@ -497,7 +556,12 @@ class Handlers:
 
     def _arguments(self, call: Incoming) -> tuple[Any, dict[str, Any]]:
         body, call.body = call.body, b""
-        args = call.connection.decode(body) if isinstance(body, Parcel) else self._decode(body)
+        if call.value is not NO_VALUE:
+            args, call.value = call.value, NO_VALUE
+        elif isinstance(body, Parcel):
+            args = call.connection.decode(body)
+        else:
+            args = self._decode(body)
         if call.flags & _KEYWORDS:
             return args[0], args[1]
         return args, {}
@@ -664,14 +728,6 @@ class Handlers:
         self._end(call, failure.number, body)
         if call.task is None and call.stream is not None:
             call.connection.session.requests.pop(call.call_id, None)
-
-
-def _without_frames(error: Exception, count: int) -> Exception:
-    """The error as if the handler had been called without so many frames of ours between."""
-    frames = error.__traceback__
-    for _ in range(count):
-        frames = frames.tb_next if frames is not None else None
-    return error.with_traceback(frames) if frames is not None else error
 
 
 if sys.version_info >= (3, 12):

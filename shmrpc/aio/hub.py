@@ -33,8 +33,8 @@ class Hub:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self.poller = LoopPoller(MsgpackCodec(), server=True)
-        lib.shmrpc_method_add(self.poller.c, METHOD, len(METHOD), 0, 0)
+        self.poller = LoopPoller(MsgpackCodec())
+        self.poller.add_method(METHOD, 0, fast=False)
         self.poller.serve_requests(
             self._take_request, self._take_plain, _ignore_cancel, self._forget
         )
@@ -63,6 +63,8 @@ class Hub:
         except asyncio.CancelledError:
             shaking.add_done_callback(_close_agreement)
             raise
+        finally:
+            del shaking  # it has the error, whose traceback has us
         try:
             connection = self.poller.add(agreement, address)
         except BaseException:
@@ -119,7 +121,8 @@ class Hub:
         _deadline_ns: int,
         _index: int,
         _flags: int,
-        _body: memoryview,
+        _value: Any,
+        _body: bytes | None,
     ) -> None:
         """A request is there that is no stream."""
         refuse(connection, call_id)

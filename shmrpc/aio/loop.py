@@ -21,10 +21,10 @@ import msgpack
 from shmrpc._native import ffi, lib
 from shmrpc.codec import MsgpackCodec
 from shmrpc.errors import Error
-from shmrpc.poller import Connection, Poller, Slot, Wait
+from shmrpc.poller import Connection, Poller, Wait
 from shmrpc.values import unpack_extension
 
-from .pending import Pending
+from .pending import NO_VALUE, Pending
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -32,20 +32,23 @@ if TYPE_CHECKING:
     from shmrpc.address import Address
     from shmrpc.codec import Codec
     from shmrpc.handshake import Agreement
+    from shmrpc.poller import Slot
     from shmrpc.session import Waiting
 
 __all__ = ["LoopPoller", "LoopWaiters", "check_loop", "decoder_of", "poller_of"]
 
 _EVENTS = lib.SHMRPC_EVENTS
+_BATCH_BYTES: int = lib.SHMRPC_BATCH_BYTES
 _NOTHING = -errno.EAGAIN
 _poll = lib.shmrpc_poll
+_publish = lib.shmrpc_publish
 
 _REPLY = lib.SHMRPC_REPLY
 _BRIEF = struct.Struct("=QQQiHHII")  # shmrpc_brief
 
 # How long the poller may go on while nothing else is ready, before it looks whether that is so, and
 # its longest spin: together what a timer or another socket may have to wait.
-_TURN_SECONDS = 80e-6
+_TURN_SECONDS = 50e-6
 _SPIN_NS = 40_000
 # Iterations in which something else was ready and nothing came, before the poller is armed.
 _QUIET_MAX = 64
@@ -114,8 +117,37 @@ def decoder_of(codec: Codec) -> Callable[[memoryview | bytes], Any]:
     return codec.decode
 
 
-def _refuse_none(*_request: object) -> None:
-    """The core gives no requests to who does not serve."""
+class _NoUnpacker:
+    """For codecs that decode each body by itself."""
+
+    def unpack(self) -> Any:
+        """There is nothing that could."""
+        raise ValueError
+
+    def tell(self) -> int:
+        """Nowhere."""
+        return 0
+
+    def feed(self, _bodies: memoryview) -> None:
+        """They are not for us."""
+
+
+def _new_unpacker() -> Any:
+    """One that makes of the bodies of a batch what ``_decode`` does, all shorter than it is."""
+    return msgpack.Unpacker(
+        strict_map_key=False,
+        ext_hook=unpack_extension,
+        max_buffer_size=4 * _BATCH_BYTES,
+        max_str_len=_BATCH_BYTES,
+        max_bin_len=_BATCH_BYTES,
+        max_ext_len=_BATCH_BYTES,
+        max_array_len=_BATCH_BYTES,
+        max_map_len=_BATCH_BYTES,
+    )
+
+
+def _ignore(*_request: object) -> None:
+    """Nobody is concerned."""
 
 
 def _expire(future: asyncio.Future[None]) -> None:
@@ -130,24 +162,25 @@ class LoopPoller(Poller):
         self,
         codec: Codec,
         *,
-        server: bool = False,
         wait: Wait = "auto",
         spin_budget: float | None = None,
     ) -> None:
-        super().__init__(codec, server=server, wait=wait, spin_budget=spin_budget)
+        super().__init__(codec, server=True, wait=wait, spin_budget=spin_budget)
         self.loop = get_running_loop()
         self.active = True
         self._requests: Callable[[Connection, Any, Any], Callable[[], None] | None] | None = None
-        self._plain_requests: Callable[..., None] = _refuse_none
+        self._plain_requests: Callable[..., None] = _ignore
         self._cancels: Callable[[Connection, int], None] | None = None
         self._closes: Callable[[Connection], None] | None = None
         self._rooms: dict[int, LoopWaiters] = {}
         self._room_tellers: dict[int, Waiting] = {}
         self._after: list[Callable[[], None]] = []
         self._decode = decoder_of(codec)
-        self._slot: Slot | None = None
-        self._poll_slot = self._taker
-        self._scheduled = False
+        self._plain = type(codec) is MsgpackCodec
+        self._renew_unpacker()
+        # Where the batch begins in what the unpacker was fed, and where its bodies end.
+        self._origin = self._bodies_end = 0
+        self.scheduled = False
         self._quiet = 0
         self._last_poll = 0.0
         briefs = lib.shmrpc_poller_batch(self.c)
@@ -156,7 +189,7 @@ class LoopPoller(Poller):
         self._batch_briefs = memoryview(ffi.buffer(briefs, lib.SHMRPC_BATCH_BRIEFS * _BRIEF.size))
         self._briefs: Iterator[tuple[Any, ...]] = iter(())  # that were not taken yet
         batch = lib.shmrpc_poller_batch_bytes(self.c)
-        self._batch = memoryview(ffi.buffer(batch, lib.SHMRPC_BATCH_BYTES))
+        self._batch = memoryview(ffi.buffer(batch, _BATCH_BYTES))
         self._hidden = not hasattr(self.loop, "_ready")
         self._ready: Any = () if self._hidden else self.loop._ready  # type: ignore[attr-defined]
         self._fd = lib.shmrpc_poller_fd(self.c)
@@ -168,60 +201,64 @@ class LoopPoller(Poller):
         self.schedule()
         return connection
 
-    def poll_for(self, slot: Slot) -> None:
-        """Expect replies on this slot's connection: a client's only one."""
-        self._slot = slot
-        self._poll_slot = slot.c
-
     def serve_requests(
         self,
         requests: Callable[[Connection, Any, Any], Callable[[], None] | None],
-        plain_requests: Callable[[Connection, int, int, int, int, memoryview], None],
+        plain_requests: Callable[[Connection, int, int, int, int, Any, bytes | None], None],
         cancels: Callable[[Connection, int], None],
         closes: Callable[[Connection], None],
+        *,
+        reads_always: bool = False,
     ) -> None:
         """Give requests, cancellations and ends to these from now on.
 
         ``plain_requests`` is given those without metadata and streams, as connection, call id,
-        deadline in nanoseconds, method, flags and body, which is valid until it returns.
+        deadline in nanoseconds, method, flags, value, and the body if that is no value. With
+        ``reads_always`` replies are read however much waits to be sent: for who calls.
         """
         self._requests, self._cancels, self._closes = requests, cancels, closes
         self._plain_requests = plain_requests
-        lib.shmrpc_poller_serve_events(self.c)
+        lib.shmrpc_poller_serve_events(self.c, reads_always)
 
     def close(self) -> None:
-        """Poll no more."""
+        """Poll no more, and let go of everything that leads back here.
+
+        Descriptors go with the last reference to us: now, not when the garbage collector runs.
+        """
         if self.active:
             self.active = False
-            self._slot = None
-            self._poll_slot = self._taker
             if not self.loop.is_closed():
                 self.loop.remove_reader(self._fd)
             for waiters in self._rooms.values():
                 waiters.wake()
             self._rooms.clear()
+            self._room_tellers.clear()
+            self._requests = self._cancels = self._closes = None
+            self._plain_requests = self.ended = _ignore
+            self.connections.clear()
+            _publish(self.c)  # in the middle of a batch perhaps
             self.end()
 
     def end(self) -> None:
-        """As the base's, once the loop does not watch the descriptor any more."""
+        """Give up what the core has, once the loop does not watch the descriptor any more."""
         if not self.active:
-            super().end()
+            lib.shmrpc_poller_end(self.c)
 
     # ---- polling ----
 
     def schedule(self) -> None:
         """Poll in the loop's next iteration."""
-        if not self._scheduled and self.active:
-            self._scheduled = True
+        if not self.scheduled and self.active:
+            self.scheduled = True
             self.loop.call_soon(self._iterate)
 
     def _readable(self) -> None:
-        if not self._scheduled:
+        if not self.scheduled:
             self._iterate()
 
     def _iterate(self) -> None:
         """A turn, and what has to follow it."""
-        self._scheduled = False
+        self.scheduled = False
         if not self.active:
             return
         try:
@@ -235,50 +272,95 @@ class LoopPoller(Poller):
         self._take_batch()  # nothing, unless an exception came between
         now = monotonic()
         busy = now - self._last_poll > _BUSY_SECONDS if self._hidden else bool(self._ready)
-        turn_ends = now + _TURN_SECONDS
+        turn_ends = now + (0.0 if self._hidden and busy else _TURN_SECONDS)
         while True:
-            status = _poll(self._poll_slot, 0 if busy else _SPIN_NS)
+            status = _poll(self._taker, 0 if busy else _SPIN_NS)
             if status > 0:
-                self._briefs = _BRIEF.iter_unpack(self._batch_briefs[: status * _BRIEF.size])
-                self._take_batch()
+                self._begin_batch(status)
+                try:
+                    self._take_batch()
+                finally:
+                    _publish(self.c)
             elif status == _EVENTS:
                 self.dispatch()
             else:
                 break
             self._quiet = 0
             now = monotonic()
-            if self._ready or self._hidden or now >= turn_ends or not self.active:
+            if self._ready or now >= turn_ends or not self.active:
                 break
         if status == _NOTHING and self._quiet < _QUIET_MAX:
             self._quiet += 1
-        elif status <= 0 and status != _EVENTS and lib.shmrpc_arm(self._poll_slot):
+        elif status <= 0 and status != _EVENTS and lib.shmrpc_arm(self._taker):
             return
         self._last_poll = now
         self.schedule()
 
+    def _begin_batch(self, status: int) -> None:
+        """Plain messages have come."""
+        self._briefs = _BRIEF.iter_unpack(self._batch_briefs[: (status & 0xFFFF) * _BRIEF.size])
+        if self._plain:
+            self._origin += self._bodies_end  # of the last batch, all of which was taken
+            self._bodies_end = status >> 16
+            self._feed(self._batch[: self._bodies_end])
+
+    def _renew_unpacker(self) -> None:
+        unpacker: Any = _new_unpacker() if self._plain else _NoUnpacker()
+        self._unpack, self._tell, self._feed = unpacker.unpack, unpacker.tell, unpacker.feed
+
+    def _decode_alone(self, start: int, end: int, *, reply: bool) -> tuple[Any, Exception | None]:
+        """A body that the unpacker did not find to be a value: what it is, or why it is none."""
+        if self._plain:
+            self._renew_unpacker()  # it may be anywhere, in a neighbour's body even
+            self._feed(self._batch[end : self._bodies_end])
+            self._origin = -end
+        try:
+            return self._decode(self._batch[start:end]), None
+        except (ValueError, TypeError) as error:
+            return NO_VALUE, error
+        except Exception as error:
+            if reply:
+                raise
+            return NO_VALUE, error
+
     def _take_batch(self) -> None:
         """Take the plain messages that have come, and run who waits for them."""
-        batch, decode, connections = self._batch, self._decode, self.connections
+        connections, unpack, tell = self.connections, self._unpack, self._tell
+        origin = self._origin
         # An attribute, because it outlives an exception (Ctrl-C) that ends the loop for now.
         for conn_id, call_id, deadline, method, kind, flags, start, end in self._briefs:
+            error = value = None
+            # All at once is faster than each by itself. But no body may reach into the next one,
+            # which may be somebody else's.
+            try:
+                value = unpack()
+                alone = tell() - origin != end
+            except Exception:
+                alone = True
+            if alone:
+                value, error = self._decode_alone(start, end, reply=kind == _REPLY)
+                unpack, tell, origin = self._unpack, self._tell, self._origin
             connection = connections.get(conn_id)
             if connection is None:
                 continue
             if kind != _REPLY:
-                self._plain_requests(connection, call_id, deadline, method, flags, batch[start:end])
+                body = None if error is None else bytes(self._batch[start:end])
+                self._plain_requests(connection, call_id, deadline, method, flags, value, body)
                 continue
             calls = connection.session.calls
             pending = calls.get(call_id)
             if type(pending) is Pending:
                 del calls[call_id]
-                try:
-                    pending.result_value = decode(batch[start:end])
-                except (ValueError, TypeError) as error:
-                    pending.error = error
+                pending.value = value
+                pending.error = error or 0
                 pending.status = 0
-                pending.run_on()
+                callback, context = pending.callback, pending.context
+                if callback is not None and context is not None:
+                    pending.callback = None
+                    context.run(callback, pending)
             else:
-                later = connection.session.replied(call_id, 0, b"", bytes(batch[start:end]))
+                reply = bytes(self._batch[start:end])
+                later = connection.session.replied(call_id, 0, b"", reply)
                 if later is not None:
                     later()
                 self._run_after()

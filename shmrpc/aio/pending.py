@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from shmrpc._native import lib
 from shmrpc.session import NOT_SENT
 
 if TYPE_CHECKING:
@@ -15,33 +14,33 @@ if TYPE_CHECKING:
     from shmrpc.poller import Connection
     from shmrpc.session import Body
 
-__all__ = ["Pending", "Probe"]
+__all__ = ["NO_VALUE", "Pending", "Probe"]
 
-_INDEX = lib.SHMRPC_PYTHON_INDEX
+NO_VALUE: Any = object()
 
 
 class Pending:
     """What the call needs when the reply comes, and what its task awaits.
 
     To the task it looks like a future, with one difference: whoever takes a batch of replies from
-    the poller, as a callback of the loop, runs the task on at once (``run_on``). A future would
-    have the loop do it, which costs as much as all the rest of receiving a reply.
+    the poller, as a callback of the loop, runs the task on at once. A future would have the loop do
+    it, which costs as much as all the rest of receiving a reply.
     """
 
     _asyncio_future_blocking = True  # how a task knows what it may wait for
-    position: Sequence[int] = NOT_SENT  # see the core's shmrpc_outcome_of
+    position: Sequence[int] | None = None  # see the core's shmrpc_outcome_of
+    sent_at = NOT_SENT[0]  # the same, as far as it is known without that
     status = -1  # gRPC status number, once it is there
     error: int | Exception = 0  # errno that ended the connection; why it is no result
-    result_value: Any = None
+    value: Any = NO_VALUE  # the result
     body: Body | None = None  # of a reply that was not decoded when it came
     metadata = b""
-    _callback: Callable[[Any], None] | None = None
-    _context: Context | None = None
-    _cancelled: asyncio.CancelledError | None = None
+    callback: Callable[[Any], None] | None = None  # runs the task on ...
+    context: Context | None = None  # ... in this context
 
     def __init__(self, connection: Connection, loop: asyncio.AbstractEventLoop) -> None:
         self.connection = connection
-        self.call_id = connection.session.new_id(_INDEX)
+        self.call_id: int = connection.session.next_id()
         self._loop = loop
 
     def register(self) -> None:
@@ -62,49 +61,47 @@ class Pending:
     def lost(self, error: int) -> None:
         """The connection has ended."""
         self.error = error
-        self.status = self.connection.outcome(self.call_id, self.position[0])
+        position = self.sent_at if self.position is None else self.position[0]
+        self.status = self.connection.outcome(self.call_id, position)
         self.wake()
 
     def wake(self) -> None:
-        """Let its task run on, if that waits."""
-        callback, self._callback = self._callback, None
+        """Let its task run on, if that waits. Who takes a batch calls ``callback`` instead."""
+        callback, self.callback = self.callback, None
         if callback is not None:
-            self._loop.call_soon(callback, self, context=self._context)
-
-    def run_on(self) -> None:
-        """The same at once: in a callback of the loop, where no task runs."""
-        callback, self._callback = self._callback, None
-        if callback is not None and self._context is not None:
-            self._context.run(callback, self)
+            self._loop.call_soon(callback, self, context=self.context)
 
     # ---- what the task needs of it ----
 
-    def __await__(self) -> Generator[Any, None, None]:
-        if self.status < 0:
-            yield self
-
-    def get_loop(self) -> asyncio.AbstractEventLoop:
-        """The loop of its task."""
-        return self._loop
+    def __await__(self) -> Generator[Any, Any, Any]:
+        # Not a generator: this one has no Python frame of its own.
+        return iter((self,))  # type: ignore[return-value]
 
     def add_done_callback(self, callback: Callable[[Any], None], *, context: Context) -> None:
         """Run the task on by this."""
-        self._callback, self._context = callback, context
+        self.callback, self.context = callback, context
         if self.status >= 0:  # it came between the first step of a coroutine and its task
             self.wake()
 
     def cancel(self, msg: Any = None) -> bool:
         """Make the task go on with ``CancelledError``; False if it goes on by itself."""
-        if self._callback is None:
+        if self.callback is None:
             return False
         self._cancelled = asyncio.CancelledError() if msg is None else asyncio.CancelledError(msg)
+        self.result = self._raise_cancelled
         self.wake()
         return True
 
-    def result(self) -> None:
-        """Raise what the task is to be told."""
-        if self._cancelled is not None:
-            raise self._cancelled
+    def _raise_cancelled(self) -> None:
+        error = self._cancelled
+        del self.result, self._cancelled
+        try:
+            raise error
+        finally:
+            del error  # whose traceback has this frame
+
+    # Called when the task runs on: nothing to raise, and no Python call, unless it was cancelled.
+    result: Callable[[], Any] = bool
 
 
 class Probe(Pending):

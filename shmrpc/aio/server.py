@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import errno
 import logging
 import os
@@ -19,7 +20,7 @@ from shmrpc.codec import Codec, MsgpackCodec
 from shmrpc.errors import Error, ForkedError
 from shmrpc.inspection import Inspection
 from shmrpc.lending import MEMORY_BYTES, total_stats
-from shmrpc.link import check_options
+from shmrpc.link import check_options, check_uids
 from shmrpc.proxy import public_methods
 from shmrpc.registry import Registry
 
@@ -62,6 +63,7 @@ class Server:
         max_memory_bytes: int = MEMORY_BYTES,
         backing: Backing = "auto",
         allow_uids: Iterable[int] = (),
+        trust_uids: Iterable[int] = (),
         allow_remote: bool = False,
         show_tracebacks: bool | None = None,
         wait: Wait = "auto",
@@ -77,14 +79,15 @@ class Server:
         if max_concurrency < 1:
             msg = "max_concurrency must be at least 1"
             raise ValueError(msg)
-        uids = frozenset(allow_uids)
+        allowed, trusted = check_uids(allow_uids, trust_uids)
         self._terms = [
             handshake.Terms(
                 addresses.parse(text),
                 max_message_bytes,
                 backing=backing,
                 max_memory_bytes=max_memory_bytes,
-                allow_uids=uids,
+                allow_uids=allowed,
+                trust_uids=trusted,
                 allow_remote=allow_remote,
             )
             for text in address
@@ -174,10 +177,16 @@ class Server:
         segments.sweep()
         acceptor = Acceptor(self, self._terms, self._inspection)
         try:
-            poller = LoopPoller(
-                self.codec, server=True, wait=self._wait, spin_budget=self._spin_budget
+            poller = LoopPoller(self.codec, wait=self._wait, spin_budget=self._spin_budget)
+            handlers = Handlers(
+                self,
+                self.registry,
+                self._max_concurrency,
+                self.codec,
+                self._chain,
+                loop=self._loop,
+                context=contextvars.copy_context(),
             )
-            handlers = Handlers(self, self.registry, self._max_concurrency, self.codec, self._chain)
             handlers.serve(poller)
         except BaseException:
             acceptor.close()
@@ -229,9 +238,7 @@ class Server:
             connection.shutdown()
             for run in connection.session.lost(errno.EPIPE):
                 run()
-        poller.connections.clear()
         poller.close()
-        self.registry.bind(None)
 
     async def serve(self) -> None:
         """Start, and serve until cancelled, or until SIGTERM or SIGINT in the main thread."""

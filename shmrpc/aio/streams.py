@@ -81,6 +81,7 @@ class ByteServer(asyncio.AbstractServer):
     ) -> None:
         uids = frozenset(allow_uids)
         self._hub = hub
+        self._loop = hub.loop
         self._factory = protocol_factory
         self._transports: set[ShmTransport] = set()
         self._silent: set[int] = set()  # connections that have opened no stream yet
@@ -113,7 +114,7 @@ class ByteServer(asyncio.AbstractServer):
 
     def get_loop(self) -> asyncio.AbstractEventLoop:
         """The loop that it serves in."""
-        return self._hub.loop
+        return self._loop
 
     def is_serving(self) -> bool:
         """Whether it accepts connections."""
@@ -132,7 +133,7 @@ class ByteServer(asyncio.AbstractServer):
             msg = f"server {self!r} is already being awaited on serve_forever()"
             raise RuntimeError(msg)
         await self.start_serving()
-        self._forever = self._hub.loop.create_future()
+        self._forever = self._loop.create_future()
         try:
             await self._forever
         finally:
@@ -157,6 +158,7 @@ class ByteServer(asyncio.AbstractServer):
             self._forever.cancel()
         self._end_if_empty()
         self._hub.leave()
+        del self._hub  # who keeps a closed server keeps no descriptors
 
     async def wait_closed(self) -> None:
         """Wait until it is closed and its last connection has ended."""
@@ -189,7 +191,7 @@ class ByteServer(asyncio.AbstractServer):
     def add_connection(self, agreement: Agreement) -> None:
         """Take a new connection in; called by the acceptor's thread."""
         try:
-            self._hub.loop.call_soon_threadsafe(self._add, agreement)
+            self._loop.call_soon_threadsafe(self._add, agreement)
         except RuntimeError:  # the loop is closed
             agreement.close()
 
@@ -230,7 +232,7 @@ class ByteServer(asyncio.AbstractServer):
         self._end_if_empty()
 
     def _report(self, message: str, error: Exception) -> None:
-        self._hub.loop.call_exception_handler({"message": message, "exception": error})
+        self._loop.call_exception_handler({"message": message, "exception": error})
 
 
 async def create_server(

@@ -52,6 +52,8 @@ class ShmTransport(transports._FlowControlMixin):
         self._hub = hub
         self._wire = wire
         self._stream = wire.stream
+        self._peer = wire.connection.peer
+        self._credentials = wire.connection.credentials
         self._lost = lost
         self._socket: TransportSocket | None = None
         self._buffer: deque[bytes | memoryview] = deque()
@@ -72,7 +74,7 @@ class ShmTransport(transports._FlowControlMixin):
 
     def __repr__(self) -> str:
         state = "closed" if self._finished else "closing" if self._closing else "open"
-        return f"<ShmTransport {self._wire.connection.peer} {state}>"
+        return f"<ShmTransport {self._peer} {state}>"
 
     def __del__(self) -> None:
         if not self._finished:
@@ -85,7 +87,7 @@ class ShmTransport(transports._FlowControlMixin):
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         """``"socket"`` (the rendezvous socket), its names, and ``"peercred"``."""
         if name == "peercred":
-            return self._wire.connection.credentials
+            return self._credentials
         if name not in ("socket", "peername", "sockname"):
             return default
         if self._socket is None and not self._finished and not self._stream.lost_error:
@@ -137,7 +139,7 @@ class ShmTransport(transports._FlowControlMixin):
         """Something has come (the poller's lock is held)."""
         if self._stream.lost_error:
             self._detach_socket()  # the core closes the descriptor
-        if not self._look_scheduled:
+        if not self._look_scheduled and not self._finished:
             self._look_scheduled = True
             self._hub.poller.after_dispatch(self._look)
 
@@ -369,6 +371,8 @@ class ShmTransport(transports._FlowControlMixin):
                 self._lost(self)
                 self._lost = None
             self._hub.leave()
+            # Who keeps a closed transport keeps no descriptors.
+            del self._hub, self._wire
 
     def _detach_socket(self) -> None:
         if self._socket is not None and self._socket.fileno() >= 0:

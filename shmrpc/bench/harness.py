@@ -31,6 +31,7 @@ __all__ = [
     "compare_flows",
     "compare_loads",
     "compare_quiet",
+    "compare_rows",
 ]
 
 
@@ -186,6 +187,30 @@ def compare_flows(
     return comparison
 
 
+def compare_rows(
+    comparison: Comparison,
+    rows: Mapping[str, Mapping[str, Load]],
+    effort: Effort,
+    placement: Placement,
+) -> Comparison:
+    """As `compare`, with several loads of each contender, in each run one after the other.
+
+    `rows` has the rows that a contender fills, and the load of each.
+    """
+
+    def run(name: str, team: Team) -> None:
+        for row, load in rows[name].items():
+            figures = team.run(effort, load)
+            del figures["system_calls"]  # which are counted in runs of their own, if at all
+            comparison.runs.setdefault(row, []).append(figures)
+
+    with _Teams({name: list(loads) for name, loads in rows.items()}) as teams:
+        teams.start(placement, Crowd())
+        for _ in range(effort.runs):
+            teams.each(comparison, run)
+    return comparison
+
+
 def compare_quiet(
     comparison: Comparison,
     contenders: Sequence[str],
@@ -194,20 +219,34 @@ def compare_quiet(
     *,
     step: Step | None = None,
 ) -> Comparison:
-    """Measure what connected pairs burn while nobody calls, all contenders in the same seconds."""
+    """Measure what connected pairs burn while nobody calls, all contenders in the same seconds.
+
+    And what memory a connection takes, where there are many: their first call is behind them then.
+    """
+    crowd = crowd or Crowd()
+    before: dict[str, int] = {}
 
     def call(name: str, team: Team) -> None:
-        team.connect()
+        team.connect(1)
         team.measure(Effort(seconds=0.2), Load())
+        more = crowd.connections - 1
+        if more:
+            before[name] = team.memory_bytes()
+            team.connect(more)
+            team.greet()
 
     def fall_silent(name: str, team: Team) -> None:
         team.begin_rest(quiet_seconds)
 
     def read(name: str, team: Team) -> None:
-        comparison.runs[name] = [{"cpu_ms": team.end_rest(quiet_seconds) / 1e6}]
+        figures = {"cpu_ms": team.end_rest(quiet_seconds) / 1e6}
+        if name in before:
+            used = team.memory_bytes() - before[name]
+            figures["connection_kib"] = used / 1024 / (crowd.connections - 1)
+        comparison.runs[name] = [figures]
 
     with _Teams({name: (name,) for name in contenders}, step) as teams:
-        teams.start(Placement(), crowd or Crowd())
+        teams.start(Placement(), crowd)
         for action in (call, fall_silent, read):
             teams.each(comparison, action)
     return comparison

@@ -118,10 +118,11 @@ class _Loop:
     new_loop: Callable[[], asyncio.AbstractEventLoop]
 
     def start(self, directory: str, clients: int) -> LoopService:
-        _ = clients
         address = str(Path(directory, "socket"))
         loop = self.new_loop()
-        server = loop.run_until_complete(loop.create_unix_server(_Server, address))
+        # asyncio waits for ever for a Unix socket that had no room for one more.
+        listening = loop.create_unix_server(_Server, address, backlog=max(100, clients))
+        server = loop.run_until_complete(listening)
         return LoopService(address, loop, server.close)
 
     async def connect_async(self, address: str) -> _Connection:

@@ -182,23 +182,27 @@ def _measure_threads(echo: Echo, payload: bytes, order: Order, meter: Meter) -> 
     return _window(laps, usage)
 
 
-async def measure_async(echo: AsyncEcho, order: Order) -> Window:
-    """As `measure`, with `depth` tasks of which each makes one call after the other."""
+async def measure_async(echoes: Sequence[AsyncEcho], order: Order) -> Window:
+    """As `measure`, with `depth` tasks of which each makes one call after the other.
+
+    Each calls on one of the connections that have these.
+    """
     if order.rate or order.threads > 1:
         raise UnsupportedError("calls of an event loop are neither paced nor shared by threads")
     payload = pattern(order.size)
     meter = Meter(order.server_pid, system_calls=order.system_calls)
-    warm_up = await _tasks(echo, payload, order.depth, order.start_ns)
+    callers = [echoes[i % len(echoes)] for i in range(order.depth)]
+    warm_up = await _tasks(callers, payload, order.start_ns)
     meter.begin()
-    laps = await _tasks(echo, payload, order.depth, order.stop_ns)
+    laps = await _tasks(callers, payload, order.stop_ns)
     return _window([replace(laps, warm_up_calls=warm_up.calls)], meter.end())
 
 
-async def _tasks(echo: AsyncEcho, payload: bytes, depth: int, stop_ns: int) -> Laps:
+async def _tasks(callers: Sequence[AsyncEcho], payload: bytes, stop_ns: int) -> Laps:
     samples = array("q")
     clock = now_ns
 
-    async def task() -> None:
+    async def task(echo: AsyncEcho) -> None:
         now = clock()
         while now < stop_ns:
             then = now
@@ -209,12 +213,12 @@ async def _tasks(echo: AsyncEcho, payload: bytes, depth: int, stop_ns: int) -> L
             samples.append(now - then)
 
     start_ns = clock()
-    if depth == 1:
-        await task()
+    if len(callers) == 1:
+        await task(callers[0])
     else:
-        await asyncio.gather(*(task() for _ in range(depth)))
+        await asyncio.gather(*map(task, callers))
     if not samples:  # the warm-up took longer than warm-up and window together
-        reply = await echo(payload)
+        reply = await callers[0](payload)
         _check(reply, payload)
         samples.append(clock() - start_ns)
     return Laps(samples, len(samples), 0, clock() - start_ns)

@@ -33,7 +33,7 @@ from .contenders import (
 from .figures import Order
 from .lifetime import end_with_parent
 from .measure import measure, measure_async, measure_flow
-from .work import answered
+from .work import PAYLOAD, answered
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,6 +56,10 @@ class _Driver:
             self._connections.append(self._contender.connect(address))
         first = self._connections[0]
         return {"server_pid": first.server_pid if isinstance(first, OwnServer) else None}
+
+    def greet(self) -> None:
+        for connection in self._connections:
+            connection.echo(PAYLOAD)
 
     def measure(self, **order: Any) -> Answer:
         thread_safe = self._contender.thread_safe
@@ -96,8 +100,13 @@ class _AsyncDriver:
             self._connections.append(self._loop.run_until_complete(connecting))
         return {"server_pid": None}
 
+    def greet(self) -> None:
+        for connection in self._connections:
+            self._loop.run_until_complete(connection.echo(PAYLOAD))
+
     def measure(self, **order: Any) -> Answer:
-        measuring = measure_async(self._connections[0].echo, Order(**order))
+        echoes = [connection.echo for connection in self._connections]
+        measuring = measure_async(echoes, Order(**order))
         return asdict(self._loop.run_until_complete(measuring))
 
     def move(self, **_: Any) -> Answer:
@@ -142,6 +151,7 @@ def _failure(error: Exception) -> Answer:
 def _obey(driver: _Driver | _AsyncDriver, say: Say) -> None:
     commands: dict[str, Callable[..., Answer | None]] = {
         "connect": driver.connect,
+        "greet": driver.greet,
         "measure": driver.measure,
         "move": driver.move,
         "answered": driver.answered,

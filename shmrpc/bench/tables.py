@@ -28,6 +28,7 @@ COLUMNS = {
     "client_item_us": ("client CPU us/item", "{:,.2f}"),
     "server_item_us": ("server CPU us/item", "{:,.2f}"),
     "cpu_ms": ("CPU ms together", "{:,.2f}"),
+    "connection_kib": ("KiB a connection", "{:,.0f}"),
 }
 """What each metric is called and how it is written; those that are not here are not shown."""
 

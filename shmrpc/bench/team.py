@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .contenders import UnsupportedError, home_of, remove_files
 from .figures import Movement, Order, Window, combine
 from .pace import now_ns
-from .usage import cpu_ns
+from .usage import cpu_ns, memory_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -75,13 +75,15 @@ class Crowd:
 class Load:
     """What a client calls: payloads of `size` bytes, `depth` under way, `rate` a second.
 
-    A rate of 0 is as fast as replies come. With `gil` another thread of the client computes.
+    A rate of 0 is as fast as replies come. With `gil` another thread of the client computes. With
+    several `connections` the calls under way are spread over them.
     """
 
     size: int = 64
     depth: int = 1
     rate: float = 0
     gil: bool = False
+    connections: int = 1
 
 
 class Peer:
@@ -196,7 +198,7 @@ class Team:
     def run(self, effort: Effort, load: Load | None = None) -> Figures:
         """Connect, warm up, measure one window and hang up."""
         load = load or Load()
-        self.connect()
+        self.connect(load.connections)
         if load.gil:
             for driver in self._drivers:
                 driver.ask("hold_gil")
@@ -222,15 +224,22 @@ class Team:
         self.hang_up()
         return figures
 
-    def connect(self) -> None:
-        """Connect each client to its server."""
+    def connect(self, connections: int | None = None) -> None:
+        """Connect each client to its server, by as many connections as the crowd has by default."""
         self._server_pids = [server.pid for server in self._servers]
         for number, driver in enumerate(self._drivers):
             pair = number // self._crowd.clients
             answer = driver.ask(
-                "connect", address=self._addresses[pair], count=self._crowd.connections
+                "connect",
+                address=self._addresses[pair],
+                count=connections or self._crowd.connections,
             )
             self._server_pids[pair] = answer["server_pid"] or self._server_pids[pair]
+
+    def greet(self) -> None:
+        """Make one call on each connection."""
+        for driver in self._drivers:
+            driver.ask("greet")
 
     def hang_up(self) -> None:
         """End all connections."""
@@ -288,9 +297,16 @@ class Team:
             driver.answer(seconds + _PATIENCE_S)
         return self._cpu_ns() - self._cpu_before_ns
 
+    def memory_bytes(self) -> int:
+        """Say how much memory all processes use that is nobody else's."""
+        return memory_bytes(self._pids())
+
     def _cpu_ns(self) -> int:
+        return sum(map(cpu_ns, self._pids()))
+
+    def _pids(self) -> set[int]:
         own = {peer.pid for peer in (*self._servers, *self._drivers)}
-        return sum(map(cpu_ns, own.union(self._server_pids)))
+        return own.union(self._server_pids)
 
     def _answered(self) -> int:
         total = 0

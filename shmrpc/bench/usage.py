@@ -1,4 +1,4 @@
-"""What both processes of a call use: CPU time, wake-ups and system calls, read from the kernel."""
+"""What both processes of a call use, read from the kernel: CPU time, wake-ups, calls, memory."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-__all__ = ["Meter", "Usage", "cpu_ns", "wakeups"]
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["Meter", "Usage", "cpu_ns", "memory_bytes", "wakeups"]
 
 _CPUCLOCK_SCHED = 2
 _TRACEPOINT = 2  # PERF_TYPE_TRACEPOINT
@@ -41,6 +45,26 @@ def wakeups(pid: int) -> int:
             _, _, rest = status.read_text().partition("\nvoluntary_ctxt_switches:")
             total += int(rest.split(maxsplit=1)[0])
     return total
+
+
+def memory_bytes(pids: Iterable[int]) -> int:
+    """Count the memory of these processes that belongs to no file: their own, and what they share.
+
+    A segment of shared memory counts once and whole, also where nobody has written to it yet: it
+    may be reserved.
+    """
+    total = 0
+    shared: dict[str, int] = {}
+    for pid in pids:
+        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        total += 1024 * int(rollup.partition("\nAnonymous:")[2].split(maxsplit=1)[0])
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            span, _, _, _, inode, *path = line.split(maxsplit=5)
+            if path and path[0].startswith(("/dev/shm/", "/memfd:")):
+                start, _, end = span.partition("-")
+                size = int(end, 16) - int(start, 16)
+                shared[inode] = max(size, shared.get(inode, 0))
+    return total + sum(shared.values())
 
 
 class _PerfEventAttr(ctypes.Structure):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from shmrpc.client import Client
 from shmrpc.errors import ConnectionLost
+from shmrpc.tending import tend
 
 from .back import BackInline, BackWorker
 from .calls import RawChannel
@@ -42,6 +43,12 @@ class _RelayClient(RawChannel, Client):
 
     def _connection(self, deadline: float) -> Connection:
         return self._connect(min(deadline, time.monotonic() + self._timeout), once=True)
+
+    def _adopt(self, link: Connection) -> None:
+        super()._adopt(link)
+        if not link.tended:
+            link.always_tended = True  # replies with blocks pass by us
+            tend(link)
 
     def _retire(self, connection: Connection) -> None:
         super()._retire(connection)
