@@ -273,9 +273,7 @@ class Channel(ABC):
         kwargs: dict[str, Any],
         error: Exception,
     ) -> Exception:
-        lib.shmrpc_detach(slot.c)
-        slot.new_packers()  # the old ones may hold half a message
-        slot.give_back()
+        slot.let_go()  # its packers may hold half a message
         return explain_arguments(self._codec, method, args, kwargs, error)
 
     def _undecodable(self, slot: Slot, method: str, error: Exception) -> ProtocolError:

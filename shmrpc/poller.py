@@ -107,11 +107,7 @@ class Slot:
         self.message = lib.shmrpc_slot_message(slot)
         size = lib.shmrpc_slot_view_bytes(slot)
         self.view = memoryview(ffi.buffer(lib.shmrpc_slot_view(slot), size))
-        self.new_packers()
-
-    def new_packers(self) -> None:
-        """Forget what they were packing when they failed."""
-        codec = self.connection.codec
+        codec = connection.codec
         self.pack: Callable[[Any], bytes] = codec.encoder()
         self.pack_beside = slot_packer(codec, self.c)  # for a message that this slot sends next
 
@@ -128,8 +124,7 @@ class Slot:
         other = Slot.__new__(Slot)
         for name in ("c", "connection", "message", "pack", "pack_beside", "view"):
             setattr(other, name, getattr(self, name))
-        self.c = self.message = None
-        self.view = memoryview(b"")
+            delattr(self, name)
         other.connection.slots.append(other)
 
     def body(self) -> memoryview:

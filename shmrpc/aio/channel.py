@@ -217,7 +217,7 @@ class Channel(ABC):
             try:
                 body, _ = self._pack(slot, method, args, kwargs)  # says why
             except BaseException:
-                slot.give_back()
+                slot.let_go()
                 raise
             slots = connection.slots
             slots.append(slot)
@@ -303,7 +303,7 @@ class Channel(ABC):
                     slot, pending, _REQUEST, flags, name, beside, body, deadline
                 )
             except BaseException:
-                slot.give_back()
+                slot.let_go()
                 raise
             connection.slots.append(slot)
             del slot
@@ -408,7 +408,7 @@ class Channel(ABC):
                     slot, pending, kind, flags, name, beside, body, deadline
                 )
             except BaseException:
-                slot.give_back()
+                slot.let_go()
                 raise
             connection.slots.append(slot)
             del alive
