@@ -192,6 +192,9 @@ def test_callers_that_are_kept(between, client, connect):
         came.append(number)
         return number
 
+    # The connection that the sidecar makes for a client with methods is there from here on.
+    assert client.call("call_back", "call", "note", 7) == 7
+    came.clear()
     connect(sidecar.address).call("add", 1, 2)
     before = fds(sidecar.pid), server.fds()
     other = connect(sidecar.address)

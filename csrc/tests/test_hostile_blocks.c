@@ -121,7 +121,10 @@ static void send_control(const void *bytes, size_t count, const int *fds, int fd
         message.msg_control = &control;
         message.msg_controllen = CMSG_SPACE(size);
     }
-    REQUIRE(sendmsg(hand.control_fd, &message, MSG_NOSIGNAL) == (ssize_t)count);
+    ssize_t sent;
+    while ((sent = sendmsg(hand.control_fd, &message, MSG_NOSIGNAL)) < 0 && errno == EAGAIN)
+        shmrpc_wait_events(slot, 1000000); /* it is full of bells, which the victim reads */
+    REQUIRE(sent == (ssize_t)count);
 }
 
 static void send_segment(uint32_t number, uint64_t said, uint64_t bytes, int fd_count)
