@@ -708,7 +708,8 @@ void shmrpc_publish(shmrpc_poller *poller)
  * way, poll for it. */
 static void expect_reply(struct shmrpc_poller *poller, struct conn *conn)
 {
-    if (conn->hot || !conn->is_shm || poller->batch.briefs == NULL ||
+    /* A batch is an event loop's: elsewhere `hot` may be written by another thread, which leads. */
+    if (poller->batch.briefs == NULL || !conn->is_shm || conn->hot ||
         load_relaxed(&conn->error) != 0)
         return;
     poller_heat(poller, conn);
