@@ -113,7 +113,7 @@ static void *work(void *argument)
     shmrpc_tally tally = {0};
     int64_t status;
 
-    REQUIRE(worker != NULL && slot != NULL && taker != NULL);
+    REQUIRE(worker != NULL && taker != NULL);
     while ((status = shmrpc_pass(worker)) != SHMRPC_STOPPED) {
         const shmrpc_message *request = shmrpc_slot_message(worker);
         uint64_t epoch = shmrpc_ways_epoch(half->poller);
@@ -125,8 +125,10 @@ static void *work(void *argument)
             bring_back(half, worker, slot, taker, result);
         } else if (status >= 0 || status == SHMRPC_MESSAGE) {
             count(half, &half->by_hand);
-            bring_back(half, worker, slot, taker, shmrpc_forward(slot, worker, -1));
-            if (half->finds_ways)
+            /* Without a slot: this thread began after the end of the other's connection. */
+            bring_back(half, worker, slot, taker,
+                       slot != NULL ? shmrpc_forward(slot, worker, -1) : -EPIPE);
+            if (half->finds_ways && slot != NULL)
                 shmrpc_way_add(worker, (const char *)request->head, request->method_bytes, slot,
                                -1, &tally, epoch);
         } else if (status == -ESTALE) {
@@ -137,7 +139,8 @@ static void *work(void *argument)
         }
     }
     shmrpc_slot_free(taker);
-    shmrpc_slot_free(slot);
+    if (slot != NULL)
+        shmrpc_slot_free(slot);
     shmrpc_slot_free(worker);
     pthread_mutex_lock(&half->lock);
     add_tally(&half->tally, &tally);
