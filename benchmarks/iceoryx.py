@@ -106,7 +106,8 @@ class _Connection:
 
     def work(self, name: str, nbytes: int) -> Work:
         if name != "echo":
-            raise NotImplementedError
+            msg = f"what iceoryx2 does here is to echo, not to {name}"
+            raise ValueError(msg)
         source = Source(np.zeros(nbytes // 8, np.int64))
         client = self._client
 
@@ -123,8 +124,9 @@ class _Connection:
 
         return echo
 
-    def flow(self, _direction: str) -> Flow:
-        raise NotImplementedError
+    def flow(self, direction: str) -> Flow:
+        msg = f"iceoryx2 is measured by requests and responses, not by streams {direction}"
+        raise ValueError(msg)
 
     def close(self) -> None:
         self._presence.close()
