@@ -8,7 +8,8 @@ import subprocess
 import sys
 import threading
 
-from conftest import wait_until
+import pytest
+from conftest import Service, short_directory, wait_until
 
 COMMAND = [sys.executable, "-m", "shmrpc.cli"]
 
@@ -91,3 +92,41 @@ def segments_of(pid):
     """How many segments of shared memory a process has mapped."""
     with open(f"/proc/{pid}/maps") as file:
         return sum("/dev/shm/shmrpc" in line or "memfd:" in line for line in file)
+
+
+def starter(*first):
+    """A fixture that starts ``shmrpc FIRST ...``, and ends what it started."""
+
+    @pytest.fixture
+    def run(directory):
+        with contextlib.ExitStack() as stack:
+
+            def start(*arguments, **options):
+                command = Command(*first, *arguments, **options)
+                stack.callback(command.close)
+                return command
+
+            yield start
+
+    return run
+
+
+def pairs_of(transports):
+    """A fixture of each module: a server, and the sidecar before it, for each (inside, outside)."""
+
+    @pytest.fixture(scope="module", params=transports, ids="-".join)
+    def between(request):
+        inside, outside = request.param
+        tcp = "tcp://127.0.0.1:0"
+        with short_directory() as path, contextlib.ExitStack() as stack:
+            where = {"shm": f"shm://{path}/b", "unix": f"unix://{path}/b", "tcp": tcp}
+            server = Service(where[outside])
+            stack.callback(server.close)
+            front = {"shm": f"shm://{path}/f", "unix": f"unix://{path}/f", "tcp": tcp}
+            sidecar = Command("sidecar", "--listen", front[inside], "--upstream", server.address)
+            stack.callback(sidecar.close)
+            yield server, sidecar
+            assert sidecar.process.poll() is None, sidecar.said
+            assert "failed" not in sidecar.said
+
+    return between

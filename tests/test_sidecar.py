@@ -15,23 +15,12 @@ import urllib.request
 
 import numpy as np
 import pytest
-from conftest import Service, in_threads, short_directory, wait_until
-from sidecars import Command, fds
+from conftest import in_threads, wait_until
+from sidecars import Command, fds, pairs_of, starter
 
 import shmrpc
 
-
-@pytest.fixture
-def run(directory):
-    """Start ``shmrpc sidecar ...``."""
-    with contextlib.ExitStack() as stack:
-
-        def start(*arguments, **options):
-            command = Command(*arguments, **options)
-            stack.callback(command.close)
-            return command
-
-        yield start
+run = starter()
 
 
 @pytest.fixture
@@ -72,21 +61,7 @@ def metrics(sidecar):
 PAIRS = [("shm", "shm"), ("shm", "tcp"), ("unix", "shm"), ("tcp", "unix")]
 
 
-@pytest.fixture(scope="module", params=PAIRS, ids="-".join)
-def between(request):
-    """A server, and the address of a sidecar before it."""
-    inside, outside = request.param
-    with short_directory() as path, contextlib.ExitStack() as stack:
-        where = {"shm": f"shm://{path}/b", "unix": f"unix://{path}/b", "tcp": "tcp://127.0.0.1:0"}
-        server = Service(where[outside])
-        stack.callback(server.close)
-        front = {"shm": f"shm://{path}/f", "unix": f"unix://{path}/f", "tcp": "tcp://127.0.0.1:0"}
-        arguments = ("--listen", front[inside], "--upstream", server.address)
-        sidecar = Command("sidecar", *arguments)
-        stack.callback(sidecar.close)
-        yield server, sidecar
-        assert sidecar.process.poll() is None, sidecar.said
-        assert "failed" not in sidecar.said
+between = pairs_of(PAIRS)
 
 
 @pytest.fixture

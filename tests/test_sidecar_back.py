@@ -8,9 +8,9 @@ import time
 
 import numpy as np
 import pytest
-from conftest import Service, in_threads, short_directory, wait_until
+from conftest import in_threads, wait_until
 from duplex import nest, remaining
-from sidecars import Command, fds
+from sidecars import fds, pairs_of, starter
 
 import shmrpc
 from shmrpc import aio
@@ -19,20 +19,7 @@ HOWS = ("call", "submit", "stream", "items", "result")
 PAIRS = [("shm", "shm"), ("tcp", "unix")]
 
 
-@pytest.fixture(scope="module", params=PAIRS, ids="-".join)
-def between(request):
-    """A server, and the sidecar before it."""
-    inside, outside = request.param
-    with short_directory() as path, contextlib.ExitStack() as stack:
-        where = {"shm": f"shm://{path}/b", "unix": f"unix://{path}/b", "tcp": "tcp://127.0.0.1:0"}
-        server = Service(where[outside])
-        stack.callback(server.close)
-        front = {"shm": f"shm://{path}/f", "unix": f"unix://{path}/f", "tcp": "tcp://127.0.0.1:0"}
-        sidecar = Command("sidecar", "--listen", front[inside], "--upstream", server.address)
-        stack.callback(sidecar.close)
-        yield server, sidecar
-        assert sidecar.process.poll() is None, sidecar.said
-        assert "failed" not in sidecar.said
+between = pairs_of(PAIRS)
 
 
 @pytest.fixture
@@ -40,16 +27,7 @@ def client(between, connect):
     return connect(between[1].address)
 
 
-@pytest.fixture
-def run(directory):
-    with contextlib.ExitStack() as stack:
-
-        def start(*arguments):
-            command = Command("sidecar", *arguments)
-            stack.callback(command.close)
-            return command
-
-        yield start
+run = starter("sidecar")
 
 
 def offer(client, *functions):

@@ -13,21 +13,11 @@ import grpc
 import msgpack
 import pytest
 from conftest import Service, short_directory, wait_until
-from sidecars import Command
+from sidecars import Command, starter
 
 import shmrpc
 
-
-@pytest.fixture
-def run(directory):
-    with contextlib.ExitStack() as stack:
-
-        def start(*arguments, **options):
-            command = Command("sidecar", *arguments, **options)
-            stack.callback(command.close)
-            return command
-
-        yield start
+run = starter("sidecar")
 
 
 @pytest.fixture(scope="module")

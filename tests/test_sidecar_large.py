@@ -1,13 +1,12 @@
 """Large values through a sidecar: from arena to arena, and nothing of them is left."""
 
-import contextlib
 import gc
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import in_threads, wait_until
-from sidecars import Command, segments_of
+from sidecars import segments_of, starter
 
 import shmrpc
 
@@ -16,16 +15,7 @@ MIB = 1 << 20
 HELD = ("lent_blocks", "lent_bytes", "pinned_blocks", "arena_used_bytes")
 
 
-@pytest.fixture
-def run(directory):
-    with contextlib.ExitStack() as stack:
-
-        def start(*arguments):
-            command = Command("sidecar", *arguments)
-            stack.callback(command.close)
-            return command
-
-        yield start
+run = starter("sidecar")
 
 
 @pytest.fixture

@@ -1,26 +1,14 @@
 """What the sidecar's core passes on by itself: as if it were not there, and nothing stays of it."""
 
-import contextlib
 import os
 import threading
 
-import pytest
 from conftest import in_threads, wait_until
-from sidecars import Command, fds, segments_of
+from sidecars import fds, segments_of, starter
 
 import shmrpc
 
-
-@pytest.fixture
-def run(directory):
-    with contextlib.ExitStack() as stack:
-
-        def start(*arguments):
-            command = Command("sidecar", *arguments)
-            stack.callback(command.close)
-            return command
-
-        yield start
+run = starter("sidecar")
 
 
 class Reversed:

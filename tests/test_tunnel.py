@@ -14,7 +14,7 @@ import urllib.request
 
 import pytest
 from conftest import wait_until
-from sidecars import Command, fds
+from sidecars import Command, fds, starter
 
 from shmrpc import aio
 from shmrpc.bytestream import connect_bytes
@@ -52,16 +52,7 @@ asyncio.run(main())
 """
 
 
-@pytest.fixture
-def run(directory):
-    with contextlib.ExitStack() as stack:
-
-        def start(*arguments, **options):
-            command = Command("tunnel", *arguments, **options)
-            stack.callback(command.close)
-            return command
-
-        yield start
+run = starter("tunnel")
 
 
 def tunnel_address(command):
