@@ -1,14 +1,19 @@
 """Timeouts, groups of tasks and cancellation: a call is as any awaitable, and leaves nothing."""
 
 import asyncio
+import contextlib
 import sys
 
+import anyio
 import pytest
 from conftest import address_of
 
 import shmrpc
 from shmrpc import aio
 
+# anyio's for every Python; asyncio's own came with 3.11.
+TIMEOUTS = ["anyio", "asyncio"] if hasattr(asyncio, "timeout") else ["anyio"]
+GROUPS = ["anyio", "asyncio"] if hasattr(asyncio, "TaskGroup") else ["anyio"]
 KINDS = ["call", "deadline", "stream", "send", "reply", "result", "ping", "empty", "nested"]
 
 
@@ -121,6 +126,35 @@ async def wait_in(client, kind, who):
             await asyncio.sleep(0)
 
 
+@contextlib.asynccontextmanager
+async def timeout_of(library, seconds):
+    """A block that ends with TimeoutError; says afterwards whether it did."""
+    over = []
+    if library == "anyio":
+        with anyio.fail_after(seconds) as scope:
+            try:
+                yield over
+            finally:
+                over.append(scope.cancel_called)
+    else:
+        async with asyncio.timeout(seconds) as timeout:
+            try:
+                yield over
+            finally:
+                over.append(timeout.when() <= asyncio.get_running_loop().time())
+
+
+@contextlib.asynccontextmanager
+async def group_of(library):
+    """A group of tasks: ``start(function, *arguments)``."""
+    if library == "anyio":
+        async with anyio.create_task_group() as group:
+            yield group.start_soon
+    else:
+        async with asyncio.TaskGroup() as group:
+            yield lambda function, *arguments: group.create_task(function(*arguments))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_wait_for_ends_it(stage, kind):
     async def main(client, under_way):
@@ -132,53 +166,55 @@ def test_wait_for_ends_it(stage, kind):
     stage(main)
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="asyncio.timeout came with 3.11")
+@pytest.mark.parametrize("library", TIMEOUTS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_timeouts_end_it_and_nothing_around_it(stage, kind):
+def test_timeouts_end_it_and_nothing_around_it(stage, kind, library):
     async def main(client, under_way):
         for _ in range(2):
             with pytest.raises(TimeoutError):
-                async with asyncio.timeout(0.03) as inner:
+                async with timeout_of(library, 0.03) as inner:
                     await wait_in(client, kind, "it")
-            assert inner.expired()
-            assert asyncio.current_task().cancelling() == 0
+            assert inner == [True]
+            if hasattr(asyncio.Task, "cancelling"):
+                assert asyncio.current_task().cancelling() == 0
             await emptied(under_way)
-        async with asyncio.timeout(60) as outer:
+        async with timeout_of(library, 60) as outer:
             with pytest.raises(TimeoutError):
-                async with asyncio.timeout(0.03):
+                async with timeout_of(library, 0.03):
                     await wait_in(client, kind, "it")
             assert await client.call("add", 1, 1) == 2
-        assert not outer.expired()
+        assert outer == [False]
 
     stage(main)
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="asyncio.TaskGroup came with 3.11")
-def test_a_failing_task_ends_its_group(stage):
+@pytest.mark.parametrize("library", GROUPS)
+def test_a_failing_task_ends_its_group(stage, library):
     async def main(client, under_way):
         async def fail():
             await begun(under_way, *(kind for kind in KINDS if kind not in ("ping", "empty")))
             await client.call("add", 1)  # which takes two
 
-        with pytest.raises(BaseExceptionGroup) as caught:  # noqa: F821 - from 3.11 on
-            async with asyncio.TaskGroup() as group:
+        try:
+            async with group_of(library) as start:
                 for kind in KINDS:
-                    group.create_task(wait_in(client, kind, kind))
-                group.create_task(fail())
-        (error,) = caught.value.exceptions
+                    start(wait_in, client, kind, kind)
+                start(fail)
+        except BaseException as group:  # an ExceptionGroup, of a backport before 3.11
+            (error,) = group.exceptions
         assert isinstance(error, shmrpc.RemoteError)
         assert error.type == "TypeError"
 
     stage(main)
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="asyncio.TaskGroup came with 3.11")
-def test_a_group_that_is_cancelled_ends_its_calls(stage):
+@pytest.mark.parametrize("library", GROUPS)
+def test_a_group_that_is_cancelled_ends_its_calls(stage, library):
     async def main(client, under_way):
         async def work():
-            async with asyncio.TaskGroup() as group:
+            async with group_of(library) as start:
                 for kind in KINDS:
-                    group.create_task(wait_in(client, kind, kind))
+                    start(wait_in, client, kind, kind)
 
         task = asyncio.ensure_future(work())
         await begun(under_way, "call", "stream", "send", "reply", "result", "nested")
