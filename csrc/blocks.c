@@ -13,8 +13,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "copy.h"
-
 struct attached {
     struct block_entry *entries;
     union {
@@ -200,7 +198,7 @@ static int make_block(struct lending *lending, const uint8_t *data, uint64_t byt
     pthread_mutex_lock(&lending->lock);
     int status = lending->conn != NULL ? use_block(lending, data, bytes, entry, lease) : SHMRPC_FULL;
     bool used = status != 0;
-    bool around = lending->arena.lent_bytes < COPY_LENT_MAX;
+    bool ahead = lending->arena.lent_bytes >= COPY_LENT_MAX;
     if (!used) {
         status = arena_alloc(&lending->arena, bytes, &place);
         if (status == -ENOSPC)
@@ -211,10 +209,7 @@ static int make_block(struct lending *lending, const uint8_t *data, uint64_t byt
         return status;
     if (used)
         return *lease == NULL ? 2 : 0;
-    if (around)
-        copy_out(place.data, data, bytes);
-    else
-        memcpy(place.data, data, bytes);
+    copy_out(&lending->copier, place.data, data, bytes, ahead);
     *entry = (struct block_entry){.offset = place.offset,
                                   .bytes = bytes,
                                   .segment = place.number,

@@ -14,20 +14,43 @@
  *
  * A sender that is ahead of its reader is another matter. Its blocks take turns, and before one has
  * its next turn the reader's cache has lost it to the others: nobody needs to be asked for the lines.
- * A stream of 1 M through four blocks takes 26 + 14 with ordinary stores, 40 + 51 with the others.
+ * A stream of 1 M through four blocks takes 26 + 14 with ordinary stores, 40 + 51 with the others. But
+ * that goes for CPUs with a common cache. Without one the lines are asked for all the same, and a
+ * stream takes 400 to 1500 + 50, or 39 + 35 with the others. Where the two processes run, and in a
+ * virtual machine where its CPUs do, may change at any time. So ordinary stores are measured.
  */
 #ifndef SHMRPC_COPY_H
 #define SHMRPC_COPY_H
 
+#include <stdbool.h>
 #include <stdint.h>
+
+#include "atomics.h"
 
 enum {
     COPY_STREAM_MIN = 8 << 10,
     COPY_LENT_MAX = 1 << 20, /* with so much under way: about what a CPU's own cache holds */
+    COPY_PIECE = 64 << 10,   /* so much by ordinary stores between two looks at the clock */
+    /* A piece that takes so many times what streaming stores took has to ask for its lines. Memory
+     * that is in no cache takes twice as long at most. */
+    COPY_SLOW = 4,
+    /* After two in a row, because one may be of a thread that lost its CPU meanwhile, so many bytes are
+     * streamed before the next trial: twice as many each time. */
+    COPY_PAUSE_MIN = 4 << 20,
+    COPY_PAUSE_MAX = 256 << 20,
 };
 
-/* As memcpy; from COPY_STREAM_MIN bytes on around the caches, where the CPU can do that. What was
- * written is visible to whoever sees a later store of ours, as after memcpy. */
-void copy_out(void *to, const void *from, uint64_t bytes);
+/* What copies of one conn have shown: hints, any thread's. All zero at the beginning. */
+struct copier {
+    atomic_u64 streamed_ns; /* what streaming stores took for a piece; 0: not known */
+    atomic_u64 slow;        /* whether the last ordinary piece was */
+    atomic_u64 pause;       /* so many bytes are streamed after two of them, */
+    atomic_u64 left;        /* so many of them yet */
+};
+
+/* As memcpy, for a sender that is ahead of its reader or not; from COPY_STREAM_MIN bytes on around the
+ * caches, where that is better. What was written is visible to whoever sees a later store of ours, as
+ * after memcpy. */
+void copy_out(struct copier *copier, void *to, const void *from, uint64_t bytes, bool ahead);
 
 #endif

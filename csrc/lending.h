@@ -28,6 +28,7 @@
 #include <stdbool.h>
 
 #include "arena.h"
+#include "copy.h"
 #include "segment.h"
 #include "shmrpc.h"
 
@@ -49,6 +50,7 @@ struct lending {
 
     struct arena arena; /* lock */
     struct memory *own[ARENA_SEGMENTS_MAX]; /* lock: as arena.segments */
+    struct copier copier;
     uint64_t own_max;
     uint32_t own_next;          /* lock: number of the next segment */
     shmrpc_loan *loans;         /* lock: all there are */
