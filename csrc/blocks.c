@@ -538,14 +538,11 @@ int shmrpc_arena_add(shmrpc_slot *slot, void *memory, int peer_fd)
  * are withdrawn: it will, when the peer has let go of them. */
 static bool has_room(struct lending *lending, uint64_t bytes)
 {
-    struct withdrawn withdrawn = {.count = 0};
-
     pthread_mutex_lock(&lending->lock);
     bool room = lending->conn == NULL || lending_has_room(lending, bytes);
     if (!room)
-        lending_withdraw(lending, clock_coarse_ns(), 0, &withdrawn);
+        lending_withdraw(lending, clock_coarse_ns(), 0);
     pthread_mutex_unlock(&lending->lock);
-    lending_unmap(&withdrawn);
     return room;
 }
 
@@ -635,14 +632,12 @@ static void unlock_lending(struct shmrpc_poller *poller, struct lending *lending
 int64_t shmrpc_arena_trim(shmrpc_poller *poller, uint64_t conn_id, uint64_t quiet_ns)
 {
     struct lending *lending = lock_lending(poller, conn_id);
-    struct withdrawn withdrawn;
 
     if (lending == NULL)
         return -EPIPE;
-    lending_withdraw(lending, clock_coarse_ns(), quiet_ns, &withdrawn);
+    lending_withdraw(lending, clock_coarse_ns(), quiet_ns);
     int64_t left = (int64_t)(lending->arena.bytes + load_relaxed(&lending->peer_bytes));
     unlock_lending(poller, lending);
-    lending_unmap(&withdrawn);
     return left;
 }
 

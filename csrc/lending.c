@@ -431,27 +431,19 @@ int lending_add(struct lending *lending, struct memory *memory, int peer_fd, uin
     return 0;
 }
 
-void lending_withdraw(struct lending *lending, uint64_t now_ns, uint64_t quiet_ns,
-                      struct withdrawn *withdrawn)
+void lending_withdraw(struct lending *lending, uint64_t now_ns, uint64_t quiet_ns)
 {
     int place;
 
-    withdrawn->count = 0;
     if (lending->conn == NULL)
         return;
     while ((place = arena_find_idle(&lending->arena, now_ns, quiet_ns)) >= 0 &&
            conn_withdraw(lending->conn, lending->arena.segments[place].number) == 0) {
         /* Ours goes now. It counts until the peer has let go of it as well. */
         arena_close(&lending->arena, place);
-        withdrawn->memory[withdrawn->count++] = lending->own[place];
+        memory_unref(lending->own[place]);
         lending->own[place] = NULL;
     }
-}
-
-void lending_unmap(const struct withdrawn *withdrawn)
-{
-    for (uint32_t i = 0; i < withdrawn->count; i++)
-        memory_unref(withdrawn->memory[i]);
 }
 
 /* The peer has let go of a segment. */

@@ -92,12 +92,6 @@ struct shmrpc_loan {
     shmrpc_loan *previous, *next;
 };
 
-/* Mappings of segments of ours that were withdrawn. */
-struct withdrawn {
-    struct memory *memory[ARENA_SEGMENTS_MAX];
-    uint32_t count;
-};
-
 /* Buffers of a message, being received. */
 struct received_blocks {
     shmrpc_block *blocks; /* malloc */
@@ -141,10 +135,6 @@ bool lending_has_room(const struct lending *lending, uint64_t bytes);
 /* Whether it could ever fit. */
 bool lending_allows(const struct lending *lending, uint64_t bytes);
 /* Withdraw the segments that were idle for so long. */
-void lending_withdraw(struct lending *lending, uint64_t now_ns, uint64_t quiet_ns,
-                      struct withdrawn *withdrawn);
-
-/* Unmap them: without any lock, because that takes long. */
-void lending_unmap(const struct withdrawn *withdrawn);
+void lending_withdraw(struct lending *lending, uint64_t now_ns, uint64_t quiet_ns);
 
 #endif

@@ -4,6 +4,8 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -126,10 +128,34 @@ void memory_ref(struct memory *memory)
     reference_take(&memory->references);
 }
 
+/* Giving pages back takes 0.3 ms for each MB: too long for who holds locks, or reads for others. */
+enum { UNMAP_BYTES_MAX = 1 << 20 };
+
+static void *unmap(void *memory)
+{
+    munmap(((struct memory *)memory)->base, ((struct memory *)memory)->bytes);
+    free(memory);
+    return NULL;
+}
+
+static bool unmap_elsewhere(struct memory *memory)
+{
+    sigset_t all, before;
+    pthread_t thread;
+
+    sigfillset(&all); /* signals are for the threads that there are otherwise */
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    bool started = pthread_create(&thread, NULL, unmap, memory) == 0;
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (started)
+        pthread_detach(thread);
+    return started;
+}
+
 void memory_unref(struct memory *memory)
 {
     if (!reference_drop(&memory->references))
         return;
-    munmap(memory->base, memory->bytes);
-    free(memory);
+    if (memory->bytes <= UNMAP_BYTES_MAX || !unmap_elsewhere(memory))
+        unmap(memory);
 }

@@ -33,6 +33,7 @@ enum { MEMORY_PAGE = 4096 };
 int memory_map_own(int fd, uint64_t bytes, struct memory **memory);
 int memory_map_peer(int fd, uint64_t bytes, bool trusted, struct memory **memory);
 void memory_ref(struct memory *memory);
+/* The last one unmaps it, in a thread of its own if that takes long. */
 void memory_unref(struct memory *memory);
 
 void segment_unmap(const struct segment_shm *segment, uint64_t ring_bytes);

@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <setjmp.h>
 #include <signal.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -144,6 +145,42 @@ TEST(sealing_keeps_the_owner_alone)
 TEST(unmapping_nothing)
 {
     segment_unmap(NULL, RING);
+}
+
+static unsigned mappings_of_tests(void)
+{
+    FILE *maps = fopen("/proc/self/maps", "r");
+    char line[512];
+    unsigned count = 0;
+
+    REQUIRE(maps != NULL);
+    while (fgets(line, sizeof line, maps) != NULL)
+        count += strstr(line, "memfd:shmrpc-test") != NULL;
+    fclose(maps);
+    return count;
+}
+
+/* Who lets go of much, perhaps with a lock held, does not wait until its pages are given back. */
+TEST(memory_is_unmapped_with_its_last_reference)
+{
+    static const uint64_t sizes[] = {MEMORY_PAGE, 64 << 20};
+
+    for (unsigned i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        int fd = memory_fd(sizes[i]);
+        struct memory *own, *peer;
+        REQUIRE(memory_map_own(fd, sizes[i], &own) == 0);
+        REQUIRE(memory_map_peer(fd, sizes[i], true, &peer) == 0);
+        close(fd);
+        memory_ref(peer);
+        memory_unref(peer);
+        CHECK_EQUAL(mappings_of_tests(), 2);
+        own->base[sizes[i] - 1] = 7;
+        CHECK_EQUAL(peer->base[sizes[i] - 1], 7);
+        memory_unref(own);
+        memory_unref(peer);
+        while (mappings_of_tests() != 0) /* the harness gives up at some time */
+            sleep_us(1000);
+    }
 }
 
 int main(int argc, char **argv)
