@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from .codec import Codec
 
-__all__ = ["slot_packer"]
+__all__ = ["slot_packers"]
 
 _ARRAYS = f"{__package__}.arrays"  # imported if there is a numpy array
 _LOANED = lib.SHMRPC_LOANED
@@ -30,16 +30,23 @@ _attach_now = lib.shmrpc_attach_now
 _from_buffer = ffi.from_buffer
 
 
-def slot_packer(codec: Codec, slot: Any) -> Callable[[Any], bytes]:
-    """A new function that packs a value for this C slot, which sends it next, or is detached.
+def slot_packers(codec: Codec, slot: Any) -> tuple[Callable[[Any], bytes], Callable[[Any], bytes]]:
+    """Two new functions that pack a value for this C slot, which sends it next, or is detached.
 
-    ``NotPlain`` for what it can't put into blocks now; then none of its buffers are attached. After
-    any other error they may be.
+    The first packs long bytes as all others, so who gets a long body asks ``may_hold_large``. The
+    second looks at each value for them, and begins anew whatever is attached. ``NotPlain`` for what
+    they can't put into blocks now; then no buffers are attached. After any other error some may be.
     """
     if type(codec) is not MsgpackCodec:
-        return codec.encoder()
-    pack: Callable[[Any], bytes] = msgpack.Packer(default=_Attacher(slot).default).pack
-    return pack
+        return codec.encoder(), codec.encoder()
+    attacher = _Attacher(slot)
+    pack: Callable[[Any], bytes] = msgpack.Packer(default=attacher.default).pack
+
+    def pack_lifted(value: Any) -> bytes:
+        lib.shmrpc_detach(slot)
+        return pack(attacher.lift(value, 0))
+
+    return pack, pack_lifted
 
 
 class _Attacher(Encoder):

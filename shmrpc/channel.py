@@ -16,7 +16,7 @@ import msgpack
 from . import loans
 from ._native import ffi, lib
 from .calls import Call
-from .codec import PACKING_ERRORS, Codec, MsgpackCodec, explain_arguments, pack_split
+from .codec import PACKING_ERRORS, Codec, MsgpackCodec, explain_arguments, pack_lifted, pack_split
 from .errors import Cancelled, ConnectionLost, Error, ProtocolError
 from .futures import CallFuture
 from .lending import attach
@@ -27,7 +27,7 @@ from .proxy import Proxy, make_proxy
 from .registry import make_name
 from .session import NOT_SENT, Body
 from .values import LARGE as _LARGE
-from .values import NotPlain, encode, may_hold_large, unpack_extension
+from .values import NotPlain, may_hold_large, unpack_extension
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -249,9 +249,9 @@ class Channel(ABC):
         values = [args, kwargs] if kwargs else args
         try:
             if large:
-                body, sources = encode(values)
+                body, sources = pack_lifted(slot.pack_lifted, values)
             else:
-                body, sources = pack_split(self._codec, slot.pack_beside, values)
+                body, sources = pack_split(self._codec, slot.pack_beside, values, slot.pack_lifted)
         except PACKING_ERRORS as error:
             raise self._unpackable(slot, method, args, kwargs, error) from error
         if not sources:

@@ -14,7 +14,14 @@ if TYPE_CHECKING:
 
     from .buffers import Source
 
-__all__ = ["PACKING_ERRORS", "Codec", "MsgpackCodec", "explain_arguments", "pack_split"]
+__all__ = [
+    "PACKING_ERRORS",
+    "Codec",
+    "MsgpackCodec",
+    "explain_arguments",
+    "pack_lifted",
+    "pack_split",
+]
 
 # What an encoder raises for a value that it can't pack. Anything else, such as what a signal
 # handler raised meanwhile, is not about the value.
@@ -54,9 +61,15 @@ class MsgpackCodec:
 
 
 def pack_split(
-    codec: Codec, pack: Callable[[Any], bytes], value: Any
+    codec: Codec,
+    pack: Callable[[Any], bytes],
+    value: Any,
+    lifted: Callable[[Any], bytes] | None = None,
 ) -> tuple[bytes, list[Source]]:
-    """Pack a value with this encoder of the codec: a body, and the buffers that go beside it."""
+    """Pack a value with this encoder of the codec: a body, and the buffers that go beside it.
+
+    ``lifted`` is the second one of a slot's packers (``attaching``), for what has buffers.
+    """
     try:
         body = pack(value)
         if len(body) < values.LARGE or type(codec) is not MsgpackCodec:
@@ -65,7 +78,15 @@ def pack_split(
             return body, []
     except values.NotPlain:
         pass
-    return values.encode(value)
+    return values.encode(value) if lifted is None else pack_lifted(lifted, value)
+
+
+def pack_lifted(lifted: Callable[[Any], bytes], value: Any) -> tuple[bytes, list[Source]]:
+    """Pack a value with buffers for a slot, and what of them could not be attached at once."""
+    try:
+        return lifted(value), []
+    except values.NotPlain:
+        return values.encode(value)
 
 
 def explain_arguments(

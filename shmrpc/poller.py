@@ -16,7 +16,7 @@ import weakref
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from ._native import ffi, lib
-from .attaching import slot_packer
+from .attaching import slot_packers
 from .codec import MsgpackCodec
 from .errors import ConnectError, ConnectionLost, Error, ForkedError, ProtocolError
 from .parcels import Parcel, value_of
@@ -91,7 +91,7 @@ class Freed(Protocol):
 class Slot:
     """What one thread uses for one call at a time: a C slot, its view and a packer."""
 
-    __slots__ = ("c", "connection", "message", "pack", "pack_beside", "view")
+    __slots__ = ("c", "connection", "message", "pack", "pack_beside", "pack_lifted", "view")
 
     def __init__(self, connection: Connection) -> None:
         slot = lib.shmrpc_slot_new(connection.poller.c, connection.conn_id)
@@ -109,7 +109,8 @@ class Slot:
         self.view = memoryview(ffi.buffer(lib.shmrpc_slot_view(slot), size))
         codec = connection.codec
         self.pack: Callable[[Any], bytes] = codec.encoder()
-        self.pack_beside = slot_packer(codec, self.c)  # for a message that this slot sends next
+        # For a message that this slot sends next.
+        self.pack_beside, self.pack_lifted = slot_packers(codec, self.c)
 
     # Before a call raises: its frames refer to the slot, and who keeps the exception keeps them.
 
@@ -122,7 +123,7 @@ class Slot:
     def give_back(self) -> None:
         """Put what it has into the pool, as another object."""
         other = Slot.__new__(Slot)
-        for name in ("c", "connection", "message", "pack", "pack_beside", "view"):
+        for name in self.__slots__:
             setattr(other, name, getattr(self, name))
             delattr(self, name)
         other.connection.slots.append(other)

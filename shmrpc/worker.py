@@ -18,9 +18,9 @@ from msgpack import unpackb
 
 from . import loans
 from ._native import ffi, lib
-from .attaching import slot_packer
+from .attaching import slot_packers
 from .calls import Requests
-from .codec import Codec, MsgpackCodec, pack_split
+from .codec import Codec, MsgpackCodec, pack_lifted, pack_split
 from .context import CallContext, enter_worker, leave_worker
 from .errors import Cancelled, ConnectionLost, Error, RemoteError
 from .failures import Failure
@@ -89,7 +89,8 @@ class Worker:
     def _new_packers(self) -> None:
         codec = self._host.codec
         self._pack = codec.encoder()
-        self._pack_beside = slot_packer(codec, self._slot)  # for what this slot sends next
+        # For what this slot sends next.
+        self._pack_beside, self._pack_lifted = slot_packers(codec, self._slot)
 
     def run(self) -> None:
         """Serve until the poller stops."""
@@ -220,7 +221,7 @@ class Worker:
             else:
                 result = function(*args)
             if message.kind != lib.SHMRPC_NOTIFY:
-                packed, sources = pack_split(self._host.codec, self._pack_beside, result)
+                packed, sources = self._split(result)
                 alive = self._attach(sources, "the result")
                 # Views of the caller's blocks go back before the reply, not after it: then its
                 # next call finds them free, and still in the caches.
@@ -277,10 +278,13 @@ class Worker:
         what = f"{what} of {self._method_name()!r}"
         return attach(connection, self._slot, sources, deadline, what)
 
+    def _split(self, result: Any) -> tuple[bytes, list[Source]]:
+        return pack_split(self._host.codec, self._pack_beside, result, self._pack_lifted)
+
     def _reply_beside(self, result: Any) -> None:
         """Reply with a result that has buffers."""
         try:
-            packed, sources = encode(result)
+            packed, sources = pack_lifted(self._pack_lifted, result)
             alive = self._attach(sources, "the result")
             self._reply(packed)
             del alive
@@ -353,7 +357,7 @@ class Worker:
                 self._reply(b"")
             else:
                 result = outcome
-                packed, sources = pack_split(self._host.codec, self._pack_beside, result)
+                packed, sources = self._split(result)
                 alive = self._attach(sources, "the result")
                 self._reply(packed)
                 del alive
@@ -370,51 +374,55 @@ class Worker:
         pack, send = self._pack, lib.shmrpc_send_item
         expires = deadline != FOREVER
         plain = type(self._host.codec) is MsgpackCodec
-        sources: Sequence[Source] = ()
+        beside = False  # the last item had buffers, and so may this one
         try:
             for item in items:
+                alive: Any = None  # until it was sent
                 try:
-                    body = pack(item)
-                    if len(body) >= _LARGE and plain and may_hold_large(body):
-                        body, sources = encode(item)
+                    body = self._pack_lifted(item) if beside else pack(item)
+                    if len(body) >= _LARGE and plain and not beside and may_hold_large(body):
+                        raise NotPlain
                 except NotPlain:
-                    body, sources = self._split(item)
+                    body, alive = self._pack_item(item)
+                    beside = True
                 except Exception as error:
                     raise self._unpackable(item, error) from error
                 size = len(body)
                 late = expires and time.monotonic() >= deadline
                 if late or stream.cancelled or not stream.may_send():
                     self._wait_for_credit(connection, stream, deadline)
-                if sources:
-                    size += sum(source.nbytes for source in sources)
-                    status = self._send_beside(stream, call_id, body, sources)
-                    del item  # or what it is made of is not given back
-                    sources = ()
-                else:
-                    stream.sent(size)
-                    status = send(slot, 0, call_id, body, size)
+                if beside:
+                    weight = lib.shmrpc_attached_weight(slot)
+                    beside = weight != 0
+                    size += weight
+                stream.sent(size)
+                status = send(slot, 0, call_id, body, len(body))
+                del alive
                 if status < 0:
-                    self._refuse_item(connection, status, size)
+                    self._refuse_item(connection, status, self._size_of(item))
+                if beside:
+                    del item  # or what it is made of is not given back
         finally:
             # GeneratorExit in the handler, unless it has ended by itself.
             close = getattr(items, "close", None)
             if close is not None:
                 close()
 
-    def _split(self, item: Any) -> tuple[bytes, Sequence[Source]]:
+    def _pack_item(self, item: Any) -> tuple[bytes, Any]:
+        """Pack an item with buffers; waits for room for them."""
         try:
-            return encode(item)
+            body, sources = self._split_item(item)
         except Exception as error:
             raise self._unpackable(item, error) from error
+        return body, self._attach(sources, "an item")
 
-    def _send_beside(
-        self, stream: Stream, call_id: int, body: bytes, sources: Sequence[Source]
-    ) -> int:
-        alive = self._attach(sources, "an item")
-        stream.sent(len(body) + lib.shmrpc_attached_weight(self._slot))
-        status: int = lib.shmrpc_send_item(self._slot, 0, call_id, body, len(body))
-        del alive
-        return status
+    def _split_item(self, item: Any) -> tuple[bytes, Sequence[Source]]:
+        return pack_lifted(self._pack_lifted, item)
+
+    @staticmethod
+    def _size_of(item: Any) -> int:
+        body, sources = encode(item)
+        return len(body) + sum(source.nbytes for source in sources)
 
     def _wait_for_credit(self, connection: Connection, stream: Stream, deadline: float) -> None:
         def ready() -> bool:

@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any, Protocol
 
 from shmrpc._native import lib
-from shmrpc.codec import pack_split
+from shmrpc.codec import PACKING_ERRORS, pack_split
 from shmrpc.errors import Cancelled, DeadlineExceeded, Error, MessageTooLarge, ProtocolError
 from shmrpc.metadata import unpack_metadata, unpack_reply_metadata
 from shmrpc.parcels import Parcel
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
     from types import TracebackType
 
-    from shmrpc.buffers import Source
     from shmrpc.poller import Connection
 
 __all__ = ["AsyncReceiver", "Call", "send_item"]
@@ -94,14 +93,14 @@ async def send_item(
     stream: Stream,
     call_id: int,
     flags: int,
-    body: bytes,
-    sources: Sequence[Source],
+    item: Any,
     may_send: Callable[[], bool],
     deadline: float,
 ) -> int:
-    """Send one packed item when there is credit: 0, or -errno (-ETIMEDOUT without credit).
+    """Send one item when there is credit: 0, or -errno (-ETIMEDOUT without credit).
 
-    It waits for room for what goes beside it, and raises as ``shmrpc.lending.attach``.
+    It waits for room for what goes beside it, and raises as ``shmrpc.lending.attach``, or one of
+    ``PACKING_ERRORS``.
     """
     waiters = stream.waiters
     if not isinstance(waiters, LoopWaiters):
@@ -111,16 +110,18 @@ async def send_item(
     if not stream.may_send():
         return 0  # over: the caller of this looks why
     slot = connection.slot()
-    size = len(body)
     alive: Any = None  # until it was sent
     try:
+        body, sources = pack_split(connection.codec, slot.pack_beside, item, slot.pack_lifted)
         if sources:
             alive = await attach(connection, slot.c, sources, deadline, "an item of a stream")
-            size += lib.shmrpc_attached_weight(slot.c)
+        size = len(body) + lib.shmrpc_attached_weight(slot.c)
         status = lib.shmrpc_send_item(slot.c, flags, call_id, body, len(body))
-    finally:
-        connection.slots.append(slot)
-        del alive
+    except BaseException:
+        slot.let_go()  # its packers may hold half a message
+        raise
+    connection.slots.append(slot)
+    del alive
     if status >= 0:
         stream.sent(size)
         poller_of(connection).schedule()
@@ -239,29 +240,26 @@ class Call:
         stream = self._stream
         if not self._sends or stream.ended or self._closed:
             self._refuse_send()
-        codec = self._connection.codec
-        try:
-            body, sources = pack_split(codec, codec.encoder(), item)
-        except Exception as error:
-            kind = type(item).__qualname__
-            msg = f"a message for {self.method!r} can't be sent: {error} (of type {kind})"
-            raise (TypeError if isinstance(error, TypeError) else ValueError)(msg) from error
 
         def may_send() -> bool:
             return stream.may_send() or stream.ended or self._closed
 
-        status = await self._cancelling(
-            send_item(
-                self._connection,
-                stream,
-                self.call_id,
-                lib.SHMRPC_FLAG_CALLER,
-                body,
-                sources,
-                may_send,
-                self.deadline,
+        try:
+            status = await self._cancelling(
+                send_item(
+                    self._connection,
+                    stream,
+                    self.call_id,
+                    lib.SHMRPC_FLAG_CALLER,
+                    item,
+                    may_send,
+                    self.deadline,
+                )
             )
-        )
+        except PACKING_ERRORS as error:
+            kind = type(item).__qualname__
+            msg = f"a message for {self.method!r} can't be sent: {error} (of type {kind})"
+            raise (TypeError if isinstance(error, TypeError) else ValueError)(msg) from error
         if status == -errno.ETIMEDOUT:
             raise self._late()
         if status == -errno.EMSGSIZE:

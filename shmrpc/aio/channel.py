@@ -146,9 +146,9 @@ class Channel(ABC):
         self, slot: Slot, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[bytes, Sequence[Source]]:
         try:
-            return pack_split(self._codec, slot.pack, [args, kwargs] if kwargs else args)
-        except PACKING_ERRORS as error:
-            slot.pack = self._codec.encoder()  # the old one may hold half a message
+            values = [args, kwargs] if kwargs else args
+            return pack_split(self._codec, slot.pack_beside, values, slot.pack_lifted)
+        except PACKING_ERRORS as error:  # the slot's packers may hold half a message: let it go
             raise explain_arguments(self._codec, method, args, kwargs, error) from error
 
     def _deadline(self, timeout: float | None) -> float:

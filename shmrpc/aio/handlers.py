@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from shmrpc import loans
 from shmrpc._native import ffi, lib
 from shmrpc.bytestream import refuse
-from shmrpc.codec import MsgpackCodec, pack_split
+from shmrpc.codec import MsgpackCodec, pack_lifted, pack_split
 from shmrpc.context import CallContext, enter_task, leave_task
 from shmrpc.errors import (
     STATUS_NUMBERS,
@@ -31,7 +31,7 @@ from shmrpc.metadata import pack_metadata, pack_reply_metadata, unpack_metadata
 from shmrpc.parcels import Parcel
 from shmrpc.poller import FOREVER, Connection, Running, metadata_of
 from shmrpc.session import Stream
-from shmrpc.values import LARGE, NotPlain, encode, may_hold_large
+from shmrpc.values import LARGE, NotPlain, may_hold_large
 
 from .calls import AsyncReceiver, send_item
 from .eager import starter_of
@@ -42,7 +42,6 @@ from .pending import NO_VALUE
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 
-    from shmrpc.buffers import Source
     from shmrpc.codec import Codec
     from shmrpc.failures import Stage
     from shmrpc.lending import Steps
@@ -499,9 +498,9 @@ class Handlers:
         """Send a result with buffers of a call that no task runs: it may have to wait for room."""
         call.started = True
         try:
-            body, sources = encode(result)
+            held = [result]
             del result
-            await self._end_beside(call, body, sources)
+            await self._end_beside(call, held)
         except asyncio.CancelledError:
             self._end(call, _CANCELLED)
             if not call.cancelled_by_caller:
@@ -537,10 +536,15 @@ class Handlers:
                 self._end(call, 0, b"")
             else:
                 stage = "result"
-                body, sources = pack_split(self._codec, self._pack, result)
-                if sources:
+                try:
+                    body = self._pack(result)
+                    plain = type(self._codec) is MsgpackCodec
+                    if len(body) >= LARGE and plain and may_hold_large(body):
+                        raise NotPlain
+                except NotPlain:
+                    held = [result]
                     args, kwargs, result, called = (), {}, None, None
-                    await self._end_beside(call, body, sources)
+                    await self._end_beside(call, held)
                 else:
                     self._end(call, 0, body)
         except asyncio.CancelledError:
@@ -604,12 +608,12 @@ class Handlers:
 
         try:
             async for item in source:
-                body, sources = pack_split(self._codec, self._pack, item)
                 status = await send_item(
-                    call.connection, stream, call.call_id, 0, body, sources, may_send, deadline
+                    call.connection, stream, call.call_id, 0, item, may_send, deadline
                 )
                 if status == _EMSGSIZE:
                     peer = call.connection.peer
+                    body, sources = pack_split(self._codec, self._pack, item)
                     size = len(body) + sum(source.nbytes for source in sources)
                     msg = f"an item of {size} bytes is longer than {peer} accepts"
                     raise MessageTooLarge(msg)
@@ -644,8 +648,8 @@ class Handlers:
             call.connection.session.requests.pop(call.call_id, None)
         call.task = None
 
-    async def _end_beside(self, call: Incoming, body: bytes, sources: list[Source]) -> None:
-        """Send a result that has buffers beside it."""
+    async def _end_beside(self, call: Incoming, held: list[Any]) -> None:
+        """Send a result that has buffers beside it. Nobody but the list holds it."""
         connection = call.connection
         if call.kind == _NOTIFY or connection.closed:
             return
@@ -653,15 +657,22 @@ class Handlers:
         deadline = call.deadline if call.deadline is not None else FOREVER
         alive: Any = None  # until it was sent
         try:
-            what = f"the result of {call.method.name!r}" if call.method is not None else "a result"
-            alive = await attach(connection, slot.c, sources, deadline, what)
-            # If these are views of the caller's blocks, they go back before the reply: its next
-            # call finds them free, and still in the caches.
-            sources.clear()
+            body, sources = pack_lifted(slot.pack_lifted, held[0])
+            # If it has views of the caller's blocks, they go back before the reply: its next call
+            # finds them free, and still in the caches.
+            held.clear()
+            if sources:
+                what = call.method.name if call.method is not None else ""
+                what = f"the result of {what!r}"
+                alive = await attach(connection, slot.c, sources, deadline, what)
+                sources.clear()
             self._end(call, 0, body, slot)
-        finally:
-            connection.slots.append(slot)
-            del alive
+        except BaseException:
+            slot.let_go()  # its packers may hold half a message
+            raise
+        lib.shmrpc_detach(slot.c)  # if nobody wanted it
+        connection.slots.append(slot)
+        del alive
 
     def _end(
         self, call: Incoming, status: int, body: bytes = b"", slot: Slot | None = None

@@ -230,8 +230,7 @@ class RawCall(Call):
 
     _failed: BaseException | None = None
 
-    def _split(self, slot: Slot, item: Any, _error: Exception) -> tuple[bytes, Sequence[Source]]:
-        slot.pack = self._connection.codec.encoder()
+    def _split(self, _slot: Slot, item: Any) -> tuple[bytes, Sequence[Source]]:
         return split(item)
 
     def woken(self, _caller: Stream) -> None:

@@ -152,8 +152,13 @@ class PassingWorker(Worker):
         if status < 0:
             self._reply_error("shmrpc.MessageTooLarge", _EMSGSIZE_TEXT, "RESOURCE_EXHAUSTED")
 
-    def _split(self, item: Any) -> tuple[bytes, Sequence[Source]]:
+    def _split_item(self, item: Any) -> tuple[bytes, Sequence[Source]]:
         return split(item)
+
+    @staticmethod
+    def _size_of(item: Any) -> int:
+        body, sources = split(item)
+        return len(body) + sum(source.nbytes for source in sources)
 
     def _request(self) -> Request:
         message = self._message
@@ -237,12 +242,12 @@ class PassingWorker(Worker):
                 up.join()
 
     def _send_down(self, call: RawCall, connection: Connection, stream: Stream) -> int:
-        self._pack = same
+        self._pack = self._pack_lifted = same
         try:
             deadline = self._deadline() or FOREVER
             self._send_items(self._replies(call, stream), connection, stream, deadline)
         finally:
-            self._pack = self._host.codec.encoder()
+            self._new_packers()
         reply = call.reply()
         self._send(reply)
         return reply.status
