@@ -276,32 +276,25 @@ class Call:
             if stream.ended or self._closed or not self._sends:
                 self._refuse_send()
             slot = connection.slot()
-            beside = self._beside
-            alive: Any = None  # until it was sent
+            beside: Any = self._beside
             try:
                 body = slot.pack_lifted(item) if beside else slot.pack(item)
                 if len(body) >= LARGE and self._plain and not beside and may_hold_large(body):
                     raise NotPlain
             except NotPlain:
-                body, alive = self._pack_beside(slot, item)
-                beside = True
+                body, *beside = self._pack_beside(slot, item)  # has to live until it was sent
             except PACKING_ERRORS as error:
                 raise self._unpackable(slot, item, error) from error
-            size = count = len(body)
+            size = len(body)
             if not stream.may_send():
-                self._wait(lambda: stream.may_send() or stream.ended)
-                if self._stream.ended or self._closed:
-                    lib.shmrpc_detach(slot.c)
-                    self._refuse_send()
+                self._wait_for_credit(slot)
             if beside:
-                weight = lib.shmrpc_attached_weight(slot.c)
-                self._beside = weight != 0
-                size += weight
-            # Stream.sent written out, as _check_fork above: together 0.2 us of 1.3.
-            stream.sent_messages += 1
-            stream.sent_bytes += size
-            status = _send_item(slot.c, _FROM_CALLER, self._call_id, body, count)
-            del alive
+                size, status = self._send_beside(slot, body)
+            else:
+                # Stream.sent written out, as _check_fork above: together 0.2 us of 1.3.
+                stream.sent_messages += 1
+                stream.sent_bytes += size
+                status = _send_item(slot.c, _FROM_CALLER, self._call_id, body, size)
             if status > 0:
                 # Nobody but this thread may be there to see to the rest.
                 status = self._guard(lambda: connection.flush(slot, self.deadline))  # noqa: F821
@@ -322,6 +315,24 @@ class Call:
             raise self._late()
         self._wait(lambda: stream.over)  # the connection has ended: learn how
         self._refuse_send()
+
+    def _wait_for_credit(self, slot: Slot) -> None:
+        stream = self._stream
+        try:
+            self._wait(lambda: stream.may_send() or stream.ended)
+            if stream.ended or self._closed:
+                self._refuse_send()
+        except BaseException:
+            lib.shmrpc_detach(slot.c)  # somebody may keep our frame
+            raise
+
+    def _send_beside(self, slot: Slot, body: bytes) -> tuple[int, int]:
+        """Send a message that may have buffers: what it counts for, and the status."""
+        weight = lib.shmrpc_attached_weight(slot.c)
+        self._beside = weight != 0
+        size = len(body) + weight
+        self._stream.sent(size)
+        return size, _send_item(slot.c, _FROM_CALLER, self._call_id, body, len(body))
 
     def _pack_beside(self, slot: Slot, item: Any) -> tuple[bytes, Any]:
         """Pack an item with buffers, and attach these; waits for room for them."""
