@@ -24,7 +24,7 @@ from .metadata import unpack_metadata, unpack_reply_metadata
 from .parcels import Parcel
 from .poller import FOREVER, Connection, Waiters, check_timeout
 from .session import Body, Stream
-from .values import LARGE, NotPlain, may_hold_large
+from .values import LARGE, NOT_PLAIN, NotPlain, may_hold_large
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -281,7 +281,7 @@ class Call:
                 body = slot.pack_lifted(item) if beside else slot.pack(item)
                 if len(body) >= LARGE and self._plain and not beside and may_hold_large(body):
                     raise NotPlain
-            except NotPlain:
+            except NOT_PLAIN:
                 body, *beside = self._pack_beside(slot, item)  # has to live until it was sent
             except PACKING_ERRORS as error:
                 raise self._unpackable(slot, item, error) from error

@@ -27,7 +27,7 @@ from .proxy import Proxy, make_proxy
 from .registry import make_name
 from .session import NOT_SENT, Body
 from .values import LARGE as _LARGE
-from .values import NotPlain, may_hold_large, unpack_extension
+from .values import NOT_PLAIN, may_hold_large, unpack_extension
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -163,7 +163,7 @@ class Channel(ABC):
             name = self._name(method)
         try:
             body = slot.pack_beside(args)
-        except NotPlain:  # it holds what can't go into blocks at once
+        except NOT_PLAIN:  # it holds what can't go into blocks at once
             return self._call_beside(slot, method, args)
         except PACKING_ERRORS as error:
             raise self._unpackable(slot, method, args, kwargs, error) from error

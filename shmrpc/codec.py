@@ -76,7 +76,7 @@ def pack_split(
             return body, []
         if not values.may_hold_large(body):
             return body, []
-    except values.NotPlain:
+    except values.NOT_PLAIN:
         pass
     return values.encode(value) if lifted is None else pack_lifted(lifted, value)
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "EXT_CODE",
     "LARGE",
+    "NOT_PLAIN",
     "Encoder",
     "NotPlain",
     "decode",
@@ -58,6 +59,10 @@ _new = tuple.__new__  # an ExtType without its checks, which take longer than al
 
 class NotPlain(TypeError):
     """A value is one of those that ``encode`` is for."""
+
+
+# What ``packer`` raises for those; the other one is msgpack's, for a short memoryview with gaps.
+NOT_PLAIN = (NotPlain, BufferError)
 
 
 @functools.cache

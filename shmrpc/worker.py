@@ -29,7 +29,7 @@ from .metadata import pack_metadata, pack_reply_metadata, unpack_metadata
 from .poller import FOREVER, Connection, Poller, Waiters
 from .rendezvous import Credentials
 from .values import LARGE as _LARGE
-from .values import NotPlain, encode, may_hold_large, unpack_extension
+from .values import NOT_PLAIN, NotPlain, encode, may_hold_large, unpack_extension
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -126,7 +126,7 @@ class Worker:
                     result = functions[message.method](*args)
                     body = pack(result)
                 except BaseException as error:
-                    if result is not _NOT_YET and type(error) is NotPlain:
+                    if result is not _NOT_YET and isinstance(error, NOT_PLAIN):
                         self._reply_beside(result)
                     else:
                         self._fail(error, args, result)
@@ -248,7 +248,7 @@ class Worker:
             if len(body) >= _LARGE and may_hold_large(body):
                 raise NotPlain
         except BaseException as error:
-            if result is not _NOT_YET and type(error) is NotPlain:
+            if result is not _NOT_YET and isinstance(error, NOT_PLAIN):
                 args = ()
                 self._reply_beside(result)
             else:
@@ -382,7 +382,7 @@ class Worker:
                     body = self._pack_lifted(item) if beside else pack(item)
                     if len(body) >= _LARGE and plain and not beside and may_hold_large(body):
                         raise NotPlain
-                except NotPlain:
+                except NOT_PLAIN:
                     body, alive = self._pack_item(item)
                     beside = True
                 except Exception as error:

@@ -25,6 +25,19 @@ def make_server(addresses, options):
         return value
 
     @server.method
+    async def gaps(size):
+        return memoryview(b"ab" * size)[::2]
+
+    @server.method(inline=True)
+    def gaps_inline(size):
+        return memoryview(b"ab" * size)[::2]
+
+    @server.method
+    async def gaps_streamed(*sizes):
+        for size in sizes:
+            yield memoryview(b"ab" * size)[::2]
+
+    @server.method
     async def objects():
         return np.array([object()])
 

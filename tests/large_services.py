@@ -59,6 +59,15 @@ def add_methods(server):
         for number in range(count):
             yield np.full(size, number % 251, "u1")
 
+    @method
+    def gaps(size):
+        """A view of so many bytes that do not lie side by side."""
+        return memoryview(b"ab" * size)[::2]
+
+    @method
+    def stream_gaps(*sizes):
+        yield from map(gaps, sizes)
+
     @method(requests=True)
     def sums(requests):
         for array in requests:

@@ -94,6 +94,24 @@ async def settled(client):
 # ---- what arrives ----
 
 
+@pytest.mark.parametrize("size", [100, 50_000])
+def test_views_with_gaps_are_copied(run, address, size):
+    view, data = memoryview(b"ab" * size)[::2], b"a" * size
+
+    async def main():
+        async with aio.connect(address) as client:
+            assert await client.call("echo", view) == data
+            assert await client.call("echo", value=[view]) == [data]
+            assert await client.call("gaps", size) == data
+            assert await client.call("gaps_inline", size) == data
+            assert [item async for item in client.stream("gaps_streamed", size, size)] == [data] * 2
+            async with client.open("doubled") as call:
+                await call.send([view])
+                assert await anext(call) == [data] * 2
+
+    run(main)
+
+
 @pytest.mark.parametrize("method", ["echo", "inline", "plain"])
 def test_values_arrive(run, address, method):
     async def main():

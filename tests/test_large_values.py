@@ -108,6 +108,21 @@ def test_kinds_are_the_same_by_every_transport(client, size):
     assert type(client.call("echo", shmrpc.Buffer(data))) is shmrpc.Buffer
 
 
+@pytest.mark.parametrize("size", [0, 1, 100, LARGE - 1, LARGE, 100_000])
+def test_views_with_gaps_are_copied(client, size):
+    view, data = memoryview(b"ab" * size)[::2], b"a" * size
+    assert client.call("echo", view) == data
+    assert client.call("echo", value=[view, view]) == [data, data]
+    assert client.submit("echo", view).result() == data
+    assert client.call("gaps", size) == data
+    assert list(client.stream("stream_gaps", size, size)) == [data, data]
+    with client.open("echoes") as call:
+        call.send(view)
+        call.send([np.ones(LARGE, "u1"), view])
+        assert next(call) == data
+        assert next(call)[1] == data
+
+
 def test_nested_and_several(client):
     value = {
         "a": [np.arange(10_000), b"b" * 50_000, "text", None],

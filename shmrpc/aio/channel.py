@@ -20,7 +20,7 @@ from shmrpc.poller import FOREVER, Connection, Slot, check_timeout
 from shmrpc.proxy import Proxy, make_proxy
 from shmrpc.registry import make_name
 from shmrpc.session import NOT_SENT
-from shmrpc.values import LARGE, NotPlain, may_hold_large
+from shmrpc.values import LARGE, NOT_PLAIN, may_hold_large
 
 from .calls import Call
 from .lending import attach, meet_all
@@ -209,7 +209,7 @@ class Channel(ABC):
             body = slot.pack(args)
             size = len(body)
             large = size >= LARGE and self._plain and may_hold_large(body)
-        except NotPlain:
+        except NOT_PLAIN:
             body, size, large = b"", 0, True
         except PACKING_ERRORS:
             slots.pop()

@@ -31,7 +31,7 @@ from shmrpc.metadata import pack_metadata, pack_reply_metadata, unpack_metadata
 from shmrpc.parcels import Parcel
 from shmrpc.poller import FOREVER, Connection, Running, metadata_of
 from shmrpc.session import Stream
-from shmrpc.values import LARGE, NotPlain, may_hold_large
+from shmrpc.values import LARGE, NOT_PLAIN, NotPlain, may_hold_large
 
 from .calls import AsyncReceiver, send_item
 from .eager import starter_of
@@ -474,7 +474,7 @@ class Handlers:
         try:
             body = self._pack(result)
             large = len(body) >= LARGE and may_hold_large(body)
-        except NotPlain:
+        except NOT_PLAIN:
             body, large = b"", True
         except Exception as error:
             self._fail(call, error, "result")
@@ -541,7 +541,7 @@ class Handlers:
                     plain = type(self._codec) is MsgpackCodec
                     if len(body) >= LARGE and plain and may_hold_large(body):
                         raise NotPlain
-                except NotPlain:
+                except NOT_PLAIN:
                     held = [result]
                     args, kwargs, result, called = (), {}, None, None
                     await self._end_beside(call, held)
