@@ -208,6 +208,15 @@ int arena_find_idle(const struct arena *arena, uint64_t now_ns, uint64_t quiet_n
     return -ENOENT;
 }
 
+bool arena_is_lent(const struct arena *arena)
+{
+    bool lent = arena->lent_blocks != 0;
+
+    for (int i = 0; i < ARENA_SEGMENTS_MAX && !lent; i++)
+        lent = arena->segments[i].base != NULL && arena->segments[i].closed;
+    return lent;
+}
+
 void arena_close(struct arena *arena, int segment)
 {
     arena->segments[segment].closed = true;

@@ -86,6 +86,8 @@ bool arena_has_place(const struct arena *arena);
 int arena_add(struct arena *arena, uint8_t *base, uint64_t bytes, uint32_t number, uint64_t now_ns);
 /* The place of a segment of which nothing was in use for so long, or -ENOENT. */
 int arena_find_idle(const struct arena *arena, uint64_t now_ns, uint64_t quiet_ns);
+/* Whether the peer has a block, or a closed segment that it has not let go of yet. */
+bool arena_is_lent(const struct arena *arena);
 /* Cut nothing from it any more; nothing of it is in use. */
 void arena_close(struct arena *arena, int segment);
 /* Take a closed one out. */

@@ -637,6 +637,8 @@ int64_t shmrpc_arena_trim(shmrpc_poller *poller, uint64_t conn_id, uint64_t quie
         return -EPIPE;
     lending_withdraw(lending, clock_coarse_ns(), quiet_ns);
     int64_t left = (int64_t)(lending->arena.bytes + load_relaxed(&lending->peer_bytes));
+    if (arena_is_lent(&lending->arena) && lending->conn != NULL)
+        workers_read_again(poller, lending->conn); /* returns rang no bell, and it may be asleep */
     unlock_lending(poller, lending);
     return left;
 }

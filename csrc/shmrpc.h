@@ -439,8 +439,8 @@ int64_t shmrpc_wait_blocks(shmrpc_slot *slot, uint64_t bytes, int64_t timeout_ns
 int shmrpc_want_blocks(shmrpc_slot *slot, uint64_t bytes);
 /* Who waits for room in this conn's arena looks again. Any thread; nothing if the conn is gone. */
 void shmrpc_tell_blocks(shmrpc_poller *poller, uint64_t conn_id);
-/* Give segments back to the system of which nothing was in use for so long. Returns how many bytes
- * our arena and the peer's have left, or -EPIPE. */
+/* Give segments back to the system of which nothing was in use for so long, and have read what the peer
+ * has given back without a bell. Returns how many bytes our arena and the peer's have left, or -EPIPE. */
 int64_t shmrpc_arena_trim(shmrpc_poller *poller, uint64_t conn_id, uint64_t quiet_ns);
 /* 0 or -EPIPE. */
 int shmrpc_arena_stats_of(shmrpc_poller *poller, uint64_t conn_id, shmrpc_arena_stats *stats);

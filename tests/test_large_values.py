@@ -352,6 +352,21 @@ def test_idle_memory_goes_back_to_the_system(large, connect, monkeypatch):
         wait_until(lambda: not arenas(client))
 
 
+def test_an_idle_server_learns_what_came_back(directory, connect, monkeypatch):
+    """Returns ring no bell, and nobody calls any more."""
+    monkeypatch.setattr(tending, "QUIET", 0.1)
+    server = shmrpc.Server("idle")
+    server.method(lambda: np.ones(4 * MIB, "u1"), name="make")
+    with server:
+        client = connect("idle")
+        held = client.call("make")
+        wait_until(lambda: server.stats()["sleeps"] > 0 and server.stats()["lent_blocks"] == 1)
+        sleeps = server.stats()["sleeps"]
+        wait_until(lambda: server.stats()["sleeps"] > sleeps)  # it has looked in vain meanwhile
+        del held
+        wait_until(lambda: server.stats()["arena_bytes"] == 0)
+
+
 def arenas(client):
     stats = client.stats()
     return stats["arena_bytes"] + stats["peer_arena_bytes"]
