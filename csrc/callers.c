@@ -748,7 +748,7 @@ int64_t shmrpc_send_request(shmrpc_slot *slot, uint64_t call_id, const shmrpc_na
     if (conn_hung_up(slot->conn))
         return -ENOTCONN;
     int status = poller_send(slot->poller, slot->conn, &message, &position);
-    return status < 0 ? status : (int64_t)load_relaxed(&position);
+    return status < 0 ? status : (int64_t)(load_relaxed(&position) << 1) + status;
 }
 
 int shmrpc_send_reply(shmrpc_slot *slot, uint64_t call_id, const char *body, size_t body_bytes)
@@ -890,14 +890,16 @@ int shmrpc_take(shmrpc_slot *slot)
     struct shmrpc_poller *poller = slot->poller;
 
     poller_lock(poller);
-    struct stored *stored = stored_pop(&poller->events);
+    bool taken = events_take_batch(poller, slot);
+    struct stored *stored = taken ? NULL : stored_pop(&poller->events);
     if (stored != NULL) {
         store_relaxed(&poller->event_count, load_relaxed(&poller->event_count) - 1);
         slot_take(slot, stored);
         stored_free(stored);
+        taken = true;
     } else {
         slot_drop_blocks(slot); /* what the last one had and nobody took is not kept until the next */
     }
     poller_unlock(poller);
-    return stored != NULL;
+    return taken;
 }

@@ -199,14 +199,18 @@ void shmrpc_poller_stop(shmrpc_poller *poller)
     poller_kick(poller);
 }
 
-shmrpc_brief *shmrpc_poller_batch(shmrpc_poller *poller)
+shmrpc_brief *shmrpc_poller_batch(shmrpc_poller *poller, int is_event)
 {
     struct batch *batch = &poller->batch;
 
+    poller_lock(poller);
     if (batch->bytes == NULL)
         batch->bytes = malloc(SHMRPC_BATCH_BYTES);
-    if (batch->bytes != NULL && batch->briefs == NULL)
+    if (batch->bytes != NULL && batch->briefs == NULL) {
         batch->briefs = calloc(SHMRPC_BATCH_BRIEFS, sizeof *batch->briefs);
+        batch->is_event = batch->open = batch->briefs != NULL && is_event != 0;
+    }
+    poller_unlock(poller);
     return batch->briefs;
 }
 

@@ -110,12 +110,13 @@ struct counters {
     atomic_u64 calls_queued, queued_ns;
 };
 
-/* Plain messages for an event loop, of one shmrpc_poll: nothing is allocated for them. */
+/* Plain messages for Python: nothing is allocated for them. They are older than any event. */
 struct batch {
     shmrpc_brief *briefs; /* null: messages are events */
     uint8_t *bytes;
     uint32_t count, used;
-    bool open; /* leader: it is in shmrpc_poll */
+    bool open;      /* lock: messages may be added */
+    bool is_event;  /* lock: it is for shmrpc_take, which closes it; else for shmrpc_poll */
 };
 
 struct hot_list {
@@ -149,7 +150,7 @@ struct shmrpc_poller {
     uint64_t spawned_ns;   /* lock: when one was asked for last */
     uint32_t blocked;      /* lock: requests whose thread waits for something on this poller */
     bool event_requests;   /* lock: requests are events */
-    struct batch batch;    /* leader */
+    struct batch batch;    /* leader, lock */
     uint64_t armed_ns;     /* leader: when poller_arm armed, 0 if it did not spin before */
     bool retired;          /* lock: a client's conn has ended, its workers end */
     uint64_t queued_bytes;                    /* lock */
@@ -232,6 +233,8 @@ int events_receive(struct shmrpc_poller *poller, struct conn *conn,
  * consumed. */
 bool events_add_brief(struct shmrpc_poller *poller, struct conn *conn,
                       const struct frame_header *header);
+/* With the lock held: the batch, if it has anything, is the slot's message from now on. */
+bool events_take_batch(struct shmrpc_poller *poller, struct shmrpc_slot *slot);
 /* A frame of a stream has arrived. Consumes it. */
 int events_stream(struct shmrpc_poller *poller, struct conn *conn,
                   const struct frame_header *header);

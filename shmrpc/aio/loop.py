@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import functools
-import struct
 import time
 from asyncio import get_running_loop
 from time import monotonic
@@ -21,7 +20,7 @@ import msgpack
 from shmrpc._native import ffi, lib
 from shmrpc.codec import MsgpackCodec
 from shmrpc.errors import Error
-from shmrpc.poller import Connection, Poller, Slot, Wait
+from shmrpc.poller import BRIEF, Connection, Poller, Slot, Wait
 from shmrpc.values import unpack_extension
 
 from .pending import Pending
@@ -41,7 +40,6 @@ _NOTHING = -errno.EAGAIN
 _poll = lib.shmrpc_poll
 
 _REPLY = lib.SHMRPC_REPLY
-_BRIEF = struct.Struct("=QQQiHHII")  # shmrpc_brief
 
 # How long the poller may go on while nothing else is ready, before it looks whether that is so, and
 # its longest spin: together what a timer or another socket may have to wait.
@@ -150,13 +148,8 @@ class LoopPoller(Poller):
         self._scheduled = False
         self._quiet = 0
         self._last_poll = 0.0
-        briefs = lib.shmrpc_poller_batch(self.c)
-        if briefs == ffi.NULL:
-            raise MemoryError
-        self._batch_briefs = memoryview(ffi.buffer(briefs, lib.SHMRPC_BATCH_BRIEFS * _BRIEF.size))
+        self.open_batch(is_event=False)
         self._briefs: Iterator[tuple[Any, ...]] = iter(())  # that were not taken yet
-        batch = lib.shmrpc_poller_batch_bytes(self.c)
-        self._batch = memoryview(ffi.buffer(batch, lib.SHMRPC_BATCH_BYTES))
         self._hidden = not hasattr(self.loop, "_ready")
         self._ready: Any = () if self._hidden else self.loop._ready  # type: ignore[attr-defined]
         self._fd = lib.shmrpc_poller_fd(self.c)
@@ -233,7 +226,7 @@ class LoopPoller(Poller):
         while True:
             status = _poll(self._poll_slot, 0 if busy else _SPIN_NS)
             if status > 0:
-                self._briefs = _BRIEF.iter_unpack(self._batch_briefs[: status * _BRIEF.size])
+                self._briefs = BRIEF.iter_unpack(self._batch_briefs[: status * BRIEF.size])
                 self._take_batch()
             elif status == _EVENTS:
                 self.dispatch()

@@ -12,7 +12,7 @@ from shmrpc.calls import Call, Receiver, Requests
 from shmrpc.channel import _GOES_ON as GOES_ON
 from shmrpc.client import Client
 from shmrpc.errors import Cancelled, ConnectionLost
-from shmrpc.futures import CallFuture
+from shmrpc.futures import CallFuture, Ending
 from shmrpc.lending import attach
 from shmrpc.metadata import PackedMetadata
 
@@ -163,11 +163,10 @@ class RelayClient(Client):
 class RawFuture(CallFuture):
     """A call under way; its result is a ``Reply``."""
 
-    def _settle(self, status: int, body: Body) -> None:
+    def _interpret(self, status: int, body: Body) -> Ending:
         if status == _UNAVAILABLE and not body:
-            super()._settle(status, body)
-        else:
-            self.finish(Reply(status, self._metadata, body))
+            return super()._interpret(status, body)
+        return Reply(status, self._metadata, body), None
 
 
 class _NoPending:
