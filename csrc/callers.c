@@ -743,12 +743,17 @@ int64_t shmrpc_send_request(shmrpc_slot *slot, uint64_t call_id, const shmrpc_na
         .parts = {{(void *)(uintptr_t)name->text, name->bytes},
                   {(void *)(uintptr_t)body, body_bytes}},
     };
+    uint64_t deadline_ns = shmrpc_inherited_deadline();
     atomic_u64 position;
 
     if (conn_hung_up(slot->conn))
         return -ENOTCONN;
+    if (deadline_ns != 0)
+        set_deadline(&message, slot->conn, deadline_ns);
     int status = poller_send(slot->poller, slot->conn, &message, &position);
-    return status < 0 ? status : (int64_t)(load_relaxed(&position) << 1) + status;
+    if (status < 0)
+        return status;
+    return (int64_t)(load_relaxed(&position) << 2) | (deadline_ns != 0 ? 2 : 0) | status;
 }
 
 int shmrpc_send_reply(shmrpc_slot *slot, uint64_t call_id, const char *body, size_t body_bytes)

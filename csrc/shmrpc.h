@@ -277,9 +277,9 @@ int shmrpc_send(shmrpc_slot *slot, uint32_t kind, uint32_t flags, uint64_t call_
                 const shmrpc_name *name, uint32_t status, const char *metadata,
                 size_t metadata_bytes, const char *body, size_t body_bytes, uint64_t deadline_ns,
                 uint64_t *position);
-/* The ways of plain messages: shmrpc_send for a REQUEST without a deadline, which returns twice its
- * position, plus 1 if part of it waits in this process for room, or -errno; and for a REPLY with
- * status OK. */
+/* The ways of plain messages: shmrpc_send for a REQUEST with no deadline but the inherited one, and
+ * for a REPLY with status OK. The former returns -errno, or four times the request's position, plus
+ * 2 if there was a deadline, plus 1 if part of it waits in this process for room. */
 int64_t shmrpc_send_request(shmrpc_slot *slot, uint64_t call_id, const shmrpc_name *name,
                             const char *body, size_t body_bytes);
 int shmrpc_send_reply(shmrpc_slot *slot, uint64_t call_id, const char *body, size_t body_bytes);

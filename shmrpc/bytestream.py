@@ -101,7 +101,7 @@ class Wire:
     def open(cls, connection: Connection, waiters: Waiting) -> Wire:
         """Call the peer; ``accepted`` says when it has answered."""
         stream = Flow(waiters)
-        call_id = connection.session.new_id(lib.SHMRPC_PYTHON_INDEX)
+        call_id = connection.session.new_id()
         connection.session.calls[call_id] = stream
         wire = cls(connection, stream, call_id, called=False)
         name = make_name(METHOD.decode())

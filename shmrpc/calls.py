@@ -205,7 +205,7 @@ class Call:
         self._connection = connection
         self._waiters = Waiters()
         self._stream = Stream(self._waiters)
-        self._call_id = connection.session.new_id(lib.SHMRPC_PYTHON_INDEX)
+        self._call_id = connection.session.new_id()
         self._receiver = Receiver(
             connection, self._stream, self._waiters, self._call_id, lib.SHMRPC_FLAG_CALLER
         )

@@ -41,6 +41,8 @@ _NAMES_MAX = 4096
 _STREAM = lib.SHMRPC_FLAG_STREAM
 _STREAM_ENDED = lib.SHMRPC_FLAG_STREAM | lib.SHMRPC_FLAG_ENDED
 
+_REQUEST = lib.SHMRPC_REQUEST
+
 _call = lib.shmrpc_call
 _send_request = lib.shmrpc_send_request
 _inherited_deadline = lib.shmrpc_inherited_deadline
@@ -365,7 +367,7 @@ class Channel(ABC):
         ``timeout`` in seconds bounds the call; ``cancel`` on the future cancels it also after it
         was sent. Raises at once what ``call`` would before sending; all else is in the future.
         """
-        if kwargs or timeout is not None or metadata is not None or _inherited_deadline():
+        if kwargs or timeout is not None or metadata is not None:
             return self._submit_with(method, args, kwargs, timeout, metadata)
         # From here on it is _send for a call that has nothing but arguments.
         try:
@@ -389,12 +391,17 @@ class Channel(ABC):
         future = CallFuture(self, connection, method, FOREVER)
         status = 0
         try:
-            future.register()
-            position = _send_request(slot.c, future.call_id, name, body, len(body))
+            call_id = future.call_id
+            connection.register(call_id, future)
+            position = _send_request(slot.c, call_id, name, body, len(body))
             if position >= 0:
-                future.sent(slot, position >> 1)
-                if position & 1:
-                    status = self._wait_for_room(slot, lib.SHMRPC_REQUEST, FOREVER)
+                future.position = (position >> 2,)
+                if connection.closed:
+                    future.lost_while_sending(slot)
+                if position & 3:
+                    future.deadline = _inherit(FOREVER)
+                    if position & 1:
+                        status = self._wait_for_room(slot, _REQUEST, future.deadline)
             else:
                 status = position
         except BaseException:  # Ctrl-C
@@ -402,7 +409,7 @@ class Channel(ABC):
             connection.send_now(lib.SHMRPC_CANCEL, future.call_id)
             raise
         if status != 0:
-            self._give_up_sending(slot, lib.SHMRPC_REQUEST, method, future, status)
+            self._give_up_sending(slot, _REQUEST, method, future, status)
             return self._submit_with(method, args, kwargs, timeout, metadata)
         connection.slots.append(slot)
         return future

@@ -156,7 +156,7 @@ class Connection:
         self.max_memory_bytes = agreement.max_memory_bytes
         self.backing = agreement.terms.backing
         self.growing = threading.Lock()  # held while a segment is added to our arena
-        self.session = Session()
+        self.session = Session(lib.SHMRPC_PYTHON_INDEX)
         self.slots: list[Slot] = []
         self.closed = False
         self.error = 0  # the errno that ended it
@@ -480,7 +480,10 @@ class Poller:
             self.ended()
 
     def _take_replies(self, later: list[Callable[[], None]]) -> None:
-        """Plain replies that came together. Can be repeated: those that were taken are dropped."""
+        """Plain replies that came together: ``Session.replied`` written out for each.
+
+        Can be repeated: those that were taken are dropped.
+        """
         message, connections = self._message, self.connections
         bodies = bytes(self._batch[: message.body_bytes])
         briefs = BRIEF.iter_unpack(self._batch_briefs[: message.item_count * BRIEF.size])
@@ -488,9 +491,16 @@ class Poller:
             connection = connections.get(conn_id)
             if connection is None:
                 continue
-            run = connection.session.replied(call_id, 0, b"", bodies[start:end])
+            calls = connection.session.calls
+            pending = calls.get(call_id)
+            if pending is None:
+                connection.session.dropped += 1
+                continue
+            run = pending.replied(0, b"", bodies[start:end])
             if run is not None:
                 later.append(run)
+                continue
+            calls.pop(call_id, None)
             if connection.retired:
                 connection.forget_if_done()
 

@@ -296,15 +296,13 @@ class Stream:
 class Session:
     """The calls of one connection, in both directions."""
 
-    def __init__(self) -> None:
+    def __init__(self, low_bits: int) -> None:
+        """``low_bits``: what the last 16 bits of our calls' ids are."""
+        # A call id that was never used on this connection.
+        self.new_id: Callable[[], int] = itertools.count(1 << 16 | low_bits, 1 << 16).__next__
         self.calls: dict[int, Pending | Stream] = {}  # ours, by call id
         self.requests: dict[int, Stream] = {}  # the peer's streams
         self.dropped = 0  # frames that belong to no call
-        self._ids = itertools.count(1)
-
-    def new_id(self, low_bits: int) -> int:
-        """A call id that was never used on this connection."""
-        return next(self._ids) << 16 | low_bits
 
     def stream_of(self, call_id: int, *, from_caller: bool, frames: int = 1) -> Stream | None:
         """The stream that frames belong to; counts them as dropped if there is none."""

@@ -175,7 +175,7 @@ class Call:
         self._connection = connection
         self._waiters = LoopWaiters(poller_of(connection).loop)
         self._stream = Stream(self._waiters)
-        self.call_id = connection.session.new_id(lib.SHMRPC_PYTHON_INDEX)
+        self.call_id = connection.session.new_id()
         self._receiver = AsyncReceiver(
             connection, self._stream, self._waiters, self.call_id, lib.SHMRPC_FLAG_CALLER
         )

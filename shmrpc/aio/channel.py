@@ -212,7 +212,7 @@ class Channel(ABC):
                 raise self._sent_error(connection, method, position)
             self._drop(connection)
             return await self._call_with(method, args, kwargs, timeout, metadata)
-        pending.position = (position >> 1,)
+        pending.position = (position >> 2,)
         connection.poller.schedule()  # type: ignore[attr-defined]
         try:
             await pending

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Pending", "Probe"]
 
-_INDEX = lib.SHMRPC_PYTHON_INDEX
 
 
 class Pending:
@@ -41,7 +40,7 @@ class Pending:
 
     def __init__(self, connection: Connection, loop: asyncio.AbstractEventLoop) -> None:
         self.connection = connection
-        self.call_id = connection.session.new_id(_INDEX)
+        self.call_id = connection.session.new_id()
         self._loop = loop
 
     def register(self) -> None:
