@@ -95,6 +95,7 @@ void shmrpc_slot_free(shmrpc_slot *slot)
         workers_forget(slot->poller, slot);
     else if (slot->conn != NULL)
         conn_release(slot->conn);
+    poller_end_if_unused(slot->poller);
     poller_unlock(slot->poller);
     poller_unref(slot->poller);
     slot_drop_blocks(slot);

@@ -151,11 +151,10 @@ void poller_unref(struct shmrpc_poller *poller)
         destroy(poller);
 }
 
-/* Descriptors and mappings go now: a slot that its owner lost, in a signal handler perhaps, keeps
- * some private memory alive and nothing else. */
-void shmrpc_poller_free(shmrpc_poller *poller)
+/* With the lock held: give back descriptors and mappings. Slots that are left keep some private
+ * memory alive and nothing else. */
+static void give_up(struct shmrpc_poller *poller)
 {
-    poller_lock(poller);
     poller->closed = true;
     free_list(&poller->queue);
     free_list(&poller->events);
@@ -171,8 +170,36 @@ void shmrpc_poller_free(shmrpc_poller *poller)
         close(poller->kick_fd);
     if (poller->epoll_fd >= 0)
         close(poller->epoll_fd);
+    poller->kick_fd = poller->epoll_fd = -1;
+}
+
+void shmrpc_poller_free(shmrpc_poller *poller)
+{
+    poller_lock(poller);
+    if (!poller->closed)
+        give_up(poller);
     poller_unlock(poller);
     poller_unref(poller);
+}
+
+void poller_end_if_unused(struct shmrpc_poller *poller)
+{
+    if (!poller->ending || poller->closed)
+        return;
+    for (uint32_t i = 0; i < poller->slot_capacity; i++) {
+        const struct shmrpc_slot *slot = poller->slots[i];
+        if (slot != NULL && (slot->worker || slot->conn != NULL))
+            return;
+    }
+    give_up(poller);
+}
+
+void shmrpc_poller_end(shmrpc_poller *poller)
+{
+    poller_lock(poller);
+    poller->ending = true;
+    poller_end_if_unused(poller);
+    poller_unlock(poller);
 }
 
 void poller_kick(struct shmrpc_poller *poller)
@@ -195,8 +222,8 @@ void shmrpc_poller_stop(shmrpc_poller *poller)
     workers_cancel_all(poller);
     workers_wake_all(poller);
     callers_stop(poller);
-    poller_unlock(poller);
     poller_kick(poller);
+    poller_unlock(poller);
 }
 
 shmrpc_brief *shmrpc_poller_batch(shmrpc_poller *poller, int is_event)
@@ -487,9 +514,9 @@ int shmrpc_poller_fds(shmrpc_poller *poller, int *fds, int count)
             if (all[k] >= 0 && used < count)
                 fds[used++] = all[k];
     }
-    if (poller->kick_owned && used < count)
+    if (poller->kick_owned && !poller->closed && used < count)
         fds[used++] = poller->kick_fd;
-    if (used < count)
+    if (!poller->closed && used < count)
         fds[used++] = poller->epoll_fd;
     return used;
 }

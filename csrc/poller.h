@@ -135,6 +135,7 @@ struct shmrpc_poller {
     uint32_t conn_capacity, conn_count;
 
     uint32_t references; /* lock: the owner and every slot */
+    bool ending;         /* lock: it goes with the last slot of a conn or worker */
     bool closed;         /* lock: the owner has given it up, there are no conns any more */
     struct shmrpc_slot **slots; /* lock: by index */
     uint32_t slot_capacity, inside;
@@ -200,6 +201,8 @@ int timeout_ms_until(uint64_t deadline_ns);
 
 /* Give up a reference; the last one frees it. */
 void poller_unref(struct shmrpc_poller *poller);
+/* With the lock held: if it is to end and nobody can be inside any more, close and unmap. */
+void poller_end_if_unused(struct shmrpc_poller *poller);
 /* Wake the leader out of epoll. */
 void poller_kick(struct shmrpc_poller *poller);
 void poller_lock(struct shmrpc_poller *poller);

@@ -198,6 +198,9 @@ shmrpc_poller *shmrpc_poller_new(uint32_t workers, uint32_t max_concurrency, uin
  * that are left may be freed afterwards: the order in which a garbage collector frees them does
  * not matter. */
 void shmrpc_poller_free(shmrpc_poller *poller);
+/* Its connection is over and everybody has been told: close and unmap as soon as the last slot of a
+ * connection or worker is freed, also while something still refers to the poller. */
+void shmrpc_poller_end(shmrpc_poller *poller);
 /* Let a client serve requests as well: its workers take them, or threads that wait for replies. */
 void shmrpc_poller_serve(shmrpc_poller *poller, uint32_t workers, uint32_t max_concurrency);
 /* Let requests and notifications come as events, with message.method set, for one thread that does

@@ -296,7 +296,7 @@ class Call:
                 status = _send_item(slot.c, _FROM_CALLER, self._call_id, body, size)
             if status > 0:
                 # Nobody but this thread may be there to see to the rest.
-                status = self._guard(lambda: connection.flush(slot, self.deadline))
+                status = self._guard(lambda: connection.flush(slot, self.deadline))  # noqa: F821
             connection.slots.append(slot)
             if status == 0:
                 return
@@ -309,6 +309,7 @@ class Call:
                 peer, limit = self._connection.peer, self._connection.max_request_bytes
                 msg = f"a message for {self.method!r} is longer than {peer} accepts"
                 raise MessageTooLarge(f"{msg} (max_message_bytes={limit})")
+        del slot  # the frames of an exception that somebody keeps would keep the connection
         if status == -_ETIMEDOUT:
             raise self._late()
         self._wait(lambda: stream.over)  # the connection has ended: learn how

@@ -17,7 +17,7 @@ from . import loans
 from ._native import ffi, lib
 from .calls import Call
 from .codec import PACKING_ERRORS, Codec, MsgpackCodec, explain_arguments, pack_split
-from .errors import Cancelled, Error, ProtocolError
+from .errors import Cancelled, ConnectionLost, Error, ProtocolError
 from .futures import CallFuture
 from .lending import attach
 from .metadata import Metadata, pack_metadata
@@ -112,8 +112,16 @@ class Channel(ABC):
         try:
             return self._slots.pop()
         except IndexError:
+            return self._new_slot(deadline)
+
+    def _new_slot(self, deadline: float) -> Slot:
+        while True:
             # Connecting is part of the call that a handler makes.
-            return Slot(self._connection(_inherit(deadline)))
+            connection = self._connection(_inherit(deadline))
+            try:
+                return Slot(connection)
+            except ConnectionLost:  # it has ended, and nobody has called since
+                self._drop(connection)
 
     def _name(self, method: Any) -> Any:
         if not isinstance(method, str):
@@ -256,7 +264,7 @@ class Channel(ABC):
             what = f"the request of {method!r}"
             alive = attach(connection, slot.c, sources, _inherit(deadline), what)
         except BaseException:
-            connection.slots.append(slot)
+            slot.give_back()
             raise
         return body, alive
 
@@ -269,12 +277,12 @@ class Channel(ABC):
         error: Exception,
     ) -> Exception:
         slot.pack = self._codec.encoder()  # the old one may hold half a message
-        slot.connection.slots.append(slot)
+        slot.give_back()
         return explain_arguments(self._codec, method, args, kwargs, error)
 
     def _undecodable(self, slot: Slot, method: str, error: Exception) -> ProtocolError:
         connection = slot.connection
-        connection.slots.append(slot)
+        slot.give_back()
         return ProtocolError(f"{connection.peer} sent a result of {method!r} that is none: {error}")
 
     def _wait_on(self, slot: Slot, status: int) -> int:
@@ -301,7 +309,7 @@ class Channel(ABC):
                 reply_metadata.append(slot.metadata())
             if slot.message.status != 0:
                 failure = self._remote_error(connection, method, slot.message.status, bytes(body))
-                connection.slots.append(slot)
+                slot.give_back()
                 raise failure
         try:
             if slot.message.flags & _BLOCKS:
@@ -325,14 +333,16 @@ class Channel(ABC):
         """The exception for a call that ended without a reply."""
         connection = slot.connection
         if status in (_EPIPE, _EPROTO, lib.SHMRPC_STOPPED):
+            outcome = slot.message.outcome
+            slot.let_go()
             self._drop(connection)
             if self._closed:
                 peer = connection.peer
                 return Cancelled(f"{method!r} on {peer}: the client was closed meanwhile")
             if status == lib.SHMRPC_STOPPED:
                 return connection.lost(errno.EPIPE, lib.SHMRPC_UNKNOWN, method)
-            return connection.lost(-status, slot.message.outcome, method)
-        connection.slots.append(slot)
+            return connection.lost(-status, outcome, method)
+        slot.give_back()
         return send_error(connection, method, status)
 
     # ---- calls that are not waited for at once ----

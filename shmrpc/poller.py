@@ -112,6 +112,27 @@ class Slot:
         self.pack: Callable[[Any], bytes] = connection.codec.encoder()
         self.thread = 0  # that waits with it for something on Python's side
 
+    # Before a call raises: its frames refer to the slot, and who keeps the exception keeps them.
+
+    def let_go(self) -> None:
+        """Free it, whoever still refers to it."""
+        self.connection.poller.slots.discard(self)
+        self.view = memoryview(b"")
+        self.message = None
+        ffi.release(self.c)
+
+    def give_back(self) -> None:
+        """Put what it has into the pool, as another object."""
+        slots = self.connection.poller.slots
+        slots.discard(self)
+        other = Slot.__new__(Slot)
+        for name in ("c", "connection", "message", "pack", "thread", "view"):
+            setattr(other, name, getattr(self, name))
+        self.c = self.message = None
+        self.view = memoryview(b"")
+        slots.add(other)
+        other.connection.slots.append(other)
+
     def body(self) -> memoryview:
         """The body of the message just received, wherever it lies."""
         size = self.message.body_bytes
@@ -227,12 +248,12 @@ class Connection:
             self._probe = None
             self.poller.connections.pop(self.conn_id, None)
             self.wake_reader()
+            self.poller.end()
 
     def shutdown(self) -> None:
         """Hang up. Threads that wait get ``ConnectionLost``.
 
-        Descriptors and memory go with the last reference to the connection, that is, at once
-        unless somebody still waits.
+        Descriptors and memory go at once unless somebody still waits.
         """
         self.retire()
         lib.shmrpc_conn_shutdown(self.poller.c, self.conn_id)
@@ -347,6 +368,7 @@ class Poller:
         self.c = ffi.gc(c, lib.shmrpc_poller_free)
         self.codec = codec
         self.forked = False
+        self._server = server
         self.slots: weakref.WeakSet[Freed] = weakref.WeakSet()
         self.connections: dict[int, Connection] = {}
         self._dropped = 0  # frames, by connections that have ended
@@ -478,6 +500,7 @@ class Poller:
             self._dropped += session.dropped
             self.connections.pop(connection.conn_id, None)
             self.ended()
+            self.end()
 
     def _take_replies(self, later: list[Callable[[], None]]) -> None:
         """Plain replies that came together: ``Session.replied`` written out for each.
@@ -595,7 +618,10 @@ class Poller:
         deadline: float,
     ) -> bool:
         """Wait until ``ready()``; False when the time has passed or the poller stops."""
-        slot = connection.slot()
+        try:
+            slot = connection.slot()
+        except ConnectionLost:  # everybody has been told what there was to tell
+            return ready()
         slot.thread = get_ident()
         waiters.append(slot)
         goes_on = True
@@ -648,6 +674,11 @@ class Poller:
             _log.error("can't start another worker thread: %s", error)
             return
         self.threads = [other for other in self.threads if other.is_alive()] + [thread]
+
+    def end(self) -> None:
+        """The connection is over: a client's poller goes with it, once no thread is inside."""
+        if not self._server:
+            lib.shmrpc_poller_end(self.c)
 
     def drain(self) -> None:
         """Refuse new requests from now on."""

@@ -172,6 +172,7 @@ ALIKE = {
     "flow_control",
     "handover",
     "interceptors_live",
+    "kept_errors",
     "metadata",
     "retries_live",
     "stopping",

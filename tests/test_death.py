@@ -94,7 +94,7 @@ def test_outcome_of_calls_that_were_never_taken(transport, service, connect):
 
 def test_large_call_that_left_in_part(transport, service, connect):
     running = service(transport)
-    client = connect(running.address)
+    client = connect(running.address, max_memory_bytes=0)  # in pieces, through the ring
     client.call("add", 1, 2)
     running.pause()
 

@@ -197,15 +197,21 @@ class Channel(ABC):
         except NotPlain:
             body, size, large = b"", 0, True
         except PACKING_ERRORS:
-            body, _ = self._pack(slot, method, args, kwargs)  # says why
+            try:
+                body, _ = self._pack(slot, method, args, kwargs)  # says why
+            except BaseException:
+                slot.give_back()
+                raise
             large, size = False, len(body)
         if large:
             connection.slots.append(slot)
+            del slot
             return await self._call_with(method, args, kwargs, timeout, metadata)
         pending = Pending(connection, self._loop)
         pending.register()
         position = _send_request(slot.c, pending.call_id, name, body, size)
         connection.slots.append(slot)
+        del slot  # the frames of an exception that somebody keeps would keep the connection
         if position < 0:
             pending.unregister()
             if position != _ENOTCONN:
@@ -266,15 +272,19 @@ class Channel(ABC):
                     alive = await attach(connection, slot.c, sources, deadline, what)
                     if self._link is not connection:  # it was closed or lost meanwhile
                         lib.shmrpc_detach(slot.c)
+                        connection.slots.append(slot)
                         continue
                 pending = Pending(connection, self._loop)
                 flags = lib.SHMRPC_FLAG_KEYWORDS if kwargs else 0
                 status = self._send_request(
                     slot, pending, _REQUEST, flags, name, beside, body, deadline
                 )
-            finally:
-                connection.slots.append(slot)
-                del alive
+            except BaseException:
+                slot.give_back()
+                raise
+            connection.slots.append(slot)
+            del slot
+            del alive
             if status >= 0:
                 break
             if status != _ENOTCONN:
@@ -372,12 +382,15 @@ class Channel(ABC):
                 status = self._send_request(
                     slot, pending, kind, flags, name, beside, body, deadline
                 )
-            finally:
-                connection.slots.append(slot)
-                del alive
+            except BaseException:
+                slot.give_back()
+                raise
+            connection.slots.append(slot)
+            del alive
             if status >= 0:
                 break
             if status != _ENOTCONN:
+                del slot
                 raise self._sent_error(connection, method, status)
             self._drop(connection)
         poller: LoopPoller = connection.poller  # type: ignore[assignment]
@@ -386,6 +399,7 @@ class Channel(ABC):
             if kind == _REQUEST:
                 pending.unregister()
                 connection.send_now(lib.SHMRPC_CANCEL, pending.call_id)
+            del slot
             raise send_error(connection, method, -errno.ETIMEDOUT)
         return pending
 

@@ -193,6 +193,12 @@ class LoopPoller(Poller):
             for waiters in self._rooms.values():
                 waiters.wake()
             self._rooms.clear()
+            self.end()
+
+    def end(self) -> None:
+        """As the base's, once the loop does not watch the descriptor any more."""
+        if not self.active:
+            super().end()
 
     # ---- polling ----
 
