@@ -63,7 +63,7 @@ def _inherit(deadline: float) -> float:
 class Registered(Protocol):
     """A future or an open call, as far as sending its request is concerned."""
 
-    position: Sequence[int] | None  # one number: see the core's shmrpc_outcome_of
+    position: Sequence[int]  # one number: see the core's shmrpc_outcome_of
 
     @property
     def call_id(self) -> int: ...

@@ -12,7 +12,8 @@ import errno
 import logging
 import threading
 import time
-from concurrent.futures import CancelledError, Future, TimeoutError
+from concurrent.futures import CancelledError, Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED, PENDING
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 __all__ = ["CallFuture", "Ending"]
 
 _log = logging.getLogger("concurrent.futures")  # as Future itself
-
 
 
 class Channel(Protocol):
@@ -111,7 +111,7 @@ class CallFuture(Future[Any]):
     _decoded: Ending | None = None  # what that body is
     _told = False
     _metadata = b""
-    position: Sequence[int] | None = None  # None until it was sent: see the core's outcome_of
+    position: Sequence[int] = ()  # empty until it was sent: see the core's shmrpc_outcome_of
 
     def __init__(
         self, channel: Channel, connection: Connection, method: str, deadline: float
@@ -126,18 +126,18 @@ class CallFuture(Future[Any]):
     # ---- what Future and those that know it look at ----
 
     @property
-    def _state(self) -> str:
+    def _state(self) -> str:  # type: ignore[override]
         came = self._came
         if came is None:
             return PENDING
         return CANCELLED_AND_NOTIFIED if came is _CANCELLED else FINISHED
 
     @property
-    def _result(self) -> Any:
+    def _result(self) -> Any:  # type: ignore[override]
         return self._ending()[0]
 
     @property
-    def _exception(self) -> BaseException | None:
+    def _exception(self) -> BaseException | None:  # type: ignore[override]
         return self._ending()[1]
 
     # ---- for the channel ----
@@ -152,7 +152,7 @@ class CallFuture(Future[Any]):
 
     def lost_while_sending(self, slot: Slot) -> None:
         """The connection has ended before the position was known; who ended it could not tell."""
-        if self._came is None and self.position is not None:
+        if self._came is None and self.position:
             connection = self._connection
             outcome = lib.shmrpc_outcome_of(slot.c, self.call_id, self.position[0])
             self.finish(None, connection.lost(connection.error, outcome, self.method))
@@ -174,7 +174,7 @@ class CallFuture(Future[Any]):
     def result(self, timeout: float | None = None) -> Any:
         """As ``Future.result``; reads from the connection while it waits."""
         if self._came is None and not self._read_until_done(timeout):
-            raise TimeoutError
+            raise FutureTimeoutError
         result, error = self._decoded or self._ending()
         if error is None:
             return result
@@ -186,7 +186,7 @@ class CallFuture(Future[Any]):
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """As ``Future.exception``; reads from the connection while it waits."""
         if self._came is None and not self._read_until_done(timeout):
-            raise TimeoutError
+            raise FutureTimeoutError
         if self._came is _CANCELLED:
             raise CancelledError
         return self._ending()[1]
@@ -239,7 +239,7 @@ class CallFuture(Future[Any]):
 
     def lost(self, error: int) -> Callable[[], None] | None:
         """The connection has ended."""
-        if self.position is None:
+        if not self.position:
             return None  # see lost_while_sending
         connection = self._connection
         outcome = connection.outcome(self.call_id, self.position[0])
@@ -410,7 +410,9 @@ class _Reader:
 
     def _read(self, watched: list[CallFuture]) -> None:
         def changed() -> bool:
-            return len(self._watched) != len(watched) or all(future._has_ended() for future in watched)
+            return len(self._watched) != len(watched) or all(
+                future._has_ended() for future in watched
+            )
 
         deadline = min(future.deadline for future in watched)
         poller = self._connection.poller

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgpack
 
-from shmrpc._native import ffi, lib
+from shmrpc._native import lib
 from shmrpc.codec import MsgpackCodec
 from shmrpc.errors import Error
 from shmrpc.poller import BRIEF, Connection, Poller, Slot, Wait

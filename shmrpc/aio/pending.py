@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from shmrpc._native import lib
 from shmrpc.session import NOT_SENT, Body
 
 if TYPE_CHECKING:
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
     from shmrpc.session import Body
 
 __all__ = ["Pending", "Probe"]
-
 
 
 class Pending:
