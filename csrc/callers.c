@@ -232,6 +232,7 @@ int slot_sleep(struct shmrpc_slot *slot, uint64_t deadline_ns)
     struct timespec until = {.tv_sec = (time_t)(deadline_ns / 1000000000u),
                              .tv_nsec = (long)(deadline_ns % 1000000000u)};
 
+    lock_release();
     while (load_acquire32(&slot->state) == SLOT_SLEEPING) {
         long status = futex(&slot->state, FUTEX_WAIT_BITSET, SLOT_SLEEPING,
                             deadline_ns != 0 ? &until : NULL);
@@ -339,6 +340,7 @@ bool slot_enter(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
 {
     slot->inside = true;
     slot->alone = poller->client && poller->workers == 0 && slot->origin == NULL;
+    slot->accompanied = poller->inside != 0;
     poller->inside++;
     if (poller->workers != 0)
         workers_enter(poller, slot);
@@ -418,6 +420,7 @@ static int64_t push_output(struct shmrpc_poller *poller, struct shmrpc_slot *slo
 
     if (poller_must_check_signals(slot))
         return -EAGAIN;
+    lock_release();
     int count = poll(&socket, 1, timeout_ms_until(slot->deadline_ns));
     if (count <= 0)
         return count < 0 ? -errno : -ETIMEDOUT;
@@ -437,6 +440,7 @@ static int64_t follow(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
     bool is_ring = slot->conn != NULL && slot->conn->is_shm;
     uint32_t steps = is_ring ? FOLLOWER_STEPS_RING : FOLLOWER_STEPS_STREAM;
 
+    lock_release();
     for (uint32_t step = 0; step < steps; step++) {
         if (load_acquire32(&slot->state) != SLOT_WAITING)
             return 0;

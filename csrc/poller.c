@@ -96,6 +96,7 @@ shmrpc_poller *shmrpc_poller_new(uint32_t workers, uint32_t max_concurrency, uin
     poller->workers = workers;
     poller->max_concurrency = max_concurrency;
     poller->policy.mode = mode;
+    poller->locked_policy.budget_ns = 1;
     poller->policy.budget_ns = spin_budget_ns != 0 ? spin_budget_ns : SPIN_BUDGET_NS;
     return poller;
 }

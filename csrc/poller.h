@@ -61,6 +61,7 @@ struct shmrpc_slot {
     bool worker;    /* else a caller */
     bool inside;    /* a thread waits in C with this slot */
     bool alone;     /* its own conn is all that there is to read, and replies all that comes */
+    bool accompanied; /* other threads wait on the same poller */
     bool may_sleep; /* main thread: Python has just checked for signals */
     bool checked_signals; /* the same, between two shmrpc_wait_events */
     bool poked;           /* lock: shmrpc_poke came while it was out in Python */
@@ -171,6 +172,7 @@ struct shmrpc_poller {
     atomic_pointer larger_hot; /* struct hot_list *, for the leader to take */
     uint32_t hot_rings; /* leader: how many of them are worth spinning for */
     struct spin_policy policy; /* leader */
+    struct spin_policy locked_policy; /* leader: whether it pays to sleep with the program's lock */
     uint64_t looked_ns;        /* leader: when epoll was looked at last */
     uint32_t rounds;           /* leader: see keep_looking */
     uint64_t coarse_ns;        /* leader: the coarse clock in keep_looking */

@@ -407,4 +407,9 @@ int64_t shmrpc_bare_receive(shmrpc_bare *bare, uint8_t *body, size_t capacity);
 
 /* cffi: end */
 
+/* For programs that hold a lock of their own (Python's) around some of the calls above: whether this
+ * thread has it, and to let go of it, which is done before each wait that is no short spin. To be
+ * set before any of them. */
+void shmrpc_use_lock(int (*held)(void), void (*release)(void));
+
 #endif
