@@ -449,9 +449,12 @@ static int doze_locked(struct shmrpc_poller *poller)
     return count;
 }
 
-/* Sleep until something rings: 0 to poll again, or the errno to return. */
-static int64_t sleep_once(struct shmrpc_poller *poller, struct shmrpc_slot *slot, bool spun)
+/* Sleep until something rings: 0 to poll again, or the errno to return. `spun_from_ns` is when the
+ * spin before began, 0 if there was none. */
+static int64_t sleep_once(struct shmrpc_poller *poller, struct shmrpc_slot *slot,
+                          uint64_t spun_from_ns)
 {
+    bool spun = spun_from_ns != 0;
     int64_t result;
 
     if (poller_must_check_signals(slot))
@@ -474,7 +477,11 @@ static int64_t sleep_once(struct shmrpc_poller *poller, struct shmrpc_slot *slot
     }
     poller->looked_ns = clock_now_ns();
     count_own(&poller->counters.sleeps, 1);
-    spin_policy_slept(&poller->policy, spun, poller->looked_ns - start);
+    /* A reply that came soon after the spin was worth it: its sender had to be woken, and both sides
+     * would else sleep at every turn. A request that came after the spin was not: nobody knows when
+     * the next one comes, and at a steady rate they all come so late. */
+    uint64_t began_ns = spun && slot->goal == GOAL_REQUEST ? spun_from_ns : start;
+    spin_policy_slept(&poller->policy, spun, poller->looked_ns - began_ns);
     if (count < 0 && count != -EINTR)
         return count;
     if (count == 0 && shortened)
@@ -603,7 +610,7 @@ int64_t poller_lead(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
             if (result != 0 || lead.looked)
                 continue;
             cool(poller, false);
-            result = sleep_once(poller, slot, lead.spin_budget_ns != 0);
+            result = sleep_once(poller, slot, lead.spin_budget_ns != 0 ? lead.spin_start_ns : 0);
             lead.spinning = false;
             continue;
         }
