@@ -84,6 +84,7 @@ shmrpc_poller *shmrpc_poller_new(uint32_t workers, uint32_t max_concurrency, uin
         return NULL;
     poller->references = 1;
     poller->kick_fd = -1;
+    poller->tick_fd = -1;
     pthread_mutex_init(&poller->lock, NULL);
     poller->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     if (poller->epoll_fd < 0 || (workers != 0 && make_kick(poller) < 0)) {
@@ -171,7 +172,9 @@ static void give_up(struct shmrpc_poller *poller)
         close(poller->kick_fd);
     if (poller->epoll_fd >= 0)
         close(poller->epoll_fd);
-    poller->kick_fd = poller->epoll_fd = -1;
+    if (poller->tick_fd >= 0)
+        close(poller->tick_fd);
+    poller->kick_fd = poller->epoll_fd = poller->tick_fd = -1;
 }
 
 void shmrpc_poller_free(shmrpc_poller *poller)
@@ -517,6 +520,8 @@ int shmrpc_poller_fds(shmrpc_poller *poller, int *fds, int count)
     }
     if (poller->kick_owned && !poller->closed && used < count)
         fds[used++] = poller->kick_fd;
+    if (poller->tick_fd >= 0 && used < count)
+        fds[used++] = poller->tick_fd;
     if (!poller->closed && used < count)
         fds[used++] = poller->epoll_fd;
     return used;

@@ -147,6 +147,10 @@ struct shmrpc_poller {
     uint64_t away_count;   /* lock: how many times it went */
     struct shmrpc_slot *standby, *idle; /* lock */
     bool standby_parked;                /* lock */
+    int tick_fd;         /* lock: timer that wakes the parked standby; -1 until one parks */
+    bool tick_set;       /* lock: it is to wake it if the leader stays away */
+    bool tick_is_wake;   /* lock: it wakes it now */
+    uint64_t tick_count; /* lock: away_count when it was set */
     uint32_t worker_threads, running, queued; /* lock */
     uint32_t spawning;     /* lock: threads that were asked for and have not come */
     uint64_t spawned_ns;   /* lock: when one was asked for last */
@@ -315,6 +319,8 @@ void workers_cancel(struct shmrpc_poller *poller, struct conn *conn, uint64_t ca
 bool workers_full(const struct shmrpc_poller *poller, const struct conn *conn);
 /* With the lock held: the leader returns to Python, or leaves altogether. */
 void workers_go_away(struct shmrpc_poller *poller);
+/* The leader is there, and about to sleep: nobody needs to look whether it stays away. */
+void workers_unset_tick(struct shmrpc_poller *poller);
 /* With the lock held: this caller's thread waits from now on, so that the request it serves here
  * does not count as running; and goes on. */
 void workers_enter(struct shmrpc_poller *poller, struct shmrpc_slot *slot);
