@@ -9,12 +9,11 @@ the reading while such futures are pending.
 from __future__ import annotations
 
 import errno
-import logging
 import threading
 import time
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED, PENDING
+from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED, LOGGER, PENDING
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -33,8 +32,6 @@ if TYPE_CHECKING:
     from .session import Body
 
 __all__ = ["CallFuture", "Ending"]
-
-_log = logging.getLogger("concurrent.futures")  # as Future itself
 
 
 class Channel(Protocol):
@@ -318,7 +315,7 @@ class CallFuture(Future[Any]):
             try:
                 fn(self)
             except Exception:
-                _log.exception("exception calling callback for %r", self)
+                LOGGER.exception("exception calling callback for %r", self)
 
     def expire(self) -> None:
         """Its deadline has passed, or nobody can read any more."""

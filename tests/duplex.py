@@ -148,7 +148,7 @@ def add_callbacks(server):
 
 def add_streams(server):
     """Methods that stream or wait, and note how they ended."""
-    running, ends = set(), []
+    running, ends, begun = set(), [], []
 
     @contextmanager
     def noted(label):
@@ -208,16 +208,15 @@ def add_streams(server):
             ends.append([label, "return", call.cancelled])
 
     @server.method
-    def cancel_back(how, method):
-        """Call the caller, and give that up soon."""
+    def begin_back(how, method):
+        """Call the caller, and go on."""
         caller = shmrpc.current_call().caller
-        call = caller.submit(method) if how == "submit" else caller.stream(method)
+        begun.append(caller.submit(method) if how == "submit" else caller.stream(method))
 
-        def cancel():
-            time.sleep(0.05)
-            call.cancel()
-
-        threading.Thread(target=cancel, daemon=True).start()
+    @server.method
+    def cancel_back():
+        """Give up what ``begin_back`` has begun."""
+        begun.pop().cancel()
 
     @server.method
     def stuck(seconds):

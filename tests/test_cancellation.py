@@ -179,10 +179,11 @@ def test_closing_the_client(transport, service, connect):
 
 def test_the_handler_of_a_client_sees_it_too(client):
     """The server gives up a call of one of its client's methods."""
-    seen, end = [], threading.Event()
+    seen, begun, end = [], threading.Event(), threading.Event()
 
     @client.method
     def wait_here():
+        begun.set()
         call = shmrpc.current_call()
         while not call.cancelled and not end.wait(0.001):
             pass
@@ -192,17 +193,20 @@ def test_the_handler_of_a_client_sees_it_too(client):
     @client.method
     def stream_here():
         try:
+            begun.set()
             while True:
                 yield 1
         finally:
             end.set()
 
-    client.call("cancel_back", "submit", "wait_here")
-    assert end.wait(10)
+    for how, method in (("submit", "wait_here"), ("stream", "stream_here")):
+        client.call("begin_back", how, method)
+        assert begun.wait(10)
+        client.call("cancel_back")
+        assert end.wait(10)
+        begun.clear()
+        end.clear()
     assert seen == [True]
-    end.clear()
-    client.call("cancel_back", "stream", "stream_here")
-    assert end.wait(10)
 
 
 def test_a_queued_call_that_is_cancelled_never_starts(transport, service, connect, directory):

@@ -139,10 +139,11 @@ def test_large_values(client):
 
 
 def test_deadlines_and_cancelling(client):
-    ended = threading.Event()
+    begun, ended = threading.Event(), threading.Event()
 
     @client.method
     def patient():
+        begun.set()
         call = shmrpc.current_call()
         while not call.cancelled:
             ended.wait(0.005)
@@ -155,8 +156,11 @@ def test_deadlines_and_cancelling(client):
         client.call("call_back", "call", "patient", timeout=0.3)
     assert caught.value.code == "DEADLINE_EXCEEDED"  # here or there, whoever sees it first
     assert ended.wait(20)
+    begun.clear()
     ended.clear()
-    client.call("cancel_back", "submit", "patient")
+    client.call("begin_back", "submit", "patient")
+    assert begun.wait(20)
+    client.call("cancel_back")
     assert ended.wait(20)
 
 
