@@ -97,6 +97,8 @@ class CallFuture(Future[Any]):
     - What the call came to is put into ``_came`` by ``dict.setdefault``: the first one wins.
     - Who ends a call does that first and then looks who waits (``_tell``). Who waits first makes
       what the other looks for, and then looks whether the call has ended. One sees the other.
+    - With the lock held, nothing ends: where there is a lock, who sees the end tells the others.
+      ``as_completed`` counts on that, or it would count a future twice.
     """
 
     _condition = _lazy(lambda _future: _Condition())
@@ -128,6 +130,8 @@ class CallFuture(Future[Any]):
         came = self._came
         if came is None:
             return PENDING
+        if "_condition" in self.__dict__:
+            self._tell_watchers()
         return CANCELLED_AND_NOTIFIED if came is _CANCELLED else FINISHED
 
     @property
@@ -292,26 +296,31 @@ class CallFuture(Future[Any]):
         own = self.__dict__
         if "threads" in own:
             self.threads.wake()
-        if "_condition" not in own:
-            return
+        if "_condition" in own:
+            self._tell_watchers()
+            self._invoke_callbacks()
+
+    def _tell_watchers(self) -> None:
         error = self._exception
         with self._condition:
-            if not self._told:
-                for waiter in self._waiters:
-                    if self._came is _CANCELLED:
-                        waiter.add_cancelled(self)
-                    elif error is not None:
-                        waiter.add_exception(self)
-                    else:
-                        waiter.add_result(self)
-                self._condition.notify_all()
-                self._told = True
-        self._invoke_callbacks()
+            if self._told:
+                return
+            for waiter in self._waiters:
+                if self._came is _CANCELLED:
+                    waiter.add_cancelled(self)
+                elif error is not None:
+                    waiter.add_exception(self)
+                else:
+                    waiter.add_result(self)
+            self._condition.notify_all()
+            self._told = True
 
     def _invoke_callbacks(self) -> None:
-        callbacks = self._done_callbacks
-        while callbacks:
-            fn = callbacks.pop(0)
+        while True:
+            try:
+                fn = self._done_callbacks.pop(0)
+            except IndexError:
+                return
             try:
                 fn(self)
             except Exception:

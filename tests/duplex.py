@@ -148,7 +148,7 @@ def add_callbacks(server):
 
 def add_streams(server):
     """Methods that stream or wait, and note how they ended."""
-    running, ends, begun = set(), [], []
+    running, ends, told = set(), [], threading.Event()
 
     @contextmanager
     def noted(label):
@@ -208,15 +208,21 @@ def add_streams(server):
             ends.append([label, "return", call.cancelled])
 
     @server.method
-    def begin_back(how, method):
-        """Call the caller, and go on."""
+    def cancel_back(how, method):
+        """Call the caller, and give that up when it notifies ``begun``."""
         caller = shmrpc.current_call().caller
-        begun.append(caller.submit(method) if how == "submit" else caller.stream(method))
+        told.clear()
+        call = caller.submit(method) if how == "submit" else caller.stream(method)
+
+        def cancel():
+            told.wait(10)
+            call.cancel()
+
+        threading.Thread(target=cancel, daemon=True).start()
 
     @server.method
-    def cancel_back():
-        """Give up what ``begin_back`` has begun."""
-        begun.pop().cancel()
+    def begun():
+        told.set()
 
     @server.method
     def stuck(seconds):

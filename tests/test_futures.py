@@ -204,6 +204,23 @@ def test_cancel_while_another_thread_waits(client):
     assert time.monotonic() - start < 1 * SLACK
 
 
+def test_as_completed_counts_each_future_once(client):
+    """Some end between its look at them and its entry into the list of who is told."""
+
+    def complete(futures):
+        return len(list(concurrent.futures.as_completed(futures, timeout=30)))
+
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        for _ in range(200):
+            futures = [client.submit("echo", number) for number in range(30)]
+            completed = [threads.submit(complete, futures) for _ in range(2)]
+            for future in futures[::3]:
+                future.cancel()
+            for future in futures[1::3]:
+                assert future.result() in range(30)
+            assert [each.result() for each in completed] == [30, 30]
+
+
 def test_each_future_ends_once(client):
     """Replies, cancellations, callbacks and waits race for the same futures."""
     count = 200
