@@ -392,7 +392,7 @@ class Channel(ABC):
         try:
             body = slot.pack(args)
             large = len(body) >= _LARGE and self._plain and may_hold_large(body)
-        except (NotPlain, *PACKING_ERRORS):
+        except (*NOT_PLAIN, *PACKING_ERRORS):
             slot.pack = self._codec.encoder()  # the old one may hold half a message
             body, large = b"", True
         if large:
