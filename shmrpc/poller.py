@@ -10,6 +10,8 @@ import errno
 import functools
 import logging
 import os
+import signal
+import sys
 import threading
 import time
 import weakref
@@ -365,6 +367,10 @@ _pollers: weakref.WeakSet[Poller] = weakref.WeakSet()
 class Poller:
     """The core's poller, its connections, and its worker threads if it serves."""
 
+    # In a child that a thread forked, CPython 3.13.0 tells the main thread of the parent, which is
+    # not there, of signals; other calls into it see that they have come.
+    misses_signals = False
+
     def __init__(
         self,
         codec: Codec,
@@ -580,6 +586,8 @@ class Poller:
         elif status not in _GO_ON:
             msg = f"waiting failed: {os.strerror(-status)}"
             raise Error(msg)
+        elif self.misses_signals:
+            signal.pthread_sigmask(signal.SIG_BLOCK, ())  # runs the handlers of what has come
 
     def wait(self, slot: Slot, deadline: float, /) -> bool:
         """Wait until something happens; False when the time has passed or the poller stops."""
@@ -770,6 +778,7 @@ def _nothing() -> None:
 
 
 def _after_fork_in_child() -> None:
+    Poller.misses_signals = sys.version_info[:2] == (3, 13)
     for poller in list(_pollers):
         poller.forget()
     _pollers.clear()
