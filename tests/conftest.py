@@ -31,6 +31,8 @@ TRANSPORTS = ("shm", "unix", "tcp")
 # How much longer than named something may take where other work runs on the same CPUs.
 SLACK = 20
 FAILED = pytest.StashKey()
+# A user namespace that anybody may make has one user in it: who made it.
+ANOTHER_USER = "becoming another user takes root, as which .ci/run runs this"
 
 faulthandler.enable()
 
@@ -156,6 +158,19 @@ class Service:
         self.process.wait()
         self.process.stdin.close()
         self.process.stdout.close()
+
+
+def in_mount_namespace(command):
+    """The prefix of a command before which this one mounts what nobody else sees."""
+    script = f'{command} && exec "$0" "$@"'
+    failures = []
+    for options in ("-m", "-rm"):  # as root; else as one in a user namespace of its own
+        prefix = ("unshare", options, "sh", "-c", script)
+        tried = subprocess.run([*prefix, "true"], capture_output=True, check=False, text=True)
+        if tried.returncode == 0:
+            return prefix
+        failures.append(tried.stderr.strip())
+    return pytest.skip(f"needs a mount namespace, by root or in a user namespace: {failures}")
 
 
 def address_of(transport, directory, name="calc"):
