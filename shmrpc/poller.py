@@ -21,6 +21,7 @@ from ._native import ffi, lib
 from .attaching import slot_packer
 from .codec import MsgpackCodec
 from .errors import ConnectError, ConnectionLost, Error, ForkedError, ProtocolError
+from .owned import free_with
 from .parcels import Parcel, value_of
 from .rendezvous import Credentials
 from .session import Body, Pending, Run, Session, Stream
@@ -93,7 +94,7 @@ class Freed(Protocol):
 class Slot:
     """What one thread uses for one call at a time: a C slot, its view and a packer."""
 
-    __slots__ = ("c", "connection", "message", "pack", "pack_beside", "view")
+    __slots__ = ("c", "connection", "free", "message", "pack", "pack_beside", "view")
 
     def __init__(self, connection: Connection) -> None:
         slot = lib.shmrpc_slot_new(connection.poller.c, connection.conn_id)
@@ -104,7 +105,8 @@ class Slot:
                 raise connection.lost(errno.EPIPE, lib.SHMRPC_NOT_SENT, "a call")
             msg = "no memory for another waiting thread"
             raise ConnectError(msg)
-        self.c = ffi.gc(slot, lib.shmrpc_slot_free)
+        self.c = slot
+        self.free = free_with(slot, lib.shmrpc_slot_free)
         self.connection = connection
         self.message = lib.shmrpc_slot_message(slot)
         size = lib.shmrpc_slot_view_bytes(slot)
@@ -119,12 +121,12 @@ class Slot:
         """Free it, whoever still refers to it."""
         self.view = memoryview(b"")
         self.message = None
-        ffi.release(self.c)
+        self.free()
 
     def give_back(self) -> None:
         """Put what it has into the pool, as another object."""
         other = Slot.__new__(Slot)
-        for name in ("c", "connection", "message", "pack", "pack_beside", "view"):
+        for name in self.__slots__:
             setattr(other, name, getattr(self, name))
             delattr(self, name)
         other.connection.slots.append(other)
@@ -385,7 +387,8 @@ class Poller:
         if c == ffi.NULL:
             msg = f"can't wait for connections: {os.strerror(ffi.errno)} (ulimit -n)"
             raise ConnectError(msg)
-        self.c = ffi.gc(c, lib.shmrpc_poller_free)
+        self.c = c
+        free_with(c, lib.shmrpc_poller_free)
         self.codec = codec
         self._server = server
         self.forked = False
@@ -393,9 +396,10 @@ class Poller:
         self._dropped = 0  # frames, by connections that have ended
         self.threads: list[threading.Thread] = []
         self._lock = threading.Lock()
-        self._taker = ffi.gc(lib.shmrpc_slot_new(self.c, 0), lib.shmrpc_slot_free)
+        self._taker = lib.shmrpc_slot_new(self.c, 0)
         if self._taker == ffi.NULL:
             raise MemoryError
+        free_with(self._taker, lib.shmrpc_slot_free)
         self._message = lib.shmrpc_slot_message(self._taker)
         self._unfinished: Any = None  # what has been made of the message that was taken last
         self._run_worker: Callable[[Poller], None] | None = None

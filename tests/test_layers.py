@@ -17,7 +17,7 @@ FENCE_REGISTER = ROOT / "docs" / "memory-model.md"
 # Low to high. A module imports from its own row and from rows above it, never from one below.
 LAYERS = [
     ["_native"],
-    ["errors", "logs", "buffers"],
+    ["errors", "logs", "buffers", "owned"],
     ["arrays", "tables"],
     ["values"],
     ["address", "attaching", "codec", "metadata", "parcels", "scheduler", "session", "tending"],
