@@ -83,7 +83,7 @@ def shake_hands(terms: handshake.Terms, timeout: float) -> handshake.Agreement:
     except ConnectError as error:
         sock.close()
         msg = f"can't connect to {terms.address}: {error}"
-        raise ConnectError(msg) from error
+        raise ConnectError(msg) from error.__cause__
 
 
 def connect_link(

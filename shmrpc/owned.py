@@ -21,6 +21,6 @@ def free_with(c: Any, free: Callable[[Any], None]) -> weakref.finalize[..., Any]
     tells the peer, or a user's that closes a client. A pointer, which the collector does not know
     of, outlives them.
     """
-    finalizer = weakref.finalize(c, free, ffi.cast(ffi.typeof(c), c))
+    finalizer = weakref.finalize(c, free, ffi.cast("void *", c))
     finalizer.atexit = False  # threads may be using it
     return finalizer

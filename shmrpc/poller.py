@@ -204,10 +204,11 @@ class Connection:
         try:
             return self.slots.pop()
         except IndexError:
-            if self.poller.forked:
-                msg = f"this call to {self.peer} was made before the fork, by the parent"
-                raise ForkedError(msg) from None
-            return Slot(self)
+            pass  # what is raised here would show it
+        if self.poller.forked:
+            msg = f"this call to {self.peer} was made before the fork, by the parent"
+            raise ForkedError(msg)
+        return Slot(self)
 
     def decode(self, body: memoryview | Body) -> Any:
         """The value that a body is; ValueError or TypeError if it is none."""

@@ -142,7 +142,7 @@ class _Attempts:
         outcome = self._unsure if hides and self._unsure is not None else error
         self._unsure = None
         try:
-            raise outcome
+            raise outcome from outcome.__cause__  # and not from what came after it
         finally:
             del outcome, error  # its traceback has this frame: let them not keep each other alive
 
