@@ -4,9 +4,10 @@ import asyncio
 import os
 import random
 import socket
+from pathlib import Path
 
 import pytest
-from conftest import address_of
+from conftest import ASYNC_SERVICES, address_of
 
 import shmrpc
 from shmrpc import aio
@@ -198,6 +199,26 @@ def test_a_result_that_is_no_value_harms_nobody_else(run, directory, body):
 
 
 # ---- the loop's other work ----
+
+
+def test_a_handler_that_blocks_the_loop_keeps_no_reply_back(run, service, directory):
+    """Replies of a batch go out together only as long as that is over soon."""
+    running = service("shm", program=ASYNC_SERVICES)
+    path = f"{directory}/received"
+
+    async def main():
+        async with aio.connect(running.address) as client:
+            assert not await client.call("stall", path, 0.01)  # now it is known to happen
+            running.pause()  # so that what is sent now comes as one batch
+            quick = asyncio.ensure_future(client.call("echo", 1))
+            slow = asyncio.ensure_future(client.call("stall", path, 20))
+            await asyncio.sleep(0)
+            running.resume()
+            assert await quick == 1
+            Path(path).touch()
+            assert await slow
+
+    run(main)
 
 
 def test_a_turn_is_short():

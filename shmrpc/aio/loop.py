@@ -52,6 +52,11 @@ _TURN_SECONDS = 50e-6
 _SPIN_NS = 40_000
 # Iterations in which something else was ready and nothing came, before the poller is armed.
 _QUIET_MAX = 64
+# What is sent while a batch is taken reaches peers some messages at a time, because each time costs
+# them. After a batch that took so long, so many are taken in which nothing waits for a handler that
+# blocks the loop; where each takes its time anyway, that costs nothing that would show.
+_LONG_SECONDS = 1e-3
+_LONG_BATCHES = 64
 # On a loop that does not show what is ready, time away from us that means that something else was.
 _BUSY_SECONDS = 30e-6
 
@@ -182,6 +187,7 @@ class LoopPoller(Poller):
         self._origin = self._bodies_end = 0
         self.scheduled = False
         self._quiet = 0
+        self._long = 0  # so many batches may take long
         self._last_poll = 0.0
         briefs = lib.shmrpc_poller_batch(self.c)
         if briefs == ffi.NULL:
@@ -277,6 +283,9 @@ class LoopPoller(Poller):
             status = _poll(self._taker, 0 if busy else _SPIN_NS)
             if status > 0:
                 self._begin_batch(status)
+                if self._long:
+                    self._long -= 1
+                    _publish(self.c)  # from now on all that is sent, at once
                 try:
                     self._take_batch()
                 finally:
@@ -286,7 +295,9 @@ class LoopPoller(Poller):
             else:
                 break
             self._quiet = 0
-            now = monotonic()
+            before, now = now, monotonic()
+            if now - before > _LONG_SECONDS:
+                self._long = _LONG_BATCHES
             if self._ready or now >= turn_ends or not self.active:
                 break
         if status == _NOTHING and self._quiet < _QUIET_MAX:
