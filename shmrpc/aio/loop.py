@@ -53,8 +53,10 @@ _SPIN_NS = 40_000
 # Iterations in which something else was ready and nothing came, before the poller is armed.
 _QUIET_MAX = 64
 # What is sent while a batch is taken reaches peers some messages at a time, because each time costs
-# them. After a batch that took so long, so many are taken in which nothing waits for a handler that
-# blocks the loop; where each takes its time anyway, that costs nothing that would show.
+# them. Not in batches of fewer messages: one side would wait while the other works, by turns. And
+# not after a batch that took so long, in so many that follow: nothing waits for a handler that
+# blocks the loop, and where each takes its time, that costs nothing that would show.
+_TOGETHER_MIN = 16
 _LONG_SECONDS = 1e-3
 _LONG_BATCHES = 64
 # On a loop that does not show what is ready, time away from us that means that something else was.
@@ -283,8 +285,8 @@ class LoopPoller(Poller):
             status = _poll(self._taker, 0 if busy else _SPIN_NS)
             if status > 0:
                 self._begin_batch(status)
-                if self._long:
-                    self._long -= 1
+                if self._long or (status & 0xFFFF) < _TOGETHER_MIN:
+                    self._long = max(0, self._long - 1)
                     _publish(self.c)  # from now on all that is sent, at once
                 try:
                     self._take_batch()
