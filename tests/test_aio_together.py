@@ -210,11 +210,11 @@ def test_a_handler_that_blocks_the_loop_keeps_no_reply_back(run, service, direct
         async with aio.connect(running.address) as client:
             assert not await client.call("stall", path, 0.01)  # now it is known to happen
             running.pause()  # so that what is sent now comes as one batch
-            quick = asyncio.ensure_future(client.call("echo", 1))
+            quick = [asyncio.ensure_future(client.call("echo", n)) for n in range(20)]
             slow = asyncio.ensure_future(client.call("stall", path, 20))
             await asyncio.sleep(0)
             running.resume()
-            assert await quick == 1
+            assert await asyncio.gather(*quick) == list(range(20))
             Path(path).touch()
             assert await slow
 
