@@ -235,6 +235,7 @@ int slot_sleep(struct shmrpc_slot *slot, uint64_t deadline_ns)
     struct timespec until = {.tv_sec = (time_t)(deadline_ns / 1000000000u),
                              .tv_nsec = (long)(deadline_ns % 1000000000u)};
 
+    lock_release();
     while (load_acquire32(&slot->state) == SLOT_SLEEPING) {
         long status = futex(&slot->state, FUTEX_WAIT_BITSET, SLOT_SLEEPING,
                             deadline_ns != 0 ? &until : NULL);
@@ -342,6 +343,7 @@ bool slot_enter(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
 {
     slot->inside = true;
     slot->alone = poller->client && poller->workers == 0 && slot->origin == NULL;
+    slot->accompanied = poller->inside != 0;
     poller->inside++;
     if (poller->workers != 0)
         workers_enter(poller, slot);
@@ -421,6 +423,7 @@ static int64_t push_output(struct shmrpc_poller *poller, struct shmrpc_slot *slo
 
     if (poller_must_check_signals(slot))
         return -EAGAIN;
+    lock_release();
     int count = poll(&socket, 1, timeout_ms_until(slot->deadline_ns));
     if (count <= 0)
         return count < 0 ? -errno : -ETIMEDOUT;
@@ -440,6 +443,7 @@ static int64_t follow(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
     bool is_ring = slot->conn != NULL && slot->conn->is_shm;
     uint32_t steps = is_ring ? FOLLOWER_STEPS_RING : FOLLOWER_STEPS_STREAM;
 
+    lock_release();
     for (uint32_t step = 0; step < steps; step++) {
         if (load_acquire32(&slot->state) != SLOT_WAITING)
             return 0;
@@ -708,8 +712,8 @@ void shmrpc_publish(shmrpc_poller *poller)
  * way, poll for it. */
 static void expect_reply(struct shmrpc_poller *poller, struct conn *conn)
 {
-    /* A batch is an event loop's: elsewhere `hot` may be written by another thread, which leads. */
-    if (poller->batch.briefs == NULL || !conn->is_shm || conn->hot ||
+    /* Elsewhere `hot` may be written by another thread, which leads. */
+    if (!poller->event_loop || !conn->is_shm || conn->hot ||
         load_relaxed(&conn->error) != 0)
         return;
     poller_heat(poller, conn);
@@ -752,13 +756,18 @@ int64_t shmrpc_send_request(shmrpc_slot *slot, uint64_t call_id, const shmrpc_na
         .parts = {{(void *)(uintptr_t)name->text, name->bytes},
                   {(void *)(uintptr_t)body, body_bytes}},
     };
+    uint64_t deadline_ns = shmrpc_inherited_deadline();
     atomic_u64 position;
 
     if (conn_hung_up(slot->conn))
         return -ENOTCONN;
+    if (deadline_ns != 0)
+        set_deadline(&message, slot->conn, deadline_ns);
     int status = loop_send(slot->poller, slot->conn, &message, &position);
     expect_reply(slot->poller, slot->conn);
-    return status < 0 ? status : (int64_t)load_relaxed(&position);
+    if (status < 0)
+        return status;
+    return (int64_t)(load_relaxed(&position) << 2) | (deadline_ns != 0 ? 2 : 0) | status;
 }
 
 int shmrpc_send_reply(shmrpc_slot *slot, uint64_t call_id, const char *body, size_t body_bytes)
@@ -901,14 +910,16 @@ int shmrpc_take(shmrpc_slot *slot)
     struct shmrpc_poller *poller = slot->poller;
 
     poller_lock(poller);
-    struct stored *stored = stored_pop(&poller->events);
+    bool taken = events_take_batch(poller, slot);
+    struct stored *stored = taken ? NULL : stored_pop(&poller->events);
     if (stored != NULL) {
         store_relaxed(&poller->event_count, load_relaxed(&poller->event_count) - 1);
         slot_take(slot, stored);
         stored_free(stored);
+        taken = true;
     } else {
         slot_drop_blocks(slot); /* what the last one had and nobody took is not kept until the next */
     }
     poller_unlock(poller);
-    return stored != NULL;
+    return taken;
 }

@@ -38,7 +38,7 @@ ffi = FFI()
 ffi.cdef(declarations())
 ffi.set_source(
     "shmrpc._native",
-    '#include "shmrpc.h"',
+    (CSRC / "gil.h").read_text(encoding="utf-8"),
     sources=in_csrc("*.c"),
     depends=[*in_csrc("*.h"), *in_csrc("cffi_build.py")],
     include_dirs=[CSRC.name],

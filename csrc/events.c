@@ -1,7 +1,8 @@
 /* events.c - messages that no slot waits for, kept until Python takes them.
  *
- *   replies whose call id has SHMRPC_PYTHON_INDEX in its low bits; for an event loop plain ones, and
- *   plain requests, go into the batch that it takes as a whole
+ *   replies whose call id has SHMRPC_PYTHON_INDEX in its low bits; plain ones, and an event loop's
+ *   plain requests, go into the batch that Python takes as a whole
+ *   BRIEFS: that batch, where threads take it. It is closed from then on until the next is taken
  *   REQUEST without a payload: a stream was admitted; its first items may follow while it queues
  *   ITEM, END, CREDIT, INITIAL: frames of streams; items that follow each other share one event
  *   CANCEL: the caller of a stream gave up, or it was dropped before it started
@@ -88,6 +89,8 @@ bool events_add_brief(struct shmrpc_poller *poller, struct conn *conn,
         method->calls++;
         memmove(payload, payload + message.method_bytes, message.body_bytes);
     }
+    if (batch->is_event)
+        store_relaxed(&poller->event_count, load_relaxed(&poller->event_count) + 1);
     batch->used += (uint32_t)message.body_bytes;
     batch->briefs[batch->count++] = (shmrpc_brief){
         .conn_id = conn->id,
@@ -99,6 +102,26 @@ bool events_add_brief(struct shmrpc_poller *poller, struct conn *conn,
         .start = batch->used - (uint32_t)message.body_bytes,
         .end = batch->used,
     };
+    return true;
+}
+
+bool events_take_batch(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
+{
+    struct batch *batch = &poller->batch;
+
+    if (!batch->is_event)
+        return false;
+    if (!batch->open) { /* what was taken last has been seen to the end */
+        batch->count = batch->used = 0;
+        batch->open = true;
+    }
+    if (batch->count == 0)
+        return false;
+    batch->open = false;
+    store_relaxed(&poller->event_count, load_relaxed(&poller->event_count) - batch->count);
+    slot_drop_blocks(slot);
+    slot->message = (shmrpc_message){
+        .kind = SHMRPC_BRIEFS, .item_count = batch->count, .body_bytes = batch->used};
     return true;
 }
 

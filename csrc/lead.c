@@ -28,6 +28,7 @@ enum {
                             * look there and the system call would not end the sleep */
     LOOK_NS = 250000,      /* while polling, cold conns and hang-ups are looked for this often */
     COOL_NS = 1000000,    /* a conn quiet for so long is armed while others stay hot */
+    LOCKED_MS = 1,        /* longest sleep with the program's lock held; epoll counts in these */
     EPOLL_BATCH = 64,
     POLL_BATCH = 64,      /* messages taken from one conn before the next has its turn */
 };
@@ -437,6 +438,7 @@ static bool may_receive(struct shmrpc_poller *poller, const struct shmrpc_slot *
 
 static int64_t receive_once(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
 {
+    lock_release();
     int status = stream_wait(&slot->conn->stream);
 
     store_relaxed(&poller->receiving, 0);
@@ -447,9 +449,28 @@ static int64_t receive_once(struct shmrpc_poller *poller, struct shmrpc_slot *sl
     return status == -EINTR && poller_in_main_thread() ? -EINTR : 0;
 }
 
-/* Sleep until something rings: 0 to poll again, or the errno to return. */
-static int64_t sleep_once(struct shmrpc_poller *poller, struct shmrpc_slot *slot, bool spun)
+/* Sleep for a moment with the program's lock held: who lets go of it here is back in milliseconds
+ * only, while a peer that is awake or to be woken answers in less than 0.1 ms. As look. */
+static int doze_locked(struct shmrpc_poller *poller)
 {
+    if (spin_policy_begin(&poller->locked_policy) == 0) {
+        spin_policy_slept(&poller->locked_policy, false, UINT64_MAX);
+        return 0;
+    }
+    int count = look(poller, LOCKED_MS);
+    if (count == 0)
+        spin_policy_slept(&poller->locked_policy, true, UINT64_MAX);
+    else
+        spin_policy_hit(&poller->locked_policy, false, 0);
+    return count;
+}
+
+/* Sleep until something rings: 0 to poll again, or the errno to return. `spun_from_ns` is when the
+ * spin before began, 0 if there was none. */
+static int64_t sleep_once(struct shmrpc_poller *poller, struct shmrpc_slot *slot,
+                          uint64_t spun_from_ns)
+{
+    bool spun = spun_from_ns != 0;
     int64_t result;
 
     if (poller_must_check_signals(slot))
@@ -458,15 +479,26 @@ static int64_t sleep_once(struct shmrpc_poller *poller, struct shmrpc_slot *slot
         return receive_once(poller, slot);
     if (!arm_all(poller) || finished(poller, slot, &result))
         return 0;
+    workers_unset_tick(poller);
     uint64_t start = clock_now_ns();
     int timeout_ms = timeout_ms_until(slot->deadline_ns);
     bool shortened = poller_in_main_thread() && (timeout_ms < 0 || timeout_ms > SIGNALS_NS / 1000000);
     if (shortened)
         timeout_ms = SIGNALS_NS / 1000000;
-    int count = look(poller, timeout_ms);
+    int count = 0;
+    if (slot->goal == GOAL_REPLY && timeout_ms != 0 && lock_held())
+        count = doze_locked(poller);
+    if (count == 0) {
+        lock_release();
+        count = look(poller, timeout_ms);
+    }
     poller->looked_ns = clock_now_ns();
     count_own(&poller->counters.sleeps, 1);
-    spin_policy_slept(&poller->policy, spun, poller->looked_ns - start);
+    /* A reply that came soon after the spin was worth it: its sender had to be woken, and both sides
+     * would else sleep at every turn. A request that came after the spin was not: nobody knows when
+     * the next one comes, and at a steady rate they all come so late. */
+    uint64_t began_ns = spun && slot->goal == GOAL_REQUEST ? spun_from_ns : start;
+    spin_policy_slept(&poller->policy, spun, poller->looked_ns - began_ns);
     if (count < 0 && count != -EINTR)
         return count;
     if (count == 0 && shortened)
@@ -552,6 +584,8 @@ static bool spin_on(struct shmrpc_poller *poller, const struct shmrpc_slot *slot
         poller->looked_ns = *now;
         cool(poller, true);
     }
+    if (*now - lead->spin_start_ns > SPIN_BUDGET_NS)
+        lock_release(); /* who spins for ever is no better than who sleeps, to the other threads */
     bool crowded = lead->handovers >= HANDOVERS_MAX && poller->policy.mode != WAIT_SPIN;
     if (!crowded && *now - lead->spin_start_ns < lead->spin_budget_ns)
         return true;
@@ -581,6 +615,8 @@ int64_t poller_lead(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
     int64_t result = 0;
 
     poller->caller_leads = slot->goal != GOAL_REQUEST;
+    if (slot->accompanied)
+        lock_release(); /* they can't go on without that lock when their replies are there */
     if (!slot->alone)
         keep_looking(poller); /* what it waits for may be there already, each time */
     do {
@@ -596,7 +632,7 @@ int64_t poller_lead(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
             if (result != 0 || lead.looked)
                 continue;
             cool(poller, false);
-            result = sleep_once(poller, slot, lead.spin_budget_ns != 0);
+            result = sleep_once(poller, slot, lead.spin_budget_ns != 0 ? lead.spin_start_ns : 0);
             lead.spinning = false;
             continue;
         }

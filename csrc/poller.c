@@ -86,6 +86,7 @@ shmrpc_poller *shmrpc_poller_new(uint32_t workers, uint32_t max_concurrency, uin
     poller->forks = forks_seen();
     poller->references = 1;
     poller->kick_fd = -1;
+    poller->tick_fd = -1;
     pthread_mutex_init(&poller->lock, NULL);
     pthread_mutex_init(&poller->forward_lock, NULL);
     store_relaxed(&poller->ways_epoch, 1);
@@ -100,6 +101,7 @@ shmrpc_poller *shmrpc_poller_new(uint32_t workers, uint32_t max_concurrency, uin
     poller->workers = workers;
     poller->max_concurrency = max_concurrency;
     poller->policy.mode = mode;
+    poller->locked_policy.budget_ns = 1;
     poller->policy.budget_ns = spin_budget_ns != 0 ? spin_budget_ns : SPIN_BUDGET_NS;
     return poller;
 }
@@ -181,7 +183,9 @@ static void give_up(struct shmrpc_poller *poller)
         close(poller->kick_fd);
     if (poller->epoll_fd >= 0)
         close(poller->epoll_fd);
-    poller->kick_fd = poller->epoll_fd = -1;
+    if (poller->tick_fd >= 0)
+        close(poller->tick_fd);
+    poller->kick_fd = poller->epoll_fd = poller->tick_fd = -1;
 }
 
 void shmrpc_poller_free(shmrpc_poller *poller)
@@ -242,14 +246,20 @@ void shmrpc_poller_stop(shmrpc_poller *poller)
     forwards_unwanted(poller, NULL, 0);
 }
 
-shmrpc_brief *shmrpc_poller_batch(shmrpc_poller *poller)
+shmrpc_brief *shmrpc_poller_batch(shmrpc_poller *poller, int is_event)
 {
     struct batch *batch = &poller->batch;
 
+    poller_lock(poller);
     if (batch->bytes == NULL)
         batch->bytes = malloc(SHMRPC_BATCH_BYTES);
-    if (batch->bytes != NULL && batch->briefs == NULL)
+    if (batch->bytes != NULL && batch->briefs == NULL) {
         batch->briefs = calloc(SHMRPC_BATCH_BRIEFS, sizeof *batch->briefs);
+        batch->is_event = batch->open = batch->briefs != NULL && is_event != 0;
+        if (!is_event)
+            poller->event_loop = true;
+    }
+    poller_unlock(poller);
     return batch->briefs;
 }
 
@@ -532,6 +542,8 @@ int shmrpc_poller_fds(shmrpc_poller *poller, int *fds, int count)
     }
     if (poller->kick_owned && !poller->closed && used < count)
         fds[used++] = poller->kick_fd;
+    if (poller->tick_fd >= 0 && used < count)
+        fds[used++] = poller->tick_fd;
     if (!poller->closed && used < count)
         fds[used++] = poller->epoll_fd;
     return used;

@@ -64,6 +64,7 @@ struct shmrpc_slot {
     bool worker;    /* else a caller */
     bool inside;    /* a thread waits in C with this slot */
     bool alone;     /* its own conn is all that there is to read, and replies all that comes */
+    bool accompanied; /* other threads wait on the same poller */
     bool may_sleep; /* main thread: Python has just checked for signals */
     bool checked_signals; /* the same, between two shmrpc_wait_events */
     bool poked;           /* lock: shmrpc_poke came while it was out in Python */
@@ -115,12 +116,13 @@ struct counters {
     atomic_u64 calls_queued, queued_ns;
 };
 
-/* Plain messages for an event loop, of one shmrpc_poll: nothing is allocated for them. */
+/* Plain messages for Python: nothing is allocated for them. They are older than any event. */
 struct batch {
     shmrpc_brief *briefs; /* null: messages are events */
     uint8_t *bytes;
     uint32_t count, used;
-    bool open; /* leader: it is in shmrpc_poll */
+    bool open;      /* lock: messages may be added */
+    bool is_event;  /* lock: it is for shmrpc_take, which closes it; else for shmrpc_poll */
 };
 
 struct hot_list {
@@ -151,13 +153,18 @@ struct shmrpc_poller {
     uint64_t away_count;   /* lock: how many times it went */
     struct shmrpc_slot *standby, *idle; /* lock */
     bool standby_parked;                /* lock */
+    int tick_fd;         /* lock: timer that wakes the parked standby; -1 until one parks */
+    bool tick_set;       /* lock: it is to wake it if the leader stays away */
+    bool tick_is_wake;   /* lock: it wakes it now */
+    uint64_t tick_count; /* lock: away_count when it was set */
     uint32_t worker_threads, running, queued; /* lock */
     uint32_t spawning;     /* lock: threads that were asked for and have not come */
     uint64_t spawned_ns;   /* lock: when one was asked for last */
     uint32_t blocked;      /* lock: requests whose thread waits for something on this poller */
     bool event_requests;   /* lock: requests are events */
     bool reads_always;     /* set before there are conns: see workers_full */
-    struct batch batch;    /* leader */
+    bool event_loop;       /* set before there are conns: one thread sends, leads and polls */
+    struct batch batch;    /* leader, lock */
     bool holding;          /* leader: an event loop takes a batch, and what it sends is held: */
     struct conn *held;     /* leader: conns that have something of that */
     uint64_t armed_ns;     /* leader: when poller_arm armed, 0 if it did not spin before */
@@ -184,6 +191,7 @@ struct shmrpc_poller {
     uint32_t hot_rings; /* leader: how many of them are worth spinning for */
     struct spin_policy policy; /* leader */
     atomic_u64 beside;         /* bytes in blocks that were sent or received since the last spin */
+    struct spin_policy locked_policy; /* leader: whether it pays to sleep with the program's lock */
     uint64_t looked_ns;        /* leader: when epoll was looked at last */
     uint32_t rounds;           /* leader: see keep_looking */
     uint64_t coarse_ns;        /* leader: the coarse clock in keep_looking */
@@ -251,6 +259,8 @@ int events_receive(struct shmrpc_poller *poller, struct conn *conn,
  * consumed. */
 bool events_add_brief(struct shmrpc_poller *poller, struct conn *conn,
                       const struct frame_header *header);
+/* With the lock held: the batch, if it has anything, is the slot's message from now on. */
+bool events_take_batch(struct shmrpc_poller *poller, struct shmrpc_slot *slot);
 /* A frame of a stream has arrived. Consumes it. */
 int events_stream(struct shmrpc_poller *poller, struct conn *conn,
                   const struct frame_header *header);
@@ -339,6 +349,8 @@ void workers_cancel(struct shmrpc_poller *poller, struct conn *conn, uint64_t ca
 bool workers_full(const struct shmrpc_poller *poller, const struct conn *conn);
 /* With the lock held: the leader returns to Python, or leaves altogether. */
 void workers_go_away(struct shmrpc_poller *poller);
+/* The leader is there, and about to sleep: nobody needs to look whether it stays away. */
+void workers_unset_tick(struct shmrpc_poller *poller);
 /* With the lock held: this caller's thread waits from now on, so that the request it serves here
  * does not count as running; and goes on. */
 void workers_enter(struct shmrpc_poller *poller, struct shmrpc_slot *slot);

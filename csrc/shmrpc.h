@@ -48,8 +48,10 @@ enum shmrpc_kind {
     SHMRPC_WITHDRAW = 13, /* a segment of the sender's goes: nothing of it is in use */
     SHMRPC_SERVES = 14,  /* the sender takes requests; for who passes calls on */
     SHMRPC_CLOSED = 100, /* never on the wire: this conn has ended */
-    SHMRPC_ROOM = 101    /* nor this: what waited to be sent on this conn has left, or blocks of its
+    SHMRPC_ROOM = 101,   /* nor this: what waited to be sent on this conn has left, or blocks of its
                           * arena have come back */
+    SHMRPC_BRIEFS = 102  /* nor this: `item_count` of them are in the batch, with `body_bytes` in
+                          * all, see shmrpc_poller_batch */
 };
 
 enum shmrpc_flag {
@@ -120,7 +122,7 @@ typedef struct shmrpc_message {
     shmrpc_block *blocks; /* goes with the message, but for leases that shmrpc_lease_take took */
 } shmrpc_message;
 
-/* A plain message for an event loop: a request for a known method without metadata and other flags
+/* A plain message: a request for a known method without metadata and other flags
  * than KEYWORDS, or a reply with status OK and no metadata to one of Python's calls. */
 typedef struct shmrpc_brief {
     uint64_t conn_id;
@@ -214,9 +216,10 @@ void shmrpc_poller_serve(shmrpc_poller *poller, uint32_t workers, uint32_t max_c
 void shmrpc_poller_serve_events(shmrpc_poller *poller, int reads_always);
 /* A descriptor that is readable while something waits for shmrpc_poll, after shmrpc_arm. */
 int shmrpc_poller_fd(shmrpc_poller *poller);
-/* Let shmrpc_poll put plain messages into a batch: SHMRPC_BATCH_BRIEFS briefs, and their bodies in
- * SHMRPC_BATCH_BYTES bytes. Both are the poller's. Null if there is no memory. */
-shmrpc_brief *shmrpc_poller_batch(shmrpc_poller *poller);
+/* Have plain messages put into a batch: SHMRPC_BATCH_BRIEFS briefs, and their bodies in
+ * SHMRPC_BATCH_BYTES bytes. Both are the poller's. Null if there is no memory. With `is_event`
+ * shmrpc_take gives them, as one message of kind SHMRPC_BRIEFS, else shmrpc_poll. */
+shmrpc_brief *shmrpc_poller_batch(shmrpc_poller *poller, int is_event);
 uint8_t *shmrpc_poller_batch_bytes(shmrpc_poller *poller);
 /* Refuse new requests with UNAVAILABLE from now on; those running and queued go on. */
 void shmrpc_poller_drain(shmrpc_poller *poller);
@@ -279,8 +282,9 @@ int shmrpc_send(shmrpc_slot *slot, uint32_t kind, uint32_t flags, uint64_t call_
                 const shmrpc_name *name, uint32_t status, const char *metadata,
                 size_t metadata_bytes, const char *body, size_t body_bytes, uint64_t deadline_ns,
                 uint64_t *position);
-/* The ways of an event loop's plain messages: shmrpc_send for a REQUEST, which returns its position
- * or -errno, and for a REPLY with status OK. */
+/* The ways of plain messages: shmrpc_send for a REQUEST with no deadline but the inherited one, and
+ * for a REPLY with status OK. The former returns -errno, or four times the request's position, plus
+ * 2 if there was a deadline, plus 1 if part of it waits in this process for room. */
 int64_t shmrpc_send_request(shmrpc_slot *slot, uint64_t call_id, const shmrpc_name *name,
                             const char *body, size_t body_bytes);
 int shmrpc_send_reply(shmrpc_slot *slot, uint64_t call_id, const char *body, size_t body_bytes);
@@ -307,7 +311,8 @@ void shmrpc_publish(shmrpc_poller *poller);
 int shmrpc_arm(shmrpc_slot *slot);
 /* End the wait of another thread's slot in shmrpc_wait_events with 0. */
 void shmrpc_poke(shmrpc_slot *slot);
-/* Next event into the slot: 1, or 0 if there is none. */
+/* Next event into the slot: 1, or 0 if there is none. The one taken before is over, and so is what
+ * a batch had. */
 int shmrpc_take(shmrpc_slot *slot);
 /* What became of a call that was sent by shmrpc_send on the slot's conn: enum shmrpc_outcome. */
 int shmrpc_outcome_of(shmrpc_slot *slot, uint64_t call_id, uint64_t position);
@@ -455,5 +460,10 @@ int shmrpc_bare_send(shmrpc_bare *bare, const char *body, size_t body_bytes);
 int64_t shmrpc_bare_receive(shmrpc_bare *bare, uint8_t *body, size_t capacity);
 
 /* cffi: end */
+
+/* For programs that hold a lock of their own (Python's) around some of the calls above: whether this
+ * thread has it, and to let go of it, which is done before each wait that is no short spin. To be
+ * set before any of them. */
+void shmrpc_use_lock(int (*held)(void), void (*release)(void));
 
 #endif

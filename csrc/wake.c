@@ -7,6 +7,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "shmrpc.h"
+
 void wake_arm(struct wake *wake)
 {
     wake->epoch++;
@@ -144,6 +146,26 @@ int spin_step(uint32_t step, uint32_t patience)
     }
     sched_yield();
     return 1;
+}
+
+static int (*program_held)(void);
+static void (*program_release)(void);
+
+void shmrpc_use_lock(int (*held)(void), void (*release)(void))
+{
+    program_held = held;
+    program_release = release;
+}
+
+bool lock_held(void)
+{
+    return program_held != NULL && program_held() != 0;
+}
+
+void lock_release(void)
+{
+    if (program_release != NULL)
+        program_release();
 }
 
 uint64_t clock_now_ns(void)

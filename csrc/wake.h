@@ -111,6 +111,11 @@ int spin_step(uint32_t step, uint32_t patience);
  * sleep. */
 enum { HANDOVER_NS = 3000, HANDOVERS_MAX = 3 };
 
+/* The program's lock, see shmrpc_use_lock: whether this thread has it, so that sleeping costs the
+ * time until it has it again; and that it sleeps, or waits for a thread of its own process. */
+bool lock_held(void);
+void lock_release(void);
+
 uint64_t clock_now_ns(void); /* CLOCK_MONOTONIC */
 uint64_t clock_coarse_ns(void); /* the same, some milliseconds late, for a few nanoseconds */
 

@@ -41,7 +41,11 @@ _NAMES_MAX = 4096
 _STREAM = lib.SHMRPC_FLAG_STREAM
 _STREAM_ENDED = lib.SHMRPC_FLAG_STREAM | lib.SHMRPC_FLAG_ENDED
 
+_REQUEST = lib.SHMRPC_REQUEST
+
 _call = lib.shmrpc_call
+_send_request = lib.shmrpc_send_request
+_inherited_deadline = lib.shmrpc_inherited_deadline
 _unpackb = msgpack.unpackb
 _MESSAGE = lib.SHMRPC_MESSAGE
 _BLOCKS = lib.SHMRPC_FLAG_BLOCKS
@@ -53,7 +57,7 @@ _GOES_ON = frozenset((_EAGAIN, _EINTR, lib.SHMRPC_EVENTS, lib.SHMRPC_SPAWN, lib.
 
 def _inherit(deadline: float) -> float:
     """Not later than that of the call which this thread serves."""
-    inherited_ns = lib.shmrpc_inherited_deadline()
+    inherited_ns = _inherited_deadline()
     return min(deadline, inherited_ns / 1e9) if inherited_ns else deadline
 
 
@@ -379,7 +383,65 @@ class Channel(ABC):
         ``timeout`` in seconds bounds the call; ``cancel`` on the future cancels it also after it
         was sent. Raises at once what ``call`` would before sending; all else is in the future.
         """
+        if kwargs or timeout is not None or metadata is not None:
+            return self._submit_with(method, args, kwargs, timeout, metadata)
+        # From here on it is _send for a call that has nothing but arguments.
+        while True:  # once, as in call()
+            try:
+                slot = self._slots.pop()
+                break
+            except IndexError:
+                pass
+            slot = self._new_slot(FOREVER)
+            break
+        try:
+            name = self._names[method]
+        except (KeyError, TypeError):
+            name = self._name(method)
+        connection = slot.connection
+        try:
+            body = slot.pack(args)
+            large = len(body) >= _LARGE and self._plain and may_hold_large(body)
+        except (NotPlain, *PACKING_ERRORS):
+            slot.pack = self._codec.encoder()  # the old one may hold half a message
+            body, large = b"", True
+        if large:
+            connection.slots.append(slot)
+            return self._submit_with(method, args, kwargs, timeout, metadata)
+        future = CallFuture(self, connection, method, FOREVER)
+        status = 0
+        try:
+            call_id = future.call_id
+            connection.register(call_id, future)
+            position = _send_request(slot.c, call_id, name, body, len(body))
+            if position >= 0:
+                future.position = (position >> 2,)
+                if connection.closed:
+                    future.lost_while_sending(slot)
+                if position & 3:
+                    future.deadline = _inherit(FOREVER)
+                    if position & 1:
+                        status = self._wait_for_room(slot, _REQUEST, future.deadline)
+            else:
+                status = position
+        except BaseException:  # Ctrl-C
+            future.unregister()
+            connection.send_now(lib.SHMRPC_CANCEL, future.call_id)
+            raise
+        if status != 0:
+            self._give_up_sending(slot, _REQUEST, method, future, status)
+            return self._submit_with(method, args, kwargs, timeout, metadata)
+        connection.slots.append(slot)
+        return future
 
+    def _submit_with(
+        self,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        timeout: float | None,
+        metadata: Metadata | None,
+    ) -> CallFuture:
         def future(connection: Connection, deadline: float) -> CallFuture:
             return CallFuture(self, connection, method, deadline)
 
@@ -483,16 +545,25 @@ class Channel(ABC):
             if status == 0:
                 connection.slots.append(slot)
                 return pending
-            pending.unregister()
-            if status != _ENOTCONN:
-                if status == _ETIMEDOUT and kind == lib.SHMRPC_REQUEST:
-                    connection.send_now(lib.SHMRPC_CANCEL, pending.call_id)  # a part may be out
-                if status in (_EPIPE, _EPROTO):
-                    slot.message.outcome = lib.shmrpc_outcome_of(
-                        slot.c, pending.call_id, pending.position[0]
-                    )
-                raise self._failure(slot, method, status)
-            self._drop(connection)
+            self._give_up_sending(slot, kind, method, pending, status)
+
+    def _give_up_sending(
+        self, slot: Slot, kind: int, method: str, pending: Registered, status: int
+    ) -> None:
+        """Raise what a request that was not sent, or not to the end, has come to.
+
+        Only where the connection had ended before it returns, and another one has to be made.
+        """
+        connection = slot.connection
+        pending.unregister()
+        if status != _ENOTCONN:
+            if status == _ETIMEDOUT and kind == lib.SHMRPC_REQUEST:
+                connection.send_now(lib.SHMRPC_CANCEL, pending.call_id)  # a part may be out
+            if status in (_EPIPE, _EPROTO):
+                position = (pending.position or NOT_SENT)[0]
+                slot.message.outcome = lib.shmrpc_outcome_of(slot.c, pending.call_id, position)
+            raise self._failure(slot, method, status)
+        self._drop(connection)
 
     def _send_once(
         self,
@@ -526,10 +597,13 @@ class Channel(ABC):
             deadline_ns,
             position,
         )
-        if status > 0:  # the ring is full: wait for room here, and read meanwhile
-            status = slot.connection.flush(slot, deadline)
-            if status in (_EPIPE, _EPROTO) and kind != lib.SHMRPC_NOTIFY:
-                return 0  # what became of it is told later: it may have run, its reply be here
+        return self._wait_for_room(slot, kind, deadline) if status > 0 else status
+
+    def _wait_for_room(self, slot: Slot, kind: int, deadline: float) -> int:
+        """The ring is full: wait here until it has all of the message, and read meanwhile."""
+        status = slot.connection.flush(slot, deadline)
+        if status in (_EPIPE, _EPROTO) and kind != lib.SHMRPC_NOTIFY:
+            return 0  # what became of it is told later: it may have run, its reply be here
         return status
 
     # ---- memory that is sent without a copy ----

@@ -321,10 +321,12 @@ class Client(Channel):
             links = [*self._retired] if self._link is None else [self._link, *self._retired]
             self._unlink()
         for link in links:
-            for call_id, pending in list(link.session.calls.items()):
+            calls = link.session.calls
+            for call_id in list(calls):  # no items(): making these lets other threads run
+                pending = calls.get(call_id)
                 if isinstance(pending, CallFuture):
                     pending.abandon()
-                elif link.session.calls.pop(call_id, None) is not None:
+                elif pending is not None and calls.pop(call_id, None) is not None:
                     pending.lost(errno.EPIPE)
             link.shutdown()
 

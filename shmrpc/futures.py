@@ -8,26 +8,30 @@ the reading while such futures are pending.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import threading
 import time
-from concurrent.futures import CancelledError, Future, InvalidStateError
+from concurrent.futures import CancelledError, Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED, LOGGER, PENDING
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+from msgpack import unpackb
 
 from ._native import lib
 from .errors import Cancelled, DeadlineExceeded, Error, ForkedError, ProtocolError
 from .metadata import unpack_reply_metadata
 from .poller import FOREVER, Connection, Waiters
-from .session import NOT_SENT
+from .values import unpack_extension
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from .poller import Slot
     from .session import Body
 
-__all__ = ["CallFuture"]
+__all__ = ["CallFuture", "Ending"]
 
 
 class Channel(Protocol):
@@ -61,24 +65,82 @@ class _Watchers(list[Any]):
         self._future.read_in_background()
 
 
+class _Lazy:
+    """An attribute that is made when it is first asked for, once, whoever asks."""
+
+    def __init__(self, make: Callable[[CallFuture], Any]) -> None:
+        self._make = make
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, future: CallFuture, owner: type) -> Any:
+        return future.__dict__.setdefault(self._name, self._make(future))
+
+
+def _lazy(make: Callable[[CallFuture], Any]) -> Any:
+    return _Lazy(make)
+
+
+Ending: TypeAlias = "tuple[Any, BaseException | None]"
+"""A result, or an error."""
+
+_CANCELLED = object()
+
+
 class CallFuture(Future[Any]):
-    """The result of a submitted call. Safe to use from any thread, like any Future."""
+    """The result of a submitted call. Safe to use from any thread, like any Future.
+
+    Nearly all are asked once, for a result that has come. So what others need to wait for one
+    (a lock, lists) is made when somebody asks for it, and nothing here needs that lock:
+
+    - What the call came to is put into ``_came`` by ``dict.setdefault``: the first one wins.
+    - Who ends a call does that first and then looks who waits (``_tell``). Who waits first makes
+      what the other looks for, and then looks whether the call has ended. One sees the other.
+    - With the lock held, nothing ends: where there is a lock, who sees the end tells the others.
+      ``as_completed`` counts on that, or it would count a future twice.
+    """
+
+    _condition = _lazy(lambda _future: _Condition())
+    _waiters = _lazy(_Watchers)
+    _done_callbacks = _lazy(lambda _future: [])
+    threads = _lazy(lambda _future: Waiters())
+
+    _came: Any = None  # a plain reply's body, not decoded yet; any other Ending; or _CANCELLED
+    _decoded: Ending | None = None  # what that body is
+    _told = False
+    _metadata = b""
+    _reply: tuple[int, Body] | None = None  # one that is not plain: taken, about to be what came
+    position: Sequence[int] = ()  # empty until it was sent: see the core's shmrpc_outcome_of
 
     def __init__(
         self, channel: Channel, connection: Connection, method: str, deadline: float
     ) -> None:
-        super().__init__()
-        self._condition = _Condition()
-        self._waiters = _Watchers(self)
+        # Not Future's own: what it makes is above.
         self.method = method
         self.deadline = deadline  # time.monotonic() seconds
         self.call_id = connection.session.next_id()
-        self.position: Sequence[int] = NOT_SENT
-        self.threads = Waiters()
         self._channel = channel
         self._connection = connection
-        self._metadata = b""
-        self._reply: tuple[int, Body] | None = None  # taken, and about to be the result
+
+    # ---- what Future and those that know it look at ----
+
+    @property
+    def _state(self) -> str:  # type: ignore[override]
+        came = self._came
+        if came is None:
+            return PENDING
+        if "_condition" in self.__dict__:
+            self._tell_watchers()
+        return CANCELLED_AND_NOTIFIED if came is _CANCELLED else FINISHED
+
+    @property
+    def _result(self) -> Any:  # type: ignore[override]
+        return self._ending()[0]
+
+    @property
+    def _exception(self) -> BaseException | None:  # type: ignore[override]
+        return self._ending()[1]
 
     # ---- for the channel ----
 
@@ -89,6 +151,13 @@ class CallFuture(Future[Any]):
     def unregister(self) -> None:
         """It came to nothing: nobody has seen it."""
         self._connection.session.calls.pop(self.call_id, None)
+
+    def lost_while_sending(self, slot: Slot) -> None:
+        """The connection has ended before the position was known; who ended it could not tell."""
+        if self._came is None and self.position:
+            connection = self._connection
+            outcome = lib.shmrpc_outcome_of(slot.c, self.call_id, self.position[0])
+            self.finish(None, connection.lost(connection.error, outcome, self.method))
 
     def observe(self, fn: Callable[[BaseException | None], None]) -> None:
         """Call this when it is finished, with its error, without reading in the background."""
@@ -106,27 +175,34 @@ class CallFuture(Future[Any]):
 
     def result(self, timeout: float | None = None) -> Any:
         """As ``Future.result``; reads from the connection while it waits."""
-        return super().result(self._read_until_done(timeout))
+        if self._came is None and not self._read_until_done(timeout):
+            raise FutureTimeoutError
+        result, error = self._decoded or self._ending()
+        if error is None:
+            return result
+        try:
+            raise error
+        finally:
+            del self, error  # its traceback has this frame: let them not keep each other alive
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """As ``Future.exception``; reads from the connection while it waits."""
-        return super().exception(self._read_until_done(timeout))
+        if self._came is None and not self._read_until_done(timeout):
+            raise FutureTimeoutError
+        if self._came is _CANCELLED:
+            raise CancelledError
+        return self._ending()[1]
 
     def done(self) -> bool:
         """Whether it is finished; takes what has arrived into account."""
-        if not super().done():
-            self._read_until_done(0)
-        return super().done()
+        return self._came is not None or self._read_until_done(0)
 
     def cancel(self) -> bool:
         """Cancel the call, also if it was sent already; False if it is finished."""
-        if self.cancelled():
-            return True
-        if not super().cancel():
+        if self.__dict__.setdefault("_came", _CANCELLED) is not _CANCELLED:
             return False
-        self.set_running_or_notify_cancel()
         self._forget()
-        self.threads.wake()
+        self._tell()
         return True
 
     def add_done_callback(self, fn: Callable[[Future[Any]], object]) -> None:
@@ -148,104 +224,160 @@ class CallFuture(Future[Any]):
 
     # ---- for who reads the connection ----
 
-    def replied(self, status: int, metadata: bytes, body: Body) -> Callable[[], None]:
-        """Take the reply; finishing the future runs its callbacks, which may do anything."""
+    def replied(self, status: int, metadata: bytes, body: Body) -> Callable[[], None] | None:
+        """Take the reply; what runs other people's code is returned, to be run later."""
+        if status == 0 and not metadata and type(body) is bytes:
+            own = self.__dict__  # it is decoded by who asks for it
+            own.setdefault("_came", body)
+            return self._tell_later if "threads" in own or "_condition" in own else None
         self._metadata = metadata
         self._reply = status, body
         return self._settle
 
-    def lost(self, error: int) -> Callable[[], None]:
+    def lost(self, error: int) -> Callable[[], None] | None:
         """The connection has ended."""
         if self._reply is not None:
             return self._settle  # the thread that took it may not have come to that yet
-        outcome = self._connection.outcome(self.call_id, self.position[0])
-        return lambda: self.finish(None, self._connection.lost(error, outcome, self.method))
+        if not self.position:
+            return None  # see lost_while_sending
+        connection = self._connection
+        outcome = connection.outcome(self.call_id, self.position[0])
+        self.__dict__.setdefault("_came", (None, connection.lost(error, outcome, self.method)))
+        return self._tell
 
     def _settle(self) -> None:
         """Be what the reply says. Can be repeated, by any thread."""
         reply = self._reply
         if reply is None:
             return
-        self._finish_with(*reply)
+        self.finish(*self._interpret(*reply))
         self.unregister()
         self._reply = None
         self._connection.forget_if_done()
 
-    def _finish_with(self, status: int, body: Body) -> None:
+    def _interpret(self, status: int, body: Body) -> Ending:
+        """What a reply says."""
         connection = self._connection
         if status != 0:
-            error = self._channel._remote_error(connection, self.method, status, body)
-            self.finish(None, error)
-            return
+            return None, self._channel._remote_error(connection, self.method, status, body)
+        if not body:
+            return None, None
         try:
-            result = connection.decode(body) if body else None
+            if type(body) is bytes and connection.plain:  # its decode written out: 0.1 us less
+                result = unpackb(body, strict_map_key=False, ext_hook=unpack_extension)
+            else:
+                result = connection.decode(body)
         except (ValueError, TypeError) as reason:
             msg = f"{connection.peer} sent a result of {self.method!r} that is none: {reason}"
-            self.finish(None, ProtocolError(msg))
-        else:
-            self.finish(result)
+            return None, ProtocolError(msg)
+        return result, None
+
+    def _ending(self) -> Ending:
+        """What it is that came."""
+        came = self._came
+        if type(came) is bytes:
+            return self._decoded or self.__dict__.setdefault("_decoded", self._interpret(0, came))
+        if type(came) is tuple:
+            return came
+        return None, CancelledError() if came is _CANCELLED else None
 
     def finish(self, result: Any, error: BaseException | None = None) -> None:
-        """Set the outcome, unless it has been cancelled meanwhile. Can be repeated."""
-        with contextlib.suppress(InvalidStateError):
-            if error is not None:
-                self.set_exception(error)
-            else:
-                self.set_result(result)
-        self.threads.wake()
+        """Set the outcome, unless it has one already. Can be repeated."""
+        self.__dict__.setdefault("_came", (result, error))
+        self._tell()
+
+    def _tell_later(self) -> None:
+        self._tell()
+        self.unregister()
+        self._connection.forget_if_done()
+
+    def _tell(self) -> None:
+        """Tell everybody who waits that it has ended. Can be repeated."""
+        own = self.__dict__
+        if "threads" in own:
+            self.threads.wake()
+        if "_condition" in own:
+            self._tell_watchers()
+            self._invoke_callbacks()
+
+    def _tell_watchers(self) -> None:
+        error = self._exception
+        with self._condition:
+            if self._told:
+                return
+            for waiter in self._waiters:
+                if self._came is _CANCELLED:
+                    waiter.add_cancelled(self)
+                elif error is not None:
+                    waiter.add_exception(self)
+                else:
+                    waiter.add_result(self)
+            self._condition.notify_all()
+            self._told = True
+
+    def _invoke_callbacks(self) -> None:
+        while True:
+            try:
+                fn = self._done_callbacks.pop(0)
+            except IndexError:
+                return
+            try:
+                fn(self)
+            except Exception:
+                LOGGER.exception("exception calling callback for %r", self)
 
     def expire(self) -> None:
         """Its deadline has passed, or nobody can read any more."""
-        if not self._forget():
-            return  # it is finished, or about to be by the thread that took its reply
         peer = self._connection.peer
         error: Exception
         if time.monotonic() >= self.deadline:
             error = DeadlineExceeded(f"{self.method!r} on {peer} took longer than its timeout")
         else:
             error = self._connection.lost(errno.EPIPE, lib.SHMRPC_UNKNOWN, self.method)
-        self.finish(None, error)
+        self._give_up(error)
 
     def abandon(self) -> None:
         """The client is being closed."""
-        if self._forget():
-            peer = self._connection.peer
-            msg = f"{self.method!r} on {peer}: the client was closed meanwhile"
-            self.finish(None, Cancelled(msg))
+        peer = self._connection.peer
+        self._give_up(Cancelled(f"{self.method!r} on {peer}: the client was closed meanwhile"))
 
-    def _forget(self) -> bool:
-        """Take no reply any more, and tell the peer; False if it has come already."""
+    def _give_up(self, error: Exception) -> None:
         if self._reply is not None:
-            return False
-        if self._connection.session.calls.pop(self.call_id, None) is None:
-            return False
-        self._connection.send_now(lib.SHMRPC_CANCEL, self.call_id)
-        return True
+            self._settle()  # its reply was taken, by a thread that may not have come to that yet
+            return
+        ending = (None, error)
+        if self.__dict__.setdefault("_came", ending) is ending:
+            self._forget()
+            self._tell()
+
+    def _forget(self) -> None:
+        """Take no reply any more, and tell the peer unless it has come already."""
+        taken = self._reply is not None
+        if self._connection.session.calls.pop(self.call_id, None) is not None and not taken:
+            self._connection.send_now(lib.SHMRPC_CANCEL, self.call_id)
 
     # ---- waiting ----
 
-    def _read_until_done(self, timeout: float | None) -> float | None:
-        """Read until it is finished; returns how long ``Future``'s own wait may still take."""
-        finished = super().done
-        if finished():
-            return 0
+    def _read_until_done(self, timeout: float | None) -> bool:
+        """Read until it is finished; False when the timeout has passed."""
         poller = self._connection.poller
         if poller.forked:
             msg = f"this call of {self.method!r} was made before the fork, by the parent"
             raise ForkedError(msg)
-        if self.call_id not in self._connection.session.calls:
-            return timeout  # about to be finished by the thread that took its reply
         until = FOREVER if timeout is None else time.monotonic() + timeout
         limit = min(until, self.deadline)
-        if not poller.wait_until(self._connection, self.threads, finished, limit) and (
+        if not poller.wait_until(self._connection, self.threads, self._has_ended, limit) and (
             limit == self.deadline or until == FOREVER
         ):
             self.expire()
-        return 0 if timeout is not None or finished() else None
+        return self._came is not None
+
+    def _has_ended(self) -> bool:
+        return self._came is not None
 
     def read_in_background(self) -> None:
         """Make sure that it finishes without anybody asking."""
-        if not super().done():
+        if self._came is None:
             _Reader.of(self._connection).watch(self)
 
 
@@ -285,7 +417,7 @@ class _Reader:
     def _run(self) -> None:
         while True:
             # Not with our lock held: who watches a future may hold the future's.
-            finished = {id(future) for future in list(self._watched) if Future.done(future)}
+            finished = {id(future) for future in list(self._watched) if future._has_ended()}
             with self._lock:
                 self._watched = [f for f in self._watched if id(f) not in finished]
                 watched = list(self._watched)
@@ -296,7 +428,9 @@ class _Reader:
 
     def _read(self, watched: list[CallFuture]) -> None:
         def changed() -> bool:
-            return len(self._watched) != len(watched) or all(map(Future.done, watched))
+            return len(self._watched) != len(watched) or all(
+                future._has_ended() for future in watched
+            )
 
         deadline = min(future.deadline for future in watched)
         poller = self._connection.poller

@@ -11,10 +11,12 @@ import functools
 import logging
 import os
 import signal
+import struct
 import sys
 import threading
 import time
 import weakref
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from ._native import ffi, lib
@@ -58,6 +60,7 @@ _SECONDS_MAX = 9e9  # the core counts nanoseconds in 64 bits
 
 _EPROTO, _ETIMEDOUT = errno.EPROTO, errno.ETIMEDOUT
 _GO_ON = frozenset((-errno.EAGAIN, -errno.EINTR, 0))
+BRIEF = struct.Struct("=QQQiHHII")  # shmrpc_brief
 _FLUSHED = frozenset((0, -errno.EPIPE, -_EPROTO, -_ETIMEDOUT, lib.SHMRPC_STOPPED))
 
 
@@ -94,7 +97,17 @@ class Freed(Protocol):
 class Slot:
     """What one thread uses for one call at a time: a C slot, its view and a packer."""
 
-    __slots__ = ("c", "connection", "free", "message", "pack", "pack_beside", "view")
+    __slots__ = (
+        "__weakref__",
+        "c",
+        "connection",
+        "free",
+        "message",
+        "pack",
+        "pack_beside",
+        "thread",
+        "view",
+    )
 
     def __init__(self, connection: Connection) -> None:
         slot = lib.shmrpc_slot_new(connection.poller.c, connection.conn_id)
@@ -114,6 +127,7 @@ class Slot:
         codec = connection.codec
         self.pack: Callable[[Any], bytes] = codec.encoder()
         self.pack_beside = slot_packer(codec, self.c)  # for a message that this slot sends next
+        self.thread = 0  # that waits with it for something on Python's side
 
     # Before a call raises: its frames refer to the slot, and who keeps the exception keeps them.
 
@@ -126,7 +140,8 @@ class Slot:
     def give_back(self) -> None:
         """Put what it has into the pool, as another object."""
         other = Slot.__new__(Slot)
-        for name in self.__slots__:
+        names = ("c", "connection", "free", "message", "pack", "pack_beside", "thread", "view")
+        for name in names:
             setattr(other, name, getattr(self, name))
             delattr(self, name)
         other.connection.slots.append(other)
@@ -183,6 +198,7 @@ class Connection:
         self.session = Session()
         self.slots: list[Slot] = []
         self.closed = False
+        self.error = 0  # the errno that ended it
         self.retired = False
         self.refuses = False  # the peer takes no more calls: it is stopping
         self.caller: Any = None  # what handlers call their caller with, once one has asked
@@ -244,6 +260,7 @@ class Connection:
 
     def watch(self) -> None:
         """Keep what tells the outcome of calls after the connection's end."""
+        self.poller.open_batch(is_event=True)
         self._probe = self.slot()
         self.watched = True
 
@@ -277,12 +294,15 @@ class Connection:
 
     def end(self, error: int) -> list[Callable[[], None]]:
         """It has ended with this errno (the poller's lock is held)."""
+        self.error = error
         self.closed = True
         slots = self.slots
         self.retire()
         slots.clear()  # a Caller that somebody keeps has this list, and must not keep descriptors
         self.caller = None
-        for call_id, call in list(self.session.calls.items()):  # others register theirs meanwhile
+        calls = self.session.calls
+        for call_id in list(calls):  # no items(): others register theirs meanwhile
+            call = calls.get(call_id)
             if isinstance(call, Stream):
                 call.outcome = self.outcome(call_id, call.position[0])
         later = self.session.lost(error)
@@ -358,9 +378,10 @@ class Waiters(list[Slot]):
     """The threads that wait for one thing; ``wake`` makes them look again."""
 
     def wake(self) -> None:
-        """End their waits."""
+        """End their waits. Whoever reads for all is awake, and looks by itself."""
+        this_thread = get_ident()
         for slot in list(self):
-            if not slot.connection.poller.forked:
+            if slot.thread != this_thread and not slot.connection.poller.forked:
                 lib.shmrpc_poke(slot.c)
 
 
@@ -403,10 +424,23 @@ class Poller:
         free_with(self._taker, lib.shmrpc_slot_free)
         self._message = lib.shmrpc_slot_message(self._taker)
         self._unfinished: Any = None  # what has been made of the message that was taken last
+        self._batch_briefs = self._batch = memoryview(b"")  # plain messages that come together
         self._run_worker: Callable[[Poller], None] | None = None
         self._serve_queued: Callable[[], None] | None = None
         self.ended: Callable[[], None] = _nothing  # called for each connection that has ended
         _pollers.add(self)
+
+    def open_batch(self, *, is_event: bool) -> None:
+        """Take plain messages together from now on, as an event or from ``shmrpc_poll``."""
+        if self._batch:
+            return
+        briefs = lib.shmrpc_poller_batch(self.c, is_event)
+        if briefs == ffi.NULL:
+            raise MemoryError
+        size = lib.SHMRPC_BATCH_BRIEFS * BRIEF.size
+        self._batch_briefs = memoryview(ffi.buffer(briefs, size))
+        bodies = lib.shmrpc_poller_batch_bytes(self.c)
+        self._batch = memoryview(ffi.buffer(bodies, lib.SHMRPC_BATCH_BYTES))
 
     # ---- connections ----
 
@@ -475,6 +509,9 @@ class Poller:
     def _take(self, later: list[Callable[[], None]]) -> None:
         message = self._message
         kind, call_id = message.kind, message.call_id
+        if kind == lib.SHMRPC_BRIEFS:
+            self._take_replies(later)
+            return
         connection = self.connections.get(message.conn_id)
         if connection is None:
             return
@@ -514,6 +551,31 @@ class Poller:
             self.connections.pop(connection.conn_id, None)
             self.ended()
             self.end()
+
+    def _take_replies(self, later: list[Callable[[], None]]) -> None:
+        """Plain replies that came together: ``Session.replied`` written out for each.
+
+        Can be repeated: those that were taken are dropped.
+        """
+        message, connections = self._message, self.connections
+        bodies = bytes(self._batch[: message.body_bytes])
+        briefs = BRIEF.iter_unpack(self._batch_briefs[: message.item_count * BRIEF.size])
+        for conn_id, call_id, _, _, _, _, start, end in briefs:
+            connection = connections.get(conn_id)
+            if connection is None:
+                continue
+            calls = connection.session.calls
+            pending = calls.get(call_id)
+            if pending is None:
+                connection.session.dropped += 1
+                continue
+            run = pending.replied(0, b"", bodies[start:end])
+            if run is not None:
+                later.append(run)
+                continue
+            calls.pop(call_id, None)
+            if connection.retired:
+                connection.forget_if_done()
 
     def _take_request(
         self, connection: Connection, message: Any, _later: list[Callable[[], None]]
@@ -614,6 +676,7 @@ class Poller:
             slot = connection.slot()
         except ConnectionLost:  # everybody has been told what there was to tell
             return ready()
+        slot.thread = get_ident()
         waiters.append(slot)
         goes_on = True
         try:

@@ -148,7 +148,7 @@ def add_callbacks(server):
 
 def add_streams(server):
     """Methods that stream or wait, and note how they ended."""
-    running, ends = set(), []
+    running, ends, told = set(), [], threading.Event()
 
     @contextmanager
     def noted(label):
@@ -209,15 +209,20 @@ def add_streams(server):
 
     @server.method
     def cancel_back(how, method):
-        """Call the caller, and give that up soon."""
+        """Call the caller, and give that up when it notifies ``begun``."""
         caller = shmrpc.current_call().caller
+        told.clear()
         call = caller.submit(method) if how == "submit" else caller.stream(method)
 
         def cancel():
-            time.sleep(0.05)
+            told.wait(10)
             call.cancel()
 
         threading.Thread(target=cancel, daemon=True).start()
+
+    @server.method
+    def begun():
+        told.set()
 
     @server.method
     def stuck(seconds):

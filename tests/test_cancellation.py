@@ -183,6 +183,7 @@ def test_the_handler_of_a_client_sees_it_too(client):
 
     @client.method
     def wait_here():
+        client.notify("begun")
         call = shmrpc.current_call()
         while not call.cancelled and not end.wait(0.001):
             pass
@@ -192,6 +193,7 @@ def test_the_handler_of_a_client_sees_it_too(client):
     @client.method
     def stream_here():
         try:
+            client.notify("begun")
             while True:
                 yield 1
         finally:

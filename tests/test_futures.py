@@ -204,6 +204,59 @@ def test_cancel_while_another_thread_waits(client):
     assert time.monotonic() - start < 1 * SLACK
 
 
+def test_as_completed_counts_each_future_once(client):
+    """Some end between its look at them and its entry into the list of who is told."""
+
+    def complete(futures):
+        return len(list(concurrent.futures.as_completed(futures, timeout=30)))
+
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        for _ in range(200):
+            futures = [client.submit("echo", number) for number in range(30)]
+            completed = [threads.submit(complete, futures) for _ in range(2)]
+            for future in futures[::3]:
+                future.cancel()
+            for future in futures[1::3]:
+                assert future.result() in range(30)
+            assert [each.result() for each in completed] == [30, 30]
+
+
+def test_each_future_ends_once(client):
+    """Replies, cancellations, callbacks and waits race for the same futures."""
+    count = 200
+    futures = [client.submit("echo", number) for number in range(count)]
+    called, ended = [], threading.Event()
+
+    def callback(future):
+        called.append(future)
+        if len(called) == count:
+            ended.set()
+
+    def work(thread):
+        if thread == 0:
+            return [number for number, future in enumerate(futures) if future.cancel()]
+        if thread == 1:
+            for future in futures:
+                future.add_done_callback(callback)
+        elif thread == 2:
+            return sorted(map(id, concurrent.futures.as_completed(futures, timeout=30)))
+        else:
+            concurrent.futures.wait(futures, timeout=30)
+        return None
+
+    cancelled, _, completed, _ = in_threads(4, work)
+    assert ended.wait(30)
+    assert sorted(map(id, called)) == completed == sorted(map(id, futures))
+    for number, future in enumerate(futures):
+        assert future.done()
+        assert not future.running()
+        assert future.cancelled() == (number in cancelled)
+        if number not in cancelled:
+            assert future.result(0) == number
+            assert future.exception(0) is None
+            assert not future.cancel()
+
+
 def test_a_cancelled_call_in_the_queue_is_never_started(transport, service, connect, directory):
     client = connect(service(transport, workers=1).address)
     path, release = os.path.join(directory, "started"), os.path.join(directory, "release")

@@ -143,6 +143,7 @@ def test_deadlines_and_cancelling(client):
 
     @client.method
     def patient():
+        client.notify("begun")
         call = shmrpc.current_call()
         while not call.cancelled:
             ended.wait(0.005)

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -346,3 +347,34 @@ def test_stop_with_stuck_handlers_ends(transport, service, connect, directory):
     output, _ = process.communicate("\n", timeout=50)
     assert output == "stopped\n"
     assert future.exception(5).outcome == "unknown"
+
+
+@pytest.mark.parametrize("in_process", [False, True])
+def test_calls_while_another_thread_computes(transport, common, directory, connect, in_process):
+    """Neither starves, also where the server needs the same interpreter's lock."""
+    rounds, ended = [0], threading.Event()
+
+    def compute():
+        while not ended.is_set():
+            sum(range(1000))
+            rounds[0] += 1
+
+    with contextlib.ExitStack() as stack:
+        address = common.addresses[TRANSPORTS.index(transport)]
+        if in_process:
+            server = stack.enter_context(shmrpc.Server(address_of(transport, directory)))
+            server.method(name="add")(lambda a, b: a + b)
+            address = str(server.addresses[0])
+        client = connect(address)
+        thread = threading.Thread(target=compute)
+        thread.start()
+        try:
+            for number in range(40):
+                assert client.call("add", number, 1) == number + 1
+                assert client.submit("add", number, 2).result(60) == number + 2
+            before = rounds[0]
+            wait_until(lambda: client.call("add", 1, 2) == 3 and rounds[0] > before + 10)
+        finally:
+            ended.set()
+            thread.join()
+        client.close()

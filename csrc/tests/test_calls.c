@@ -126,6 +126,65 @@ TEST(echo_of_megabytes_from_two_threads)
     }
 }
 
+/* ---- a lock of the program's ---- */
+
+static _Thread_local pthread_mutex_t *program_lock; /* this thread has it */
+
+static int program_held(void)
+{
+    return program_lock != NULL;
+}
+
+static void program_release(void)
+{
+    if (program_lock != NULL)
+        pthread_mutex_unlock(program_lock);
+    program_lock = NULL;
+}
+
+/* Its handlers need the service's lock, with which they are called here. */
+static void *call_locked(void *argument)
+{
+    struct caller *caller = argument;
+    shmrpc_slot *slot = slot_of(caller->setup);
+
+    for (int i = 0; i < caller->calls && !caller->failed; i++) {
+        pthread_mutex_lock(&caller->setup->service.lock);
+        program_lock = &caller->setup->service.lock;
+        caller->failed = call(slot, "note", (const uint8_t *)"abc", 3, -1) < 0;
+        program_release();
+    }
+    shmrpc_slot_free(slot);
+    return NULL;
+}
+
+TEST(program_lock_is_let_go_before_a_sleep)
+{
+    shmrpc_use_lock(program_held, program_release);
+    for (int variant = 0; variant < TRANSPORTS * 3; variant++) {
+        struct setup setup;
+        struct caller callers[3];
+        setup_open(&setup, (enum transport)(variant / 3), 2, (uint32_t)variant % 3);
+        harness_progress(HANG_SECONDS);
+        for (int i = 0; i < 3; i++) {
+            callers[i] = (struct caller){.setup = &setup, .calls = 40};
+            REQUIRE(pthread_create(&callers[i].thread, NULL, call_locked, &callers[i]) == 0);
+        }
+        for (int i = 0; i < 3; i++) {
+            pthread_join(callers[i].thread, NULL);
+            CHECK(!callers[i].failed);
+        }
+        shmrpc_slot *slot = slot_of(&setup);
+        pthread_mutex_lock(&setup.service.lock);
+        program_lock = &setup.service.lock;
+        CHECK_EQUAL(events(slot, 2 * MS), -ETIMEDOUT);
+        CHECK(program_lock == NULL); /* also without a reply to wait for */
+        shmrpc_slot_free(slot);
+        setup_close(&setup);
+    }
+    shmrpc_use_lock(NULL, NULL);
+}
+
 TEST(main_thread_calls)
 {
     struct setup setup;

@@ -516,6 +516,92 @@ TEST(reply_metadata_that_is_too_long)
     stage_close(&stage);
 }
 
+/* ---- plain replies ---- */
+
+static uint64_t python_id(uint64_t number)
+{
+    return number << 16 | SHMRPC_PYTHON_INDEX;
+}
+
+static void put_reply(struct stage *stage, uint64_t number, const char *metadata, const char *body)
+{
+    put(stage, &(struct frame){.kind = SHMRPC_REPLY, .call_id = python_id(number),
+                               .metadata = metadata, .body = body, .bytes = strlen(body)});
+}
+
+/* Take the batch, and check that it has these replies, whose bodies are their numbers. */
+static void expect_briefs(struct stage *stage, const uint64_t *numbers, uint32_t count)
+{
+    const shmrpc_brief *briefs = shmrpc_poller_batch(stage->poller, 1);
+    const uint8_t *bodies = shmrpc_poller_batch_bytes(stage->poller);
+
+    REQUIRE(shmrpc_take(stage->taker) == 1);
+    CHECK_EQUAL(stage->event->kind, SHMRPC_BRIEFS);
+    REQUIRE(stage->event->item_count == count);
+    CHECK_EQUAL(stage->event->body_bytes, briefs[count - 1].end);
+    for (uint32_t i = 0; i < count; i++) {
+        CHECK_EQUAL(briefs[i].call_id, python_id(numbers[i]));
+        CHECK_EQUAL(briefs[i].conn_id, stage->conn);
+        REQUIRE(briefs[i].end - briefs[i].start == 1);
+        CHECK_EQUAL(bodies[briefs[i].start], '0' + numbers[i]);
+    }
+}
+
+/* They are older than any event, also than those that come while Python has the batch. */
+TEST(plain_replies_come_together)
+{
+    struct stage stage;
+
+    stage_open(&stage, 0, 0);
+    REQUIRE(shmrpc_poller_batch(stage.poller, 1) != NULL);
+    put_reply(&stage, 1, NULL, "1");
+    put_reply(&stage, 2, NULL, "2");
+    put_reply(&stage, 3, "meta", "3");
+    put_reply(&stage, 4, NULL, "4");
+    read_all(&stage);
+    CHECK_EQUAL(shmrpc_wait_events(stage.taker, 0), SHMRPC_EVENTS);
+    expect_briefs(&stage, (const uint64_t[]){1, 2}, 2);
+    CHECK_EQUAL(shmrpc_wait_events(stage.taker, 0), SHMRPC_EVENTS); /* that are left */
+    expect(&stage, SHMRPC_REPLY, python_id(3), 1);
+    expect(&stage, SHMRPC_REPLY, python_id(4), 1);
+    put_reply(&stage, 5, NULL, "5");
+    read_all(&stage);
+    expect_briefs(&stage, (const uint64_t[]){5}, 1);
+    put_reply(&stage, 6, NULL, "6"); /* while it is being looked at */
+    read_all(&stage);
+    CHECK_EQUAL(shmrpc_poller_batch_bytes(stage.poller)[0], '5');
+    expect(&stage, SHMRPC_REPLY, python_id(6), 1);
+    CHECK_EQUAL(shmrpc_take(stage.taker), 0);
+    CHECK_EQUAL(shmrpc_wait_events(stage.taker, 0), -ETIMEDOUT);
+    put_reply(&stage, 7, NULL, "7");
+    shutdown(stage.hand.control_fd, SHUT_RDWR);
+    while (shmrpc_conn_status(stage.poller, stage.conn) == 0)
+        shmrpc_wait_events(stage.taker, 0);
+    expect_briefs(&stage, (const uint64_t[]){7}, 1);
+    expect(&stage, SHMRPC_CLOSED, 0, 0);
+    stage_close(&stage);
+}
+
+/* More than the batch holds: events, and none is lost. */
+TEST(plain_replies_beyond_the_batch)
+{
+    enum { COUNT = SHMRPC_BATCH_BRIEFS + 10 };
+    struct stage stage;
+
+    stage_open(&stage, 0, 0);
+    REQUIRE(shmrpc_poller_batch(stage.poller, 1) != NULL);
+    for (uint64_t i = 1; i <= COUNT; i++)
+        put_reply(&stage, i, NULL, "x");
+    read_all(&stage);
+    REQUIRE(shmrpc_take(stage.taker) == 1);
+    CHECK_EQUAL(stage.event->kind, SHMRPC_BRIEFS);
+    CHECK_EQUAL(stage.event->item_count, SHMRPC_BATCH_BRIEFS);
+    for (uint64_t i = SHMRPC_BATCH_BRIEFS + 1; i <= COUNT; i++)
+        expect(&stage, SHMRPC_REPLY, python_id(i), 1);
+    CHECK_EQUAL(shmrpc_take(stage.taker), 0);
+    stage_close(&stage);
+}
+
 /* ---- the end, and limits ---- */
 
 TEST(end_of_a_conn_comes_after_its_last_frames)

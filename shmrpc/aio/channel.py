@@ -238,7 +238,7 @@ class Channel(ABC):
                 raise self._sent_error(connection, method, position)
             self._drop(connection)
             return await self._call_with(method, args, kwargs, timeout, metadata)
-        pending.sent_at = position
+        pending.sent_at = position >> 2
         poller: LoopPoller = connection.poller  # type: ignore[assignment]
         if not poller.scheduled:
             poller.schedule()

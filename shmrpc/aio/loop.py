@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import functools
-import struct
 import time
 from asyncio import get_running_loop
 from time import monotonic
@@ -18,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import msgpack
 
-from shmrpc._native import ffi, lib
+from shmrpc._native import lib
 from shmrpc.codec import MsgpackCodec
 from shmrpc.errors import Error
-from shmrpc.poller import Connection, Poller, Wait
+from shmrpc.poller import BRIEF, Connection, Poller, Wait
 from shmrpc.values import unpack_extension
 
 from .pending import NO_VALUE, Pending
@@ -44,7 +43,6 @@ _poll = lib.shmrpc_poll
 _publish = lib.shmrpc_publish
 
 _REPLY = lib.SHMRPC_REPLY
-_BRIEF = struct.Struct("=QQQiHHII")  # shmrpc_brief
 
 # How long the poller may go on while nothing else is ready, before it looks whether that is so, and
 # its longest spin: together what a timer or another socket may have to wait.
@@ -191,13 +189,8 @@ class LoopPoller(Poller):
         self._quiet = 0
         self._long = 0  # so many batches may take long
         self._last_poll = 0.0
-        briefs = lib.shmrpc_poller_batch(self.c)
-        if briefs == ffi.NULL:
-            raise MemoryError
-        self._batch_briefs = memoryview(ffi.buffer(briefs, lib.SHMRPC_BATCH_BRIEFS * _BRIEF.size))
+        self.open_batch(is_event=False)
         self._briefs: Iterator[tuple[Any, ...]] = iter(())  # that were not taken yet
-        batch = lib.shmrpc_poller_batch_bytes(self.c)
-        self._batch = memoryview(ffi.buffer(batch, _BATCH_BYTES))
         self._hidden = not hasattr(self.loop, "_ready")
         self._ready: Any = () if self._hidden else self.loop._ready  # type: ignore[attr-defined]
         self._fd = lib.shmrpc_poller_fd(self.c)
@@ -311,7 +304,7 @@ class LoopPoller(Poller):
 
     def _begin_batch(self, status: int) -> None:
         """Plain messages have come."""
-        self._briefs = _BRIEF.iter_unpack(self._batch_briefs[: (status & 0xFFFF) * _BRIEF.size])
+        self._briefs = BRIEF.iter_unpack(self._batch_briefs[: (status & 0xFFFF) * BRIEF.size])
         if self._plain:
             self._origin += self._bodies_end  # of the last batch, all of which was taken
             self._bodies_end = status >> 16

@@ -14,7 +14,7 @@ from shmrpc.calls import Call, Receiver, Requests
 from shmrpc.channel import _GOES_ON as GOES_ON
 from shmrpc.channel import Channel
 from shmrpc.errors import Cancelled
-from shmrpc.futures import CallFuture
+from shmrpc.futures import CallFuture, Ending
 from shmrpc.lending import attach, wants_room
 from shmrpc.metadata import PackedMetadata
 from shmrpc.poller import FOREVER, nanoseconds_until
@@ -178,11 +178,10 @@ class RawChannel(Channel):
 class RawFuture(CallFuture):
     """A call under way; its result is a ``Reply``."""
 
-    def _finish_with(self, status: int, body: Body) -> None:
+    def _interpret(self, status: int, body: Body) -> Ending:
         if status == _UNAVAILABLE and not body:
-            super()._finish_with(status, body)
-        else:
-            self.finish(Reply(status, self._metadata, body))
+            return super()._interpret(status, body)
+        return Reply(status, self._metadata, body), None
 
 
 class _NoPending:
