@@ -1,9 +1,15 @@
 """What the garbage collector finds together is finalized in any order, and may still call."""
 
+import asyncio
+import gc
 import subprocess
 import sys
 
 import pytest
+from conftest import ASYNC_SERVICES
+
+import shmrpc
+from shmrpc import aio
 
 SCRIPT = """
 import asyncio, faulthandler, gc, sys, shmrpc
@@ -77,3 +83,26 @@ def test_calls_by_finalizers(directory, where, state):
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == (["0", "3", "0"] if state == "open" else ["0", "0"]) * 3
+
+
+def test_open_calls_are_collected_while_their_client_is_closed(run, service):
+    running = service("shm", program=ASYNC_SERVICES)
+
+    async def main():
+        client = await aio.connect(running.address)
+        calls = [asyncio.ensure_future(client.call("sleep", 60)) for _ in range(200)]
+        for _ in range(20):
+            call = client.stream("count", 100_000)
+            assert await call.__anext__() == 0
+            call.me = call
+            del call
+        threshold = gc.get_threshold()
+        gc.set_threshold(50)
+        try:
+            await client.close()
+        finally:
+            gc.set_threshold(*threshold)
+        ends = await asyncio.gather(*calls, return_exceptions=True)
+        assert {type(end) for end in ends} == {shmrpc.Cancelled}
+
+    run(main)

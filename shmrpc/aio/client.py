@@ -277,8 +277,10 @@ class Client(Channel):
         link, self._link = self._link, None
         if link is None:
             return
-        for call_id, pending in list(link.session.calls.items()):
-            if link.session.calls.pop(call_id, None) is not None:
+        calls = link.session.calls
+        for call_id in list(calls):  # no items(): making these may collect an open call
+            pending = calls.pop(call_id, None)
+            if pending is not None:
                 link.send_now(lib.SHMRPC_CANCEL, call_id)
                 pending.lost(errno.EPIPE)
         link.shutdown()
