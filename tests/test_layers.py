@@ -26,6 +26,7 @@ LAYERS = [
     ["handshake"],
     ["poller", "inquiries"],
     ["lending", "link", "registry", "context", "inspector"],
+    ["callinfo"],
     ["loans"],
     ["timing", "supervisor"],
     ["outcomes", "failures", "calls", "futures", "proxy", "acceptor", "bytestream", "reflection"],

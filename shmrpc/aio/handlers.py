@@ -183,7 +183,7 @@ class Handlers:
         loop: asyncio.AbstractEventLoop,
         context: contextvars.Context,
     ) -> None:
-        """``chain`` runs a method through interceptors: ``await chain(method, final)(...)``.
+        """``chain`` runs a method through interceptors: ``await chain(method, final)(a, kw)``.
 
         Handlers begin in copies of ``context``, not in what is set where somebody woke the poller.
         """
@@ -525,7 +525,7 @@ class Handlers:
                 if method.requests and call.stream is not None:
                     args = [self._requests(call, call.stream, method), *args]
                 if self._chain is not None and not method.name.startswith("shmrpc."):
-                    called = self._chain(method, self._invoke)(call, args, kwargs)
+                    called = self._chain(method, self._invoke)(args, kwargs)
                 elif method.is_async and not method.generator:
                     called = method.function(*args, **kwargs)
                 else:
