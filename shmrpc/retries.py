@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from .interceptors import CallInfo
 
-__all__ = ["Retries"]
+__all__ = ["Retries", "repeating"]
 
 _log = logging.getLogger("shmrpc.retries")
 
@@ -94,6 +94,14 @@ class Retries:
             except Error as error:
                 pause = attempts.failed(error)
             await sleep(pause)
+
+
+def repeating(retries: Any) -> list[Retries]:
+    """What goes around a client's calls for its option ``retries``; ValueError if that is none."""
+    if not isinstance(retries, int) or isinstance(retries, bool) or retries < 0:
+        msg = f"retries must be a number of repetitions from 0 on, not {retries!r}"
+        raise ValueError(msg)
+    return [Retries(retries + 1)] if retries else []
 
 
 class _Attempts:

@@ -18,7 +18,6 @@ import weakref
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-from . import address as addresses
 from . import handover, handshake, segments
 from .acceptor import Acceptor
 from .caller import Caller
@@ -27,7 +26,7 @@ from .errors import Error, ForkedError
 from .inspection import Inspection
 from .intercepted import intercept_handlers
 from .lending import MEMORY_BYTES, total_stats
-from .link import check_options, check_uids
+from .link import check_waiting, terms_of
 from .poller import Connection, Poller, Wait, check_timeout
 from .proxy import public_methods
 from .registry import Registry
@@ -85,26 +84,22 @@ class Server:
         interceptors: Iterable[Interceptor] = (),
     ) -> None:
         """Make a server that listens from ``start`` on; ``ConnectError`` for a bad address."""
-        check_options(max_message_bytes, backing, wait, spin_budget, max_memory_bytes)
         if not address:
             msg = "Server() needs at least one address, such as Server('calc')"
             raise ValueError(msg)
         if workers < 1 or max_concurrency < 1:
             msg = "workers and max_concurrency must be at least 1"
             raise ValueError(msg)
-        allowed, trusted = check_uids(allow_uids, trust_uids)
-        self._terms = [
-            handshake.Terms(
-                addresses.parse(text),
-                max_message_bytes,
-                backing=backing,
-                max_memory_bytes=max_memory_bytes,
-                allow_uids=allowed,
-                trust_uids=trusted,
-                allow_remote=allow_remote,
-            )
-            for text in address
-        ]
+        self._terms = terms_of(
+            address,
+            max_message_bytes=max_message_bytes,
+            max_memory_bytes=max_memory_bytes,
+            backing=backing,
+            allow_uids=allow_uids,
+            trust_uids=trust_uids,
+            allow_remote=allow_remote,
+        )
+        check_waiting(wait, spin_budget)
         self._workers = workers
         self._max_concurrency = max_concurrency
         self._show_tracebacks = show_tracebacks

@@ -13,14 +13,13 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-from shmrpc import address as addresses
 from shmrpc import handover, handshake, segments
 from shmrpc.acceptor import Acceptor
 from shmrpc.codec import Codec, MsgpackCodec
 from shmrpc.errors import Error, ForkedError
 from shmrpc.inspection import Inspection
 from shmrpc.lending import MEMORY_BYTES, total_stats
-from shmrpc.link import check_options, check_uids
+from shmrpc.link import check_waiting, terms_of
 from shmrpc.proxy import public_methods
 from shmrpc.registry import Registry
 
@@ -72,26 +71,22 @@ class Server:
         interceptors: Iterable[AsyncInterceptor] = (),
     ) -> None:
         """Make a server that listens from ``start`` on; ``ConnectError`` for a bad address."""
-        check_options(max_message_bytes, backing, wait, spin_budget, max_memory_bytes)
         if not address:
             msg = "Server() needs at least one address, such as Server('calc')"
             raise ValueError(msg)
         if max_concurrency < 1:
             msg = "max_concurrency must be at least 1"
             raise ValueError(msg)
-        allowed, trusted = check_uids(allow_uids, trust_uids)
-        self._terms = [
-            handshake.Terms(
-                addresses.parse(text),
-                max_message_bytes,
-                backing=backing,
-                max_memory_bytes=max_memory_bytes,
-                allow_uids=allowed,
-                trust_uids=trusted,
-                allow_remote=allow_remote,
-            )
-            for text in address
-        ]
+        self._terms = terms_of(
+            address,
+            max_message_bytes=max_message_bytes,
+            max_memory_bytes=max_memory_bytes,
+            backing=backing,
+            allow_uids=allow_uids,
+            trust_uids=trust_uids,
+            allow_remote=allow_remote,
+        )
+        check_waiting(wait, spin_budget)
         self._max_concurrency = max_concurrency
         self._show_tracebacks = show_tracebacks
         self._wait: Wait = wait
