@@ -13,14 +13,12 @@ from .codec import PACKING_ERRORS, MsgpackCodec
 from .errors import (
     Cancelled,
     ConnectionLost,
-    DeadlineExceeded,
     Error,
     ForkedError,
-    MessageTooLarge,
     ProtocolError,
 )
 from .lending import attach
-from .metadata import unpack_metadata, unpack_reply_metadata
+from .opened import Opened
 from .parcels import Parcel
 from .poller import FOREVER, Connection, Waiters, check_timeout
 from .session import Body, Stream
@@ -182,7 +180,7 @@ class Requests:
         return Cancelled(f"{self._receiver.connection.peer} does not wait for this call any more")
 
 
-class Call:
+class Call(Opened):
     """A call that is open: messages go out by ``send``, replies come by iterating or ``result``.
 
     Leaving the ``with`` block, ``close``, or dropping the last reference cancels the call unless
@@ -225,15 +223,6 @@ class Call:
         """Its number on this connection."""
         return self._call_id
 
-    @property
-    def position(self) -> Sequence[int]:
-        """Where its request lies, for what became of it."""
-        return self._stream.position
-
-    @position.setter
-    def position(self, position: Sequence[int]) -> None:
-        self._stream.position = position
-
     def register(self) -> None:
         """Take frames from now on."""
         self._connection.register(self._call_id, self._stream)
@@ -242,22 +231,6 @@ class Call:
         """It came to nothing: nobody has seen it."""
         self._connection.session.calls.pop(self._call_id, None)
         self._closed = True
-
-    def observe(self, fn: Callable[[BaseException | None], None]) -> None:
-        """Call this once when the call is over, with its error or None."""
-        self._observers.append(fn)
-
-    def reply_metadata(self) -> tuple[dict[str, str | bytes], dict[str, str | bytes]]:
-        """Trailing and initial metadata, as far as they have come."""
-        stream = self._stream
-        packed = stream.reply[1] if stream.reply is not None else b""
-        trailing, initial = unpack_reply_metadata(packed)
-        return trailing, unpack_metadata(stream.initial) if stream.initial is not None else initial
-
-    def _ended(self, error: BaseException | None) -> None:
-        observers, self._observers = self._observers, []
-        for observer in observers:
-            observer(error)
 
     # ---- sending ----
 
@@ -306,9 +279,7 @@ class Call:
                 raise MemoryError(msg)
             if status == -_EMSGSIZE:
                 stream.not_sent(size)
-                peer, limit = self._connection.peer, self._connection.max_request_bytes
-                msg = f"a message for {self.method!r} is longer than {peer} accepts"
-                raise MessageTooLarge(f"{msg} (max_message_bytes={limit})")
+                raise self._too_long()
         del slot  # the frames of an exception that somebody keeps would keep the connection
         if status == -_ETIMEDOUT:
             raise self._late()
@@ -324,9 +295,7 @@ class Call:
         except PACKING_ERRORS as reason:
             error = reason
         self._connection.slots.append(slot)
-        kind = type(item).__qualname__
-        msg = f"a message for {self.method!r} can't be sent: {error} (of type {kind})"
-        raise (TypeError if isinstance(error, TypeError) else ValueError)(msg) from error
+        raise self._unpackable(item, error) from error
 
     def _send_beside(self, slot: Slot, body: bytes, sources: Sequence[Source]) -> tuple[int, int]:
         """Send a message with buffers: what it counts for, and the status."""
@@ -406,11 +375,7 @@ class Call:
                 raise error from None
             reply = self._stream.reply
             if reply is not None and reply[2]:
-                msg = (
-                    f"{self.method!r} on {self._connection.peer} returns one result and "
-                    "streams nothing: use call(), or open() and result()"
-                )
-                raise Error(msg) from None
+                raise Error(self._streams_nothing()) from None
             raise
         except _Late:
             raise self._late() from None
@@ -536,18 +501,14 @@ class Call:
 
     def _late(self) -> Exception:
         """The call goes on no longer: its deadline has passed, or the poller has stopped."""
-        peer = self._connection.peer
         error: Exception
         if time.monotonic() >= self.deadline:
-            error = DeadlineExceeded(f"{self.method!r} on {peer} took longer than its timeout")
+            error = self._past_deadline()
         else:
             error = self._lost(_EPIPE, lib.SHMRPC_UNKNOWN)
         if not self._closed:
             self._give_up(error)
         return error
-
-    def _no_result_yet(self) -> TimeoutError:
-        return TimeoutError(f"{self.method!r} has no result yet")
 
     def _lost(self, error: int, outcome: int) -> Exception:
         if self._channel._closed:
@@ -559,8 +520,7 @@ class Call:
         """How the call ended, once it has. Items that came before may be left to receive."""
         stream = self._stream
         if stream.overrun and not self._closed:
-            peer = self._connection.peer
-            self._give_up(ProtocolError(f"{peer} sent more of {self.method!r} than it may"))
+            self._give_up(self._overrun())
         if self._error is not None:
             return self._error
         if self._failure is None and stream.reply is not None:
