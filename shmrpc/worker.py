@@ -19,7 +19,6 @@ from msgpack import unpackb
 from . import loans
 from ._native import ffi, lib
 from .attaching import slot_packer
-from .calls import Requests
 from .codec import Codec, MsgpackCodec, pack_split
 from .context import CallContext, enter_worker, leave_worker
 from .errors import Cancelled, ConnectionLost, Error, RemoteError
@@ -28,6 +27,7 @@ from .lending import attach
 from .metadata import pack_metadata, pack_reply_metadata, unpack_metadata
 from .owned import free_with
 from .poller import FOREVER, Connection, Poller, Waiters
+from .receiving import Requests
 from .rendezvous import Credentials
 from .values import LARGE as _LARGE
 from .values import NotPlain, encode, may_hold_large, unpack_extension

@@ -26,7 +26,7 @@ LAYERS = [
     ["handshake"],
     ["poller", "inquiries"],
     ["lending", "link", "registry", "context", "inspector"],
-    ["callinfo", "opened"],
+    ["callinfo", "opened", "receiving"],
     ["loans"],
     ["timing", "supervisor"],
     ["outcomes", "failures", "calls", "futures", "proxy", "acceptor", "bytestream", "reflection"],
