@@ -256,6 +256,8 @@ def test_it_does_not_spin_while_others_are_ready(directory, monkeypatch):
                     await client.call("echo", 1)
 
             await asyncio.gather(others(), *(call() for _ in range(8)))
+            while not any(spin for spin, _ in looks):  # as it does once nothing else is ready
+                await asyncio.sleep(0.001)
 
     monkeypatch.setattr(loops, "_poll", seen)
     loop = asyncio.new_event_loop()
@@ -264,7 +266,6 @@ def test_it_does_not_spin_while_others_are_ready(directory, monkeypatch):
     loop.close()
     assert len(looks) > 1000
     assert not [look for look in looks if look[0] and look[1]]
-    assert any(spin for spin, _ in looks), "it never spins"
 
 
 def test_timers_and_sockets_have_their_turns(pair):
