@@ -1,4 +1,4 @@
-"""Streams as users see them: ``Call`` on the caller's side, ``Requests`` on the handler's."""
+"""Open calls as callers see them: messages out, replies in."""
 
 from __future__ import annotations
 
@@ -6,35 +6,32 @@ import errno
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ._native import lib
 from .codec import PACKING_ERRORS, MsgpackCodec, pack_lifted
 from .errors import (
     Cancelled,
-    ConnectionLost,
-    DeadlineExceeded,
     Error,
     ForkedError,
-    MessageTooLarge,
     ProtocolError,
 )
 from .lending import attach
-from .metadata import unpack_metadata, unpack_reply_metadata
-from .parcels import Parcel
+from .opened import Opened
 from .poller import FOREVER, Connection, Waiters, check_timeout
+from .receiving import Late, Receiver
 from .session import Body, Stream
 from .values import LARGE, NOT_PLAIN, NotPlain, may_hold_large
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
     from types import TracebackType
     from typing import NoReturn
 
     from .buffers import Source
     from .poller import Slot
 
-__all__ = ["Call", "Receiver", "Requests"]
+__all__ = ["Call"]
 
 _EPIPE, _EMSGSIZE, _ETIMEDOUT = errno.EPIPE, errno.EMSGSIZE, errno.ETIMEDOUT
 _FROM_CALLER = lib.SHMRPC_FLAG_CALLER
@@ -51,138 +48,7 @@ class Channel(Protocol):
     ) -> Error: ...
 
 
-class _Late(Exception):
-    """The deadline has passed, or nobody can read any more.
-
-    No TimeoutError: that is what a signal's handler may raise while we wait.
-    """
-
-
-class Receiver:
-    """Items of a stream, one by one: waiting, decoding, giving credit back."""
-
-    def __init__(
-        self, connection: Connection, stream: Stream, waiters: Waiters, call_id: int, flags: int
-    ) -> None:
-        self.connection = connection
-        self.stream = stream
-        self.waiters = waiters
-        self.exhausted = False
-        self._call_id = call_id
-        self._flags = flags
-        self._items: Iterator[Any] = iter(())
-
-    def next_until(self, deadline: float) -> Any:
-        """The next item; StopIteration at the end, ``_Late``, ``ProtocolError``."""
-        for item in self._items:
-            return item
-        return self._next_run(deadline)
-
-    def clear(self) -> None:
-        """Drop what was not taken."""
-        self._items = iter(())
-        self.stream.runs.clear()
-
-    def pending(self) -> bool:
-        """Whether an item has come that was not taken."""
-        return bool(self.stream.runs)
-
-    def ready(self) -> bool:
-        """Whether ``next_until`` would not wait."""
-        return bool(self.stream.runs) or self.stream.ended or self.stream.overrun
-
-    def _next_run(self, deadline: float) -> Any:
-        stream = self.stream
-        if not self.ready():
-            poller = self.connection.poller
-            if not poller.wait_until(self.connection, self.waiters, self.ready, deadline):
-                raise _Late
-        elif not stream.ended and time.monotonic() >= deadline:
-            raise _Late  # or a peer that is fast enough would never be late
-        if stream.cancelled and not stream.lost_error:
-            stream.runs.clear()
-        try:
-            data, ends = stream.take()
-        except IndexError:
-            self.exhausted = True
-            raise StopIteration from None
-        if not stream.ended:
-            credit = stream.due_credit()
-            if credit:
-                self.connection.send_now(
-                    lib.SHMRPC_CREDIT, self._call_id, credit, flags=self._flags
-                )
-        self._items = self._decode(data, ends)
-        return next(self._items)
-
-    def _decode(self, data: Any, ends: Sequence[int]) -> Iterator[Any]:
-        decode = self.connection.codec.decode
-        starts = (0, *ends[:-1])
-        try:
-            if isinstance(data, Parcel):
-                return iter((self.connection.decode(data),))
-            return iter([decode(data[start:end]) for start, end in zip(starts, ends)])  # noqa: B905
-        except (ValueError, TypeError) as error:
-            msg = f"{self.connection.peer} sent a message in a stream that is none: {error}"
-            raise ProtocolError(msg) from error
-
-
-class Requests:
-    """The caller's messages, as a handler with ``requests=True`` gets them.
-
-    Iterating waits for the next one and ends when the caller sends no more. Raises ``Cancelled``
-    when the caller has given up, is gone, or its deadline has passed, which ends the handler unless
-    it catches that; ``ProtocolError`` for what is no message.
-    """
-
-    def __init__(
-        self, connection: Connection, stream: Stream, call_id: int, deadline: float
-    ) -> None:
-        waiters = cast("Waiters", stream.waiters)
-        self._receiver = Receiver(connection, stream, waiters, call_id, 0)
-        self._deadline = deadline
-
-    def __iter__(self) -> Requests:
-        if self._receiver.exhausted:
-            msg = "the caller's messages were iterated to their end already, and are gone"
-            raise Error(msg)
-        return self
-
-    def __next__(self) -> Any:
-        receiver = self._receiver
-        if not receiver.stream.cancelled:
-            for item in receiver._items:
-                return item
-        return self._next()
-
-    def _next(self) -> Any:
-        receiver = self._receiver
-        stream = receiver.stream
-        if stream.cancelled and not stream.lost_error:
-            receiver.clear()
-        try:
-            return receiver.next_until(self._deadline)
-        except StopIteration:
-            if stream.overrun:
-                msg = f"{receiver.connection.peer} sent more than it had credit for"
-                raise ProtocolError(msg) from None
-            if stream.cancelled:
-                raise self._unwanted() from None
-            raise
-        except ConnectionLost:
-            raise self._unwanted() from None
-        except _Late:
-            if time.monotonic() < self._deadline:
-                msg = "the server is stopping"
-                raise Cancelled(msg) from None
-            stream.cancelled = True
-            raise self._unwanted() from None
-
-    def _unwanted(self) -> Cancelled:
-        return Cancelled(f"{self._receiver.connection.peer} does not wait for this call any more")
-
-
-class Call:
+class Call(Opened):
     """A call that is open: messages go out by ``send``, replies come by iterating or ``result``.
 
     Leaving the ``with`` block, ``close``, or dropping the last reference cancels the call unless
@@ -226,15 +92,6 @@ class Call:
         """Its number on this connection."""
         return self._call_id
 
-    @property
-    def position(self) -> Sequence[int]:
-        """Where its request lies, for what became of it."""
-        return self._stream.position
-
-    @position.setter
-    def position(self, position: Sequence[int]) -> None:
-        self._stream.position = position
-
     def register(self) -> None:
         """Take frames from now on."""
         self._connection.register(self._call_id, self._stream)
@@ -243,22 +100,6 @@ class Call:
         """It came to nothing: nobody has seen it."""
         self._connection.session.calls.pop(self._call_id, None)
         self._closed = True
-
-    def observe(self, fn: Callable[[BaseException | None], None]) -> None:
-        """Call this once when the call is over, with its error or None."""
-        self._observers.append(fn)
-
-    def reply_metadata(self) -> tuple[dict[str, str | bytes], dict[str, str | bytes]]:
-        """Trailing and initial metadata, as far as they have come."""
-        stream = self._stream
-        packed = stream.reply[1] if stream.reply is not None else b""
-        trailing, initial = unpack_reply_metadata(packed)
-        return trailing, unpack_metadata(stream.initial) if stream.initial is not None else initial
-
-    def _ended(self, error: BaseException | None) -> None:
-        observers, self._observers = self._observers, []
-        for observer in observers:
-            observer(error)
 
     # ---- sending ----
 
@@ -284,7 +125,8 @@ class Call:
             except NOT_PLAIN:
                 body, *beside = self._pack_beside(slot, item)  # has to live until it was sent
             except PACKING_ERRORS as error:
-                raise self._unpackable(slot, item, error) from error
+                slot.let_go()  # its packers may hold half a message
+                raise self._unpackable(item, error) from error
             size = len(body)
             if not stream.may_send():
                 self._wait_for_credit(slot)
@@ -307,9 +149,7 @@ class Call:
                 raise MemoryError(msg)
             if status == -_EMSGSIZE:
                 stream.not_sent(size)
-                peer, limit = self._connection.peer, self._connection.max_request_bytes
-                msg = f"a message for {self.method!r} is longer than {peer} accepts"
-                raise MessageTooLarge(f"{msg} (max_message_bytes={limit})")
+                raise self._too_long()
         del slot  # the frames of an exception that somebody keeps would keep the connection
         if status == -_ETIMEDOUT:
             raise self._late()
@@ -341,7 +181,8 @@ class Call:
         try:
             body, sources = self._split(slot, item)
         except PACKING_ERRORS as error:
-            raise self._unpackable(slot, item, error) from error
+            slot.let_go()  # its packers may hold half a message
+            raise self._unpackable(item, error) from error
         if not sources:
             return body, None
         try:
@@ -354,12 +195,6 @@ class Call:
 
     def _split(self, slot: Slot, item: Any) -> tuple[bytes, Sequence[Source]]:
         return pack_lifted(slot.pack_lifted, item)
-
-    def _unpackable(self, slot: Slot, item: Any, error: Exception) -> Exception:
-        slot.let_go()  # its packers may hold half a message
-        kind = type(item).__qualname__
-        msg = f"a message for {self.method!r} can't be sent: {error} (of type {kind})"
-        return (TypeError if isinstance(error, TypeError) else ValueError)(msg)
 
     def _check_sending(self) -> None:
         if self._stream.ended or self._closed:
@@ -423,13 +258,9 @@ class Call:
                 raise error from None
             reply = self._stream.reply
             if reply is not None and reply[2]:
-                msg = (
-                    f"{self.method!r} on {self._connection.peer} returns one result and "
-                    "streams nothing: use call(), or open() and result()"
-                )
-                raise Error(msg) from None
+                raise Error(self._streams_nothing()) from None
             raise
-        except _Late:
+        except Late:
             raise self._late() from None
         except ProtocolError as error:
             self._give_up(error)
@@ -528,7 +359,7 @@ class Call:
         """Wait, and cancel the call if that is interrupted (Ctrl-C)."""
         try:
             return wait()
-        except (StopIteration, _Late, Error):
+        except (StopIteration, Late, Error):
             raise
         except BaseException:
             self.cancel()
@@ -553,18 +384,14 @@ class Call:
 
     def _late(self) -> Exception:
         """The call goes on no longer: its deadline has passed, or the poller has stopped."""
-        peer = self._connection.peer
         error: Exception
         if time.monotonic() >= self.deadline:
-            error = DeadlineExceeded(f"{self.method!r} on {peer} took longer than its timeout")
+            error = self._past_deadline()
         else:
             error = self._lost(_EPIPE, lib.SHMRPC_UNKNOWN)
         if not self._closed:
             self._give_up(error)
         return error
-
-    def _no_result_yet(self) -> TimeoutError:
-        return TimeoutError(f"{self.method!r} has no result yet")
 
     def _lost(self, error: int, outcome: int) -> Exception:
         if self._channel._closed:
@@ -576,8 +403,7 @@ class Call:
         """How the call ended, once it has. Items that came before may be left to receive."""
         stream = self._stream
         if stream.overrun and not self._closed:
-            peer = self._connection.peer
-            self._give_up(ProtocolError(f"{peer} sent more of {self.method!r} than it may"))
+            self._give_up(self._overrun())
         if self._error is not None:
             return self._error
         if self._failure is None and stream.reply is not None:

@@ -51,6 +51,7 @@ _MESSAGE = lib.SHMRPC_MESSAGE
 _BLOCKS = lib.SHMRPC_FLAG_BLOCKS
 _EINTR, _EAGAIN, _ETIMEDOUT = -errno.EINTR, -errno.EAGAIN, -errno.ETIMEDOUT
 _EPIPE, _EPROTO, _ENOTCONN = -errno.EPIPE, -errno.EPROTO, -errno.ENOTCONN
+_LARGE_BODY: bytes = msgpack.packb(bytes(_LARGE))  # like that of arguments which are large
 _GOES_ON = frozenset((_EAGAIN, _EINTR, lib.SHMRPC_EVENTS, lib.SHMRPC_SPAWN, lib.SHMRPC_QUEUED))
 
 
@@ -112,7 +113,8 @@ class Channel(ABC):
         try:
             return self._slots.pop()
         except IndexError:
-            return self._new_slot(deadline)
+            pass  # nothing is done here, as in call()
+        return self._new_slot(deadline)
 
     def _new_slot(self, deadline: float) -> Slot:
         while True:
@@ -126,7 +128,7 @@ class Channel(ABC):
     def _name(self, method: Any) -> Any:
         if not isinstance(method, str):
             msg = f"the method's name must be a str, not {type(method).__name__}"
-            raise TypeError(msg)
+            raise TypeError(msg) from None
         name = make_name(method)
         if len(self._names) >= _NAMES_MAX:
             self._names.clear()
@@ -157,10 +159,14 @@ class Channel(ABC):
         """
         if kwargs or timeout is not None or metadata is not None:
             return self._call_with(method, args, kwargs, timeout, metadata)
-        try:
-            slot = self._slots.pop()
-        except IndexError:
-            slot = self._slot()
+        while True:  # once
+            try:
+                slot = self._slots.pop()
+                break
+            except IndexError:
+                pass  # what is raised in such a block shows to the user what it has caught
+            slot = self._new_slot(FOREVER)
+            break
         try:
             name = self._names[method]
         except (KeyError, TypeError):
@@ -168,7 +174,7 @@ class Channel(ABC):
         try:
             body = slot.pack_beside(args)
         except NOT_PLAIN:  # it holds what can't go into blocks at once
-            return self._call_beside(slot, method, args)
+            body = _LARGE_BODY
         except PACKING_ERRORS as error:
             raise self._unpackable(slot, method, args, kwargs, error) from error
         size = len(body)
@@ -380,10 +386,14 @@ class Channel(ABC):
         if kwargs or timeout is not None or metadata is not None:
             return self._submit_with(method, args, kwargs, timeout, metadata)
         # From here on it is _send for a call that has nothing but arguments.
-        try:
-            slot = self._slots.pop()
-        except IndexError:
-            slot = self._slot()
+        while True:  # once, as in call()
+            try:
+                slot = self._slots.pop()
+                break
+            except IndexError:
+                pass
+            slot = self._new_slot(FOREVER)
+            break
         try:
             name = self._names[method]
         except (KeyError, TypeError):

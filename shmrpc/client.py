@@ -10,18 +10,16 @@ import time
 import weakref
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-from . import address as addresses
 from .channel import Channel
 from .codec import Codec, MsgpackCodec
 from .errors import Cancelled, ConnectError, ForkedError
 from .futures import CallFuture
-from .handshake import Terms
 from .intercepted import Intercepted
-from .lending import MEMORY_BYTES, arena_stats
-from .link import check_options, check_uids, connect_link
+from .lending import MEMORY_BYTES, connection_stats
+from .link import check_waiting, connect_link, failure_of, terms_of
 from .poller import Connection, Poller, Wait, check_timeout
 from .registry import Registry
-from .retries import Retries
+from .retries import repeating
 from .worker import InlineWorkers, Worker
 
 if TYPE_CHECKING:
@@ -41,13 +39,6 @@ _BACKOFF_FIRST = 0.002
 _BACKOFF_MAX = 0.2
 _WORKERS = 16
 _MAX_CONCURRENCY = 1024
-
-
-def _retries(attempts: Any) -> list[Interceptor]:
-    if not isinstance(attempts, int) or isinstance(attempts, bool) or attempts < 0:
-        msg = f"retries must be a number of repetitions from 0 on, not {attempts!r}"
-        raise ValueError(msg)
-    return [Retries(attempts + 1)] if attempts else []
 
 
 class Client(Channel):
@@ -75,20 +66,16 @@ class Client(Channel):
         retries: int = 0,
     ) -> None:
         """Connect; see ``connect`` for the parameters."""
-        check_options(max_message_bytes, backing, wait, spin_budget, max_memory_bytes)
         timeout = check_timeout(timeout)
-        allowed, trusted = check_uids(allow_uids, trust_uids)
-        self._terms = [
-            Terms(
-                addresses.parse(text),
-                max_message_bytes,
-                backing=backing,
-                max_memory_bytes=max_memory_bytes,
-                allow_uids=allowed,
-                trust_uids=trusted,
-            )
-            for text in ([address] if fallback is None else [address, fallback])
-        ]
+        self._terms = terms_of(
+            [address] if fallback is None else [address, fallback],
+            max_message_bytes=max_message_bytes,
+            max_memory_bytes=max_memory_bytes,
+            backing=backing,
+            allow_uids=allow_uids,
+            trust_uids=trust_uids,
+        )
+        check_waiting(wait, spin_budget)
         super().__init__(codec if codec is not None else MsgpackCodec(), timeout)
         self._wait: Wait = wait
         self._spin_budget = spin_budget
@@ -99,7 +86,7 @@ class Client(Channel):
         self._link: Connection | None = None
         self._retired: weakref.WeakSet[Connection] = weakref.WeakSet()
         self.registry = Registry()
-        around = [*interceptors, *_retries(retries)]
+        around = [*interceptors, *repeating(retries)]
         if around:
             # In place of our own methods, so that clients without interceptors pay nothing.
             calls = Intercepted(self, around, self._peer_name, self._is_idempotent)
@@ -147,12 +134,7 @@ class Client(Channel):
                 )
             except ConnectError as error:
                 failures.append(error)
-        try:
-            if len(failures) == 1:
-                raise failures[0]
-            raise ConnectError("; ".join(str(error) for error in failures)) from failures[0]
-        finally:
-            failures.clear()  # an error that its own traceback leads to waits for the collector
+        raise failure_of(failures)
 
     def _adopt(self, link: Connection) -> None:
         with self._lock:
@@ -294,23 +276,7 @@ class Client(Channel):
         of the server's are held here by values that were received.
         """
         link = self._connection(time.monotonic() + self._timeout)
-        counters = link.poller.stats()
-        shown = (
-            "spins_hit",
-            "spins_missed",
-            "yields",
-            "sleeps",
-            "wakeups_sent",
-            "frames_received",
-            "frames_dropped",
-            "late_replies",
-            "outbox_bytes",
-        )
-        return {
-            **{name: counters[name] for name in shown},
-            **arena_stats(link),
-            "reconnects": self._reconnects,
-        }
+        return {**connection_stats(link), "reconnects": self._reconnects}
 
     def close(self) -> None:
         """Hang up. Calls under way in other threads end with an error. Safe to repeat."""

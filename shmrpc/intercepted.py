@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import time
 from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Any, Literal
 
+from .callinfo import client_info, send_initial, send_metadata, server_info, set_deadline
 from .calls import Call
-from .context import CallContext, current_call
 from .failures import call_checked
 from .futures import CallFuture
 from .interceptors import CallInfo, Interceptor, compose
-from .metadata import check_metadata, unpack_reply_metadata
-from .poller import check_timeout
+from .metadata import unpack_reply_metadata
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from .channel import Channel
+    from .context import CallContext
     from .metadata import Metadata
     from .registry import Method
 
@@ -65,21 +64,10 @@ class Intercepted:
         timeout: float | None,
         metadata: Metadata | None,
     ) -> CallInfo:
-        if metadata is not None:
-            check_metadata(metadata)
-        if timeout is not None:
-            timeout = check_timeout(timeout)
-        return CallInfo(
-            method,
-            kind,
-            "client",
-            args,
-            kwargs,
-            dict(metadata or {}),
-            timeout=timeout,
-            peer=self._peer(),
-            idempotent=lambda: self._is_idempotent(method),
-        )
+        def idempotent() -> Any:
+            return self._is_idempotent(method)
+
+        return client_info(method, kind, args, kwargs, timeout, metadata, self._peer(), idempotent)
 
     def call(
         self,
@@ -102,7 +90,7 @@ class Intercepted:
 
     def _proceed_call(self, info: CallInfo) -> Any:
         packed: list[bytes] = []
-        _set_deadline(info)
+        set_deadline(info)
         try:
             return self._call_with(
                 info.method, info.args, info.kwargs, info.timeout, info.metadata or None, packed
@@ -130,7 +118,7 @@ class Intercepted:
         info.finish()
 
     def _proceed_notify(self, info: CallInfo) -> None:
-        _set_deadline(info)
+        set_deadline(info)
         metadata = info.metadata or None
         self._notify(
             info.method, *info.args, timeout=info.timeout, metadata=metadata, **info.kwargs
@@ -157,7 +145,7 @@ class Intercepted:
         return future
 
     def _proceed_submit(self, info: CallInfo) -> CallFuture:
-        _set_deadline(info)
+        set_deadline(info)
         metadata = info.metadata or None
         future = self._submit(
             info.method, *info.args, timeout=info.timeout, metadata=metadata, **info.kwargs
@@ -202,7 +190,7 @@ class Intercepted:
         return self._proceed_opening(self._open, info)
 
     def _proceed_opening(self, begin: Callable[..., Call], info: CallInfo) -> Call:
-        _set_deadline(info)
+        set_deadline(info)
         metadata = info.metadata or None
         call = begin(
             info.method, *info.args, timeout=info.timeout, metadata=metadata, **info.kwargs
@@ -227,10 +215,6 @@ class Intercepted:
         else:
             info.finish()  # an interceptor's own: there is no telling when it ends
         return call
-
-
-def _set_deadline(info: CallInfo) -> None:
-    info.deadline = None if info.timeout is None else time.monotonic() + info.timeout
 
 
 def _error_of(future: Any) -> BaseException | None:
@@ -265,29 +249,16 @@ def _intercepted_handler(method: Method, interceptors: list[Interceptor]) -> Cal
     chain = compose(interceptors, proceed)
 
     def handle(*args: Any, **kwargs: Any) -> Any:
-        context = current_call()
-        kind: Literal["unary", "notify", "stream"] = "notify" if context.one_way else "unary"
-        peer = context.connection.peer if context.connection is not None else "a peer that is gone"
-        info = CallInfo(
-            context.method,
-            "stream" if method.streams else kind,
-            "server",
-            args,
-            kwargs,
-            context.metadata,
-            deadline=context.deadline,
-            peer=peer,
-        )
-        context.initial_default = info.initial_metadata
+        info, context = server_info(method, args, kwargs)
         try:
             result = chain(info)
         except BaseException as error:
-            _send_metadata(info, context)
+            send_metadata(info, context)
             info.finish(error)
             raise
         if method.generator:
             return _items(result, info, context)
-        _send_metadata(info, context)
+        send_metadata(info, context)
         info.finish()
         return result
 
@@ -296,24 +267,12 @@ def _intercepted_handler(method: Method, interceptors: list[Interceptor]) -> Cal
 
 def _items(result: Any, info: CallInfo, context: CallContext) -> Iterator[Any]:
     """What a streaming handler yields, and then the end of its call."""
-    _send_initial(context)
+    send_initial(context)
     try:
         yield from result
     except BaseException as error:
-        _send_metadata(info, context)
+        send_metadata(info, context)
         info.finish(error)
         raise
-    _send_metadata(info, context)
+    send_metadata(info, context)
     info.finish()
-
-
-def _send_initial(context: CallContext) -> None:
-    if context.initial_default and context.initial_metadata is None:
-        context.send_initial_metadata({})
-
-
-def _send_metadata(info: CallInfo, context: CallContext) -> None:
-    """What interceptors want sent with the reply; the handler's own of the same key wins."""
-    _send_initial(context)
-    if info.trailing_metadata:
-        context.set_trailing_metadata({**info.trailing_metadata, **context.trailing_metadata})

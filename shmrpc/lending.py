@@ -33,6 +33,7 @@ __all__ = [
     "arena_stats",
     "attach",
     "attaching",
+    "connection_stats",
     "finding_room",
     "grow",
     "meet_all",
@@ -47,6 +48,17 @@ PATIENCE = 10.0  # seconds in which something comes back, for a call that waits 
 
 _ARRAYS = f"{__package__}.arrays"  # imported if there is a numpy array
 
+_COUNTERS = (
+    "spins_hit",
+    "spins_missed",
+    "yields",
+    "sleeps",
+    "wakeups_sent",
+    "frames_received",
+    "frames_dropped",
+    "late_replies",
+    "outbox_bytes",
+)
 _INLINE, _LOANED = 1, 2
 _GROW, _FULL, _STOPPED = lib.SHMRPC_GROW, lib.SHMRPC_FULL, lib.SHMRPC_STOPPED
 _ENDED = frozenset((-errno.EPIPE, -errno.EPROTO, _STOPPED))
@@ -289,6 +301,12 @@ def arena_stats(connection: Connection) -> dict[str, int | float]:
         "pinned_blocks": int(stats.leases),
         "pinned_bytes": int(stats.leased_bytes),
     }
+
+
+def connection_stats(connection: Connection) -> dict[str, int | float]:
+    """Counters of a client's connection: how it waits, its frames, and its arenas."""
+    counters = connection.poller.stats()
+    return {**{name: counters[name] for name in _COUNTERS}, **arena_stats(connection)}
 
 
 def total_stats(connections: Sequence[Connection]) -> dict[str, int | float]:

@@ -6,6 +6,7 @@ import select
 import time
 from typing import TYPE_CHECKING
 
+from . import address as addresses
 from . import handshake, rendezvous
 from .errors import ConnectError
 from .poller import WAIT_MODES, Connection, Poller, Wait
@@ -15,20 +16,27 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from .codec import Codec
+    from .segments import Backing
 
-__all__ = ["check_options", "check_uids", "connect_link", "shake_hands"]
+__all__ = ["check_waiting", "connect_link", "failure_of", "shake_hands", "terms_of"]
 
 _POLL_MAX = (1 << 31) - 1  # milliseconds
 
 
-def check_options(
+def terms_of(
+    texts: Iterable[str],
+    *,
     max_message_bytes: int,
-    backing: str,
-    wait: str,
-    spin_budget: float | None,
     max_memory_bytes: int,
-) -> None:
-    """Refuse options that make no sense, with a ``ValueError`` that names what is allowed."""
+    backing: Backing,
+    allow_uids: Iterable[int],
+    trust_uids: Iterable[int],
+    allow_remote: bool = False,
+) -> list[handshake.Terms]:
+    """What may be agreed on at each of these addresses.
+
+    ``ConnectError`` for what is no address, ValueError for options that make no sense.
+    """
     if not 1024 <= max_message_bytes <= handshake.MESSAGE_BYTES_MAX:
         most = handshake.MESSAGE_BYTES_MAX
         msg = f"max_message_bytes must be from 1024 to {most}, not {max_message_bytes}"
@@ -39,6 +47,26 @@ def check_options(
     if backing not in ("auto", "shm", "memfd"):
         msg = f"backing must be 'auto', 'shm' or 'memfd', not {backing!r}"
         raise ValueError(msg)
+    allowed, trusted = frozenset(allow_uids), frozenset(trust_uids)
+    if not trusted <= allowed:
+        msg = f"trust_uids has {sorted(trusted - allowed)}, which allow_uids has not"
+        raise ValueError(msg)
+    return [
+        handshake.Terms(
+            addresses.parse(text),
+            max_message_bytes,
+            backing=backing,
+            max_memory_bytes=max_memory_bytes,
+            allow_uids=allowed,
+            trust_uids=trusted,
+            allow_remote=allow_remote,
+        )
+        for text in texts
+    ]
+
+
+def check_waiting(wait: str, spin_budget: float | None) -> None:
+    """Refuse ways to wait that there are not, with a ``ValueError``."""
     if wait not in WAIT_MODES:
         msg = f"wait must be 'auto', 'spin' or 'block', not {wait!r}"
         raise ValueError(msg)
@@ -47,13 +75,18 @@ def check_options(
         raise ValueError(msg)
 
 
-def check_uids(allow: Iterable[int], trust: Iterable[int]) -> tuple[frozenset[int], frozenset[int]]:
-    """Both as sets; ValueError if some are to be trusted that may not connect."""
-    allowed, trusted = frozenset(allow), frozenset(trust)
-    if not trusted <= allowed:
-        msg = f"trust_uids has {sorted(trusted - allowed)}, which allow_uids has not"
-        raise ValueError(msg)
-    return allowed, trusted
+def failure_of(failures: list[ConnectError]) -> ConnectError:
+    """What became of all the addresses that were tried, as one error.
+
+    ``failures`` is empty after that: an error that its own traceback leads to would wait for the
+    garbage collector.
+    """
+    error = failures[0]
+    if len(failures) > 1:
+        error = ConnectError("; ".join(str(failure) for failure in failures))
+        error.__cause__ = failures[0]
+    failures.clear()
+    return error
 
 
 def _run(steps: handshake.Steps, sock: socket.socket, deadline: float) -> handshake.Agreement:
@@ -83,7 +116,7 @@ def shake_hands(terms: handshake.Terms, timeout: float) -> handshake.Agreement:
     except ConnectError as error:
         sock.close()
         msg = f"can't connect to {terms.address}: {error}"
-        raise ConnectError(msg) from error
+        raise ConnectError(msg) from error.__cause__
 
 
 def connect_link(

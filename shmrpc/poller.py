@@ -10,7 +10,9 @@ import errno
 import functools
 import logging
 import os
+import signal
 import struct
+import sys
 import threading
 import time
 import weakref
@@ -21,6 +23,7 @@ from ._native import ffi, lib
 from .attaching import slot_packers
 from .codec import MsgpackCodec
 from .errors import ConnectError, ConnectionLost, Error, ForkedError, ProtocolError
+from .owned import free_with
 from .parcels import Parcel, value_of
 from .rendezvous import Credentials
 from .session import Body, Pending, Run, Session, Stream
@@ -98,6 +101,7 @@ class Slot:
         "__weakref__",
         "c",
         "connection",
+        "free",
         "message",
         "pack",
         "pack_beside",
@@ -115,7 +119,8 @@ class Slot:
                 raise connection.lost(errno.EPIPE, lib.SHMRPC_NOT_SENT, "a call")
             msg = "no memory for another waiting thread"
             raise ConnectError(msg)
-        self.c = ffi.gc(slot, lib.shmrpc_slot_free)
+        self.c = slot
+        self.free = free_with(slot, lib.shmrpc_slot_free)
         self.connection = connection
         self.message = lib.shmrpc_slot_message(slot)
         size = lib.shmrpc_slot_view_bytes(slot)
@@ -132,7 +137,7 @@ class Slot:
         """Free it, whoever still refers to it."""
         self.view = memoryview(b"")
         self.message = None
-        ffi.release(self.c)
+        self.free()
 
     def give_back(self) -> None:
         """Put what it has into the pool, as another object."""
@@ -140,6 +145,7 @@ class Slot:
         names = (
             "c",
             "connection",
+            "free",
             "message",
             "pack",
             "pack_beside",
@@ -226,10 +232,11 @@ class Connection:
         try:
             return self.slots.pop()
         except IndexError:
-            if self.poller.forked:
-                msg = f"this call to {self.peer} was made before the fork, by the parent"
-                raise ForkedError(msg) from None
-            return Slot(self)
+            pass  # what is raised here would show it
+        if self.poller.forked:
+            msg = f"this call to {self.peer} was made before the fork, by the parent"
+            raise ForkedError(msg)
+        return Slot(self)
 
     def decode(self, body: memoryview | Body) -> Any:
         """The value that a body is; ValueError or TypeError if it is none."""
@@ -396,6 +403,10 @@ _pollers: weakref.WeakSet[Poller] = weakref.WeakSet()
 class Poller:
     """The core's poller, its connections, and its worker threads if it serves."""
 
+    # In a child that a thread forked, CPython 3.13.0 tells the main thread of the parent, which is
+    # not there, of signals; other calls into it see that they have come.
+    misses_signals = False
+
     def __init__(
         self,
         codec: Codec,
@@ -410,7 +421,8 @@ class Poller:
         if c == ffi.NULL:
             msg = f"can't wait for connections: {os.strerror(ffi.errno)} (ulimit -n)"
             raise ConnectError(msg)
-        self.c = ffi.gc(c, lib.shmrpc_poller_free)
+        self.c = c
+        free_with(c, lib.shmrpc_poller_free)
         self.codec = codec
         self._server = server
         self.forked = False
@@ -418,9 +430,10 @@ class Poller:
         self._dropped = 0  # frames, by connections that have ended
         self.threads: list[threading.Thread] = []
         self._lock = threading.Lock()
-        self._taker = ffi.gc(lib.shmrpc_slot_new(self.c, 0), lib.shmrpc_slot_free)
+        self._taker = lib.shmrpc_slot_new(self.c, 0)
         if self._taker == ffi.NULL:
             raise MemoryError
+        free_with(self._taker, lib.shmrpc_slot_free)
         self._message = lib.shmrpc_slot_message(self._taker)
         self._unfinished: Any = None  # what has been made of the message that was taken last
         self._batch_briefs = self._batch = memoryview(b"")  # plain messages that come together
@@ -652,6 +665,8 @@ class Poller:
         elif status not in _GO_ON:
             msg = f"waiting failed: {os.strerror(-status)}"
             raise Error(msg)
+        elif self.misses_signals:
+            signal.pthread_sigmask(signal.SIG_BLOCK, ())  # runs the handlers of what has come
 
     def wait(self, slot: Slot, deadline: float, /) -> bool:
         """Wait until something happens; False when the time has passed or the poller stops."""
@@ -843,6 +858,7 @@ def _nothing() -> None:
 
 
 def _after_fork_in_child() -> None:
+    Poller.misses_signals = sys.version_info[:2] == (3, 13)
     for poller in list(_pollers):
         poller.forget()
     _pollers.clear()

@@ -22,10 +22,13 @@ OTHER = -1  # the number of every method that is not registered
 
 def make_name(method: str) -> Any:
     """A method's name as the core wants it; ``ValueError`` if it is empty or too long."""
-    text = method.encode()
+    try:
+        text = method.encode()
+    except UnicodeEncodeError:
+        text = b""
     if not 0 < len(text) <= lib.SHMRPC_METHOD_MAX:
         msg = f"method name {method!r}: 1 to {lib.SHMRPC_METHOD_MAX} bytes of UTF-8 are allowed"
-        raise ValueError(msg)
+        raise ValueError(msg) from None  # not from looking it up in vain
     return ffi.new("shmrpc_name *", {"bytes": len(text), "text": text})
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from .interceptors import CallInfo
 
-__all__ = ["Retries"]
+__all__ = ["Retries", "repeating"]
 
 _log = logging.getLogger("shmrpc.retries")
 
@@ -96,6 +96,14 @@ class Retries:
             await sleep(pause)
 
 
+def repeating(retries: Any) -> list[Retries]:
+    """What goes around a client's calls for its option ``retries``; ValueError if that is none."""
+    if not isinstance(retries, int) or isinstance(retries, bool) or retries < 0:
+        msg = f"retries must be a number of repetitions from 0 on, not {retries!r}"
+        raise ValueError(msg)
+    return [Retries(retries + 1)] if retries else []
+
+
 class _Attempts:
     """What one call has left of its attempts and its time: decides, and does nothing itself."""
 
@@ -142,7 +150,7 @@ class _Attempts:
         outcome = self._unsure if hides and self._unsure is not None else error
         self._unsure = None
         try:
-            raise outcome
+            raise outcome from outcome.__cause__  # and not from what came after it
         finally:
             del outcome, error  # its traceback has this frame: let them not keep each other alive
 

@@ -15,21 +15,17 @@ import socket
 import threading
 import time
 import weakref
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-from . import address as addresses
 from . import handover, handshake, segments
 from .acceptor import Acceptor
 from .caller import Caller
-from .codec import Codec, MsgpackCodec
 from .errors import Error, ForkedError
-from .inspection import Inspection
+from .hosting import Hosting
 from .intercepted import intercept_handlers
 from .lending import MEMORY_BYTES, total_stats
-from .link import check_options, check_uids
+from .link import terms_of
 from .poller import Connection, Poller, Wait, check_timeout
-from .proxy import public_methods
 from .registry import Registry
 from .worker import Worker
 
@@ -38,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from types import FrameType, TracebackType
 
+    from .codec import Codec
     from .interceptors import Interceptor
     from .segments import Backing
 
@@ -50,7 +47,7 @@ _log = logging.getLogger("shmrpc.server")
 _HANDSHAKES_SECONDS = 1.0  # that connections just being made get to end
 
 
-class Server:
+class Server(Hosting):
     """Serves methods at one or several addresses.
 
     ``workers`` handlers run at a time, on as many threads. ``max_concurrency`` calls may run or
@@ -66,6 +63,8 @@ class Server:
     Methods may be added from any thread at any time. A server made before a fork raises
     ``ForkedError`` in the child.
     """
+
+    _kind = "shmrpc.Server"
 
     def __init__(
         self,
@@ -85,41 +84,34 @@ class Server:
         interceptors: Iterable[Interceptor] = (),
     ) -> None:
         """Make a server that listens from ``start`` on; ``ConnectError`` for a bad address."""
-        check_options(max_message_bytes, backing, wait, spin_budget, max_memory_bytes)
-        if not address:
-            msg = "Server() needs at least one address, such as Server('calc')"
+        if workers < 1:
+            msg = "workers must be at least 1"
             raise ValueError(msg)
-        if workers < 1 or max_concurrency < 1:
-            msg = "workers and max_concurrency must be at least 1"
-            raise ValueError(msg)
-        allowed, trusted = check_uids(allow_uids, trust_uids)
-        self._terms = [
-            handshake.Terms(
-                addresses.parse(text),
-                max_message_bytes,
-                backing=backing,
-                max_memory_bytes=max_memory_bytes,
-                allow_uids=allowed,
-                trust_uids=trusted,
-                allow_remote=allow_remote,
-            )
-            for text in address
-        ]
+        terms = terms_of(
+            address,
+            max_message_bytes=max_message_bytes,
+            max_memory_bytes=max_memory_bytes,
+            backing=backing,
+            allow_uids=allow_uids,
+            trust_uids=trust_uids,
+            allow_remote=allow_remote,
+        )
+        super().__init__(
+            terms,
+            Registry(intercept_handlers(interceptors)),
+            max_concurrency=max_concurrency,
+            show_tracebacks=show_tracebacks,
+            wait=wait,
+            spin_budget=spin_budget,
+            codec=codec,
+        )
         self._workers = workers
-        self._max_concurrency = max_concurrency
-        self._show_tracebacks = show_tracebacks
-        self._wait: Wait = wait
-        self._spin_budget = spin_budget
-        self.codec: Codec = codec if codec is not None else MsgpackCodec()
         self._lock = threading.Lock()
         # Held while starting, stopping and handing over; a stop ends a handing over that waits.
         self._changing = threading.RLock()
         self._stopping = False
-        self.registry = Registry(intercept_handlers(interceptors))
-        self._inspection = Inspection(self.registry)
         self._forked = False
         self._poller: Poller | None = None
-        self._acceptor: Acceptor | None = None
         _servers.add(self)
 
     # ---- methods ----
@@ -153,25 +145,7 @@ class Server:
 
         return add if function is None else add(function)
 
-    def add_service(self, service: object, prefix: str = "") -> None:
-        """Offer every public method of an object, with ``prefix`` before its name."""
-        names = public_methods(service)
-        if not names:
-            msg = f"{service!r} has no public methods"
-            raise ValueError(msg)
-        for name in names:
-            self.registry.add(getattr(service, name), prefix + name)
-
     # ---- running ----
-
-    def allow_remote(self) -> None:
-        """Let ``tcp`` addresses be other than loopback when it starts, as the parameter does."""
-        self._terms = [replace(terms, allow_remote=True) for terms in self._terms]
-
-    @property
-    def addresses(self) -> list[str]:
-        """Where it listens, with the ports that the system chose. Empty when it does not."""
-        return self._acceptor.addresses if self._acceptor is not None else []
 
     def start(self) -> None:
         """Listen and serve in threads of its own; ``ConnectError`` if an address is taken.
@@ -344,11 +318,6 @@ class Server:
             return {}
         return {**poller.stats(), **total_stats(list(poller.connections.values()))}
 
-    def __repr__(self) -> str:
-        at = self.addresses or [str(terms.address) for terms in self._terms]
-        state = "listening" if self.addresses else "not listening"
-        return f"<shmrpc.Server {' '.join(at)} {state}>"
-
     # ---- what workers and the acceptor need ----
 
     def add_connection(self, agreement: handshake.Agreement) -> None:
@@ -365,12 +334,6 @@ class Server:
             connection.caller = Caller(connection)
         caller: Caller = connection.caller
         return caller
-
-    def shows_tracebacks(self, connection: Connection) -> bool:
-        """Whether this peer sees tracebacks."""
-        if self._show_tracebacks is not None:
-            return self._show_tracebacks
-        return connection.credentials.uid == os.geteuid()
 
     def _check_usable(self) -> None:
         if self._forked:

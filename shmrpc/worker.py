@@ -19,14 +19,15 @@ from msgpack import unpackb
 from . import loans
 from ._native import ffi, lib
 from .attaching import slot_packers
-from .calls import Requests
 from .codec import Codec, MsgpackCodec, pack_lifted, pack_split
 from .context import CallContext, enter_worker, leave_worker
 from .errors import Cancelled, ConnectionLost, Error, RemoteError
 from .failures import Failure
 from .lending import attach
 from .metadata import pack_metadata, pack_reply_metadata, unpack_metadata
+from .owned import free_with
 from .poller import FOREVER, Connection, Poller, Waiters
+from .receiving import Requests
 from .rendezvous import Credentials
 from .values import LARGE as _LARGE
 from .values import NOT_PLAIN, NotPlain, encode, may_hold_large, unpack_extension
@@ -80,7 +81,8 @@ class Worker:
         slot = lib.shmrpc_worker_new(poller.c)
         if slot == ffi.NULL:
             raise MemoryError
-        self.c = self._slot = ffi.gc(slot, lib.shmrpc_slot_free)
+        self.c = self._slot = slot
+        self._free = free_with(slot, lib.shmrpc_slot_free)
         self._message = lib.shmrpc_slot_message(self._slot)
         self._new_packers()
         size = lib.shmrpc_slot_view_bytes(self._slot)
@@ -103,7 +105,7 @@ class Worker:
 
     def end(self) -> None:
         """Give the slot up, with the request that it may have."""
-        ffi.release(self._slot)
+        self._free()
         self._forget_context()
         # Errors that somebody keeps know our frames, and must not keep the connections.
         self.__dict__.clear()

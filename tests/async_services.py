@@ -52,6 +52,16 @@ def make_server(addresses, options):
         time.sleep(seconds)
         return seconds
 
+    @server.method
+    async def stall(path, seconds):
+        """Block the loop until this file is there: whether it came in time."""
+        end = time.monotonic() + seconds
+        while not os.path.exists(path):
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.001)
+        return True
+
     @server.method(inline=True)
     def recall():
         return list(seen)

@@ -31,6 +31,8 @@ TRANSPORTS = ("shm", "unix", "tcp")
 # How much longer than named something may take where other work runs on the same CPUs.
 SLACK = 20
 FAILED = pytest.StashKey()
+# A user namespace that anybody may make has one user in it: who made it.
+ANOTHER_USER = "becoming another user takes root, as which .ci/run runs this"
 
 faulthandler.enable()
 
@@ -158,6 +160,19 @@ class Service:
         self.process.stdout.close()
 
 
+def in_mount_namespace(command):
+    """The prefix of a command before which this one mounts what nobody else sees."""
+    script = f'{command} && exec "$0" "$@"'
+    failures = []
+    for options in ("-m", "-rm"):  # as root; else as one in a user namespace of its own
+        prefix = ("unshare", options, "sh", "-c", script)
+        tried = subprocess.run([*prefix, "true"], capture_output=True, check=False, text=True)
+        if tried.returncode == 0:
+            return prefix
+        failures.append(tried.stderr.strip())
+    return pytest.skip(f"needs a mount namespace, by root or in a user namespace: {failures}")
+
+
 def address_of(transport, directory, name="calc"):
     """A fresh address to listen at."""
     return {
@@ -256,31 +271,36 @@ def first_uvloop():
     loop.close()
 
 
+def in_loop(loop, main, *, debug=True):
+    """Run it in this new loop, in debug mode: nothing may be reported or left."""
+    loop.set_debug(debug)
+    loop.slow_callback_duration = 10
+    trouble = []
+    loop.set_exception_handler(lambda _loop, context: trouble.append(context))
+    asyncio.set_event_loop(loop)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            result = loop.run_until_complete(asyncio.wait_for(main, 40))
+            left = [task for task in asyncio.all_tasks(loop) if not task.done()]
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.run_until_complete(loop.shutdown_default_executor())
+            gc.collect()
+    finally:
+        asyncio.set_event_loop(None)
+        loop.close()
+    assert not left
+    assert not trouble
+    assert not hasattr(loop, "_shmrpc_hub"), "byte streams are left open"
+    return result
+
+
 @pytest.fixture(params=LOOPS)
 def run(request, no_leaks):
-    """Run a coroutine function in a new loop, in debug mode: nothing may be reported."""
+    """Run a coroutine function in a new loop; see ``in_loop``."""
 
     def run(main, *args, debug=True):
-        loop = LOOPS[request.param]()
-        loop.set_debug(debug)
-        loop.slow_callback_duration = 10
-        trouble = []
-        loop.set_exception_handler(lambda _loop, context: trouble.append(context))
-        asyncio.set_event_loop(loop)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")
-                result = loop.run_until_complete(asyncio.wait_for(main(*args), 40))
-                left = [task for task in asyncio.all_tasks(loop) if not task.done()]
-                loop.run_until_complete(loop.shutdown_asyncgens())
-                loop.run_until_complete(loop.shutdown_default_executor())
-                gc.collect()
-        finally:
-            asyncio.set_event_loop(None)
-            loop.close()
-        assert not left
-        assert not trouble
-        return result
+        return in_loop(LOOPS[request.param](), main(*args), debug=debug)
 
     return run
 

@@ -164,28 +164,8 @@ def scribble_streams(peer, rng):
     peer.ring()
 
 
-def answer_streams(peer, rng):
-    """Whoever opens a stream gets items, credit, ends and replies of any kind for it."""
-    end = peer.theirs[TAIL]
-    head = peer.words[HEAD]
-    size = peer.agreement.peer_ring_bytes
-    while head != end:
-        words = [peer.theirs[RING + (head + 8 * i) % size // 8] for i in range(4)]
-        length, kind, _, _, call_id, _, _, _ = FRAME.unpack(struct.pack("<4Q", *words))
-        head += (32 + length + 7) & ~7
-        if kind != 1:
-            continue
-        for _ in range(rng.randrange(700)):
-            kind = rng.choice([7, 7, 7, 7, 7, 7, 9, 10, 8, 2 if rng.random() < 0.02 else 7])
-            body = rng.choice([b"\x01", b"\x01", rng.randbytes(rng.randrange(12))])
-            fields = (len(body), kind, 0, 0, call_id, 0, 0, len(body))
-            peer.push(FRAME.pack(*fields), body)
-    peer.words[HEAD] = head
-    peer.ring()
-
-
-def answer_calls(peer, rng):
-    """Whatever is asked: an answer with this call's id and anything else in it."""
+def requests(peer):
+    """The ids of the calls that have come, and nothing that came is left after that."""
     end = peer.theirs[TAIL]
     head = peer.words[HEAD]
     size = peer.agreement.peer_ring_bytes
@@ -194,13 +174,29 @@ def answer_calls(peer, rng):
         length, kind, _, _, call_id, _, _, _ = FRAME.unpack(struct.pack("<4Q", *words))
         head += (32 + length + 7) & ~7
         if kind == 1:
-            body = rng.randbytes(rng.choice([0, 1, 5, 100]))
-            metadata = rng.choice([0, 0, min(2, len(body))])
-            status = rng.choice([0, 0, 2, 16, 17, 65535])
-            fields = (len(body), 2, rng.choice([0, 2]), status, call_id, 0, metadata, len(body))
-            peer.push(FRAME.pack(*fields), body)
+            yield call_id
     peer.words[HEAD] = head
     peer.ring()
+
+
+def answer_streams(peer, rng):
+    """Whoever opens a stream gets items, credit, ends and replies of any kind for it."""
+    for call_id in requests(peer):
+        for _ in range(rng.randrange(700)):
+            kind = rng.choice([7, 7, 7, 7, 7, 7, 9, 10, 8, 2 if rng.random() < 0.02 else 7])
+            body = rng.choice([b"\x01", b"\x01", rng.randbytes(rng.randrange(12))])
+            fields = (len(body), kind, 0, 0, call_id, 0, 0, len(body))
+            peer.push(FRAME.pack(*fields), body)
+
+
+def answer_calls(peer, rng):
+    """Whatever is asked: an answer with this call's id and anything else in it."""
+    for call_id in requests(peer):
+        body = rng.randbytes(rng.choice([0, 1, 5, 100]))
+        metadata = rng.choice([0, 0, min(2, len(body))])
+        status = rng.choice([0, 0, 2, 16, 17, 65535])
+        fields = (len(body), 2, rng.choice([0, 2]), status, call_id, 0, metadata, len(body))
+        peer.push(FRAME.pack(*fields), body)
 
 
 def stay_silent(peer, rng):

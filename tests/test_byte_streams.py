@@ -2,17 +2,15 @@
 
 import asyncio
 import contextlib
-import gc
 import os
 import random
 import signal
 import socket
 import subprocess
 import sys
-import warnings
 
 import pytest
-from conftest import LOOPS, address_of
+from conftest import LOOPS, address_of, in_loop
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -86,33 +84,9 @@ def net(place, directory):
     return Unix(directory) if place[0] == "asyncio's" else Shmrpc(place[0], directory)
 
 
-def in_loop(new_loop, main):
-    """Run it in a new loop in debug mode: nothing may be reported or left."""
-    loop = new_loop()
-    loop.set_debug(True)
-    loop.slow_callback_duration = 10
-    trouble = []
-    loop.set_exception_handler(lambda _loop, context: trouble.append(context))
-    asyncio.set_event_loop(loop)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            result = loop.run_until_complete(asyncio.wait_for(main, 20))
-            left = [task for task in asyncio.all_tasks(loop) if not task.done()]
-            loop.run_until_complete(loop.shutdown_default_executor())
-            gc.collect()
-    finally:
-        asyncio.set_event_loop(None)
-        loop.close()
-    assert not left
-    assert not trouble
-    assert not hasattr(loop, "_shmrpc_hub"), "byte streams are left open"
-    return result
-
-
 @pytest.fixture
 def run(place, no_leaks):
-    return lambda main: in_loop(LOOPS[place[1]], main)
+    return lambda main: in_loop(LOOPS[place[1]](), main)
 
 
 class Recorder(asyncio.Protocol):
@@ -515,7 +489,7 @@ def test_whatever_is_written_arrives_whole_and_in_order(
             assert pair.there.received == sent_here
             assert pair.here.received == sent_there
 
-    in_loop(LOOPS[loop], main())
+    in_loop(LOOPS[loop](), main())
 
 
 # ---- ours alone ----
@@ -635,7 +609,7 @@ def test_connecting_can_be_cancelled(directory, no_leaks):
             with pytest.raises(shmrpc.ConnectError):
                 await aio.open_connection(address, timeout=0.1)
 
-    in_loop(LOOPS["uvloop"], main())
+    in_loop(LOOPS["uvloop"](), main())
 
 
 def test_a_transport_that_is_dropped_warns(directory, no_leaks):
@@ -650,7 +624,7 @@ def test_a_transport_that_is_dropped_warns(directory, no_leaks):
         server.close()
         await server.wait_closed()
 
-    in_loop(asyncio.new_event_loop, main())
+    in_loop(asyncio.new_event_loop(), main())
 
 
 @only_ours

@@ -17,7 +17,7 @@ FENCE_REGISTER = ROOT / "docs" / "memory-model.md"
 # Low to high. A module imports from its own row and from rows above it, never from one below.
 LAYERS = [
     ["_native"],
-    ["errors", "logs", "buffers"],
+    ["errors", "logs", "buffers", "owned"],
     ["arrays", "tables"],
     ["values"],
     ["address", "attaching", "codec", "metadata", "parcels", "scheduler", "session", "tending"],
@@ -26,11 +26,12 @@ LAYERS = [
     ["handshake"],
     ["poller", "inquiries"],
     ["lending", "link", "registry", "context", "inspector"],
+    ["callinfo", "opened", "receiving"],
     ["loans"],
     ["timing", "supervisor"],
     ["outcomes", "failures", "calls", "futures", "proxy", "acceptor", "bytestream", "reflection"],
     ["channel", "worker", "inspection"],
-    ["caller", "intercepted", "pool"],
+    ["caller", "hosting", "intercepted", "pool"],
     ["client", "server"],
     ["connecting"],
     ["aio"],

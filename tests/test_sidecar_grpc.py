@@ -12,7 +12,7 @@ from pathlib import Path
 import grpc
 import msgpack
 import pytest
-from conftest import Service, short_directory, wait_until
+from conftest import Service, in_mount_namespace, short_directory, wait_until
 from sidecars import Command, starter
 
 import shmrpc
@@ -424,16 +424,6 @@ def test_a_stock_server_with_tls(run, connect, keys):
         assert connect("front").call("twice", 1) == ["twice", 1]
 
 
-def with_hosts(path):
-    """The prefix of a command that finds this file at /etc/hosts, and nobody else does."""
-    bind = f'mount --bind {path} /etc/hosts && exec "$0" "$@"'
-    for options in ("-m", "-rm"):  # as root; else as one in a namespace of its own
-        prefix = ("unshare", options, "sh", "-c", bind)
-        if subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode == 0:
-            return prefix
-    pytest.skip("needs a mount namespace: root, or user namespaces")
-
-
 def test_calls_take_turns_at_the_hosts_of_a_name(run, service, connect, directory):
     """One name, two addresses: DNS round-robin, also after one of them has gone."""
     servers = [service(f"shm://{directory}/{name}") for name in "ab"]
@@ -446,7 +436,7 @@ def test_calls_take_turns_at_the_hosts_of_a_name(run, service, connect, director
     hosts = Path(directory, "hosts")
     hosts.write_text("127.0.0.1 localhost\n127.0.0.1 payments\n127.0.0.2 payments\n")
     near = ("--listen", "shm://front", "--upstream", f"grpc://payments:{port}")
-    run(*near, prefix=with_hosts(hosts))
+    run(*near, prefix=in_mount_namespace(f"mount --bind {hosts} /etc/hosts"))
     client = connect("front")
     pids = [server.pid for server in servers]
     wait_until(lambda: {client.call("pid", timeout=20) for _ in range(4)} == set(pids))

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from shmrpc._native import lib
 from shmrpc.codec import PACKING_ERRORS, pack_split
-from shmrpc.errors import Cancelled, DeadlineExceeded, Error, MessageTooLarge, ProtocolError
-from shmrpc.metadata import unpack_metadata, unpack_reply_metadata
+from shmrpc.errors import Cancelled, Error, ProtocolError
+from shmrpc.opened import Opened
 from shmrpc.parcels import Parcel
 from shmrpc.poller import FOREVER, check_timeout
 from shmrpc.session import Body, Stream
@@ -19,7 +19,7 @@ from .lending import attach
 from .loop import LoopWaiters, poller_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
     from types import TracebackType
 
     from shmrpc.poller import Connection
@@ -136,7 +136,7 @@ class _Nobody:
         """There is nobody."""
 
 
-class Call:
+class Call(Opened):
     """A call that is open: ``await send(...)``, ``async for`` over replies, ``await result()``.
 
     Leaving the ``async with`` block, ``aclose`` or dropping the last reference cancels the call
@@ -198,15 +198,6 @@ class Call:
         if result is not self:
             self._instead = result
 
-    @property
-    def position(self) -> Sequence[int]:
-        """Where its request lies, for what became of it."""
-        return self._stream.position
-
-    @position.setter
-    def position(self, position: Sequence[int]) -> None:
-        self._stream.position = position
-
     def register(self) -> None:
         """Take frames from now on."""
         self._connection.register(self.call_id, self._stream)
@@ -214,22 +205,6 @@ class Call:
     def unregister(self) -> None:
         """It came to nothing: nobody has seen it."""
         self._connection.session.calls.pop(self.call_id, None)
-
-    def observe(self, fn: Callable[[BaseException | None], None]) -> None:
-        """Call this once when the call is over, with its error or None."""
-        self._observers.append(fn)
-
-    def reply_metadata(self) -> tuple[dict[str, str | bytes], dict[str, str | bytes]]:
-        """Trailing and initial metadata, as far as they have come."""
-        stream = self._stream
-        packed = stream.reply[1] if stream.reply is not None else b""
-        trailing, initial = unpack_reply_metadata(packed)
-        return trailing, unpack_metadata(stream.initial) if stream.initial is not None else initial
-
-    def _ended(self, error: BaseException | None) -> None:
-        observers, self._observers = self._observers, []
-        for observer in observers:
-            observer(error)
 
     # ---- sending ----
 
@@ -257,17 +232,11 @@ class Call:
                 )
             )
         except PACKING_ERRORS as error:
-            kind = type(item).__qualname__
-            msg = f"a message for {self.method!r} can't be sent: {error} (of type {kind})"
-            raise (TypeError if isinstance(error, TypeError) else ValueError)(msg) from error
+            raise self._unpackable(item, error) from error
         if status == -errno.ETIMEDOUT:
             raise self._late()
         if status == -errno.EMSGSIZE:
-            msg = (
-                f"a message for {self.method!r} is longer than {self._connection.peer} accepts "
-                f"(max_message_bytes={self._connection.max_request_bytes})"
-            )
-            raise MessageTooLarge(msg)
+            raise self._too_long()
         if status < 0:
             await self._wait(lambda: stream.over)  # the connection has ended: learn how
         if stream.ended or self._closed:
@@ -325,11 +294,7 @@ class Call:
                 raise error from None
             reply = self._stream.reply
             if reply is not None and reply[2]:
-                msg = (
-                    f"{self.method!r} on {self._connection.peer} returns one result and "
-                    "streams nothing: use call(), or open() and result()"
-                )
-                raise Error(msg) from None
+                raise Error(self._streams_nothing()) from None
             raise
         except TimeoutError:
             raise self._late() from None
@@ -434,15 +399,13 @@ class Call:
         waiting = self._waiters.wait(lambda: ready() or self._closed, limit)
         if not await self._cancelling(waiting):
             if until < self.deadline and time.monotonic() >= until:
-                msg = f"{self.method!r} has no result yet"
-                raise TimeoutError(msg)
+                raise self._no_result_yet()
             raise self._late()
         if self._error is not None:
             raise self._error
 
     def _late(self) -> Exception:
-        peer = self._connection.peer
-        error = DeadlineExceeded(f"{self.method!r} on {peer} took longer than its timeout")
+        error = self._past_deadline()
         if not self._closed:
             self._give_up(error)
         return error
@@ -451,8 +414,7 @@ class Call:
         """How the call ended, once it has."""
         stream = self._stream
         if self._error is None and stream.overrun:
-            peer = self._connection.peer
-            self._give_up(ProtocolError(f"{peer} sent more of {self.method!r} than it may"))
+            self._give_up(self._overrun())
         elif self._error is None and stream.reply is not None:
             status, _, body = stream.reply
             if status != 0:

@@ -91,7 +91,7 @@ class Channel(ABC):
     def _name(self, method: Any) -> Any:
         if not isinstance(method, str):
             msg = f"the method's name must be a str, not {type(method).__name__}"
-            raise TypeError(msg)
+            raise TypeError(msg) from None
         name = make_name(method)
         if len(self._names) >= _NAMES_MAX:
             self._names.clear()

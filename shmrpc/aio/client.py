@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from shmrpc._native import lib
 from shmrpc.errors import Cancelled, ConnectError, ForkedError
-from shmrpc.lending import arena_stats
-from shmrpc.link import shake_hands
+from shmrpc.lending import connection_stats
+from shmrpc.link import failure_of, shake_hands
 from shmrpc.registry import Registry
+from shmrpc.retries import repeating
 
 from .channel import Channel
 from .handlers import Handlers
@@ -65,7 +66,7 @@ class Client(Channel):
         self._connecting = asyncio.Lock()
         self.handlers: Handlers | None = None  # once it has methods
         self._context = contextvars.copy_context()
-        around = Intercepted.with_retries(interceptors, retries)
+        around = [*interceptors, *repeating(retries)]
         if around:
             calls = Intercepted(self, around, self._peer_name, self._is_idempotent)
             self.__dict__.update(calls.methods())
@@ -101,12 +102,7 @@ class Client(Channel):
                 failures.append(error)
             else:
                 return self._adopt(agreement, terms)
-        try:
-            if len(failures) == 1:
-                raise failures[0]
-            raise ConnectError("; ".join(str(error) for error in failures)) from failures[0]
-        finally:
-            failures.clear()  # an error that its own traceback leads to waits for the collector
+        raise failure_of(failures)
 
     async def _shake_hands(self, terms: Terms, timeout: float) -> Agreement:
         """In a thread: it takes system calls that may block."""
@@ -250,23 +246,7 @@ class Client(Channel):
         Those of waiting and of frames are of all clients of the loop that wait alike.
         """
         link = self._link or await self._connect(time.monotonic() + self._timeout)
-        counters = link.poller.stats()
-        shown = (
-            "spins_hit",
-            "spins_missed",
-            "yields",
-            "sleeps",
-            "wakeups_sent",
-            "frames_received",
-            "frames_dropped",
-            "late_replies",
-            "outbox_bytes",
-        )
-        return {
-            **{name: counters[name] for name in shown},
-            **arena_stats(link),
-            "reconnects": self._reconnects,
-        }
+        return {**connection_stats(link), "reconnects": self._reconnects}
 
     async def close(self) -> None:
         """Hang up. Calls under way in other tasks end with ``Cancelled``. Safe to repeat."""
@@ -277,8 +257,10 @@ class Client(Channel):
         link, self._link = self._link, None
         if link is None:
             return
-        for call_id, pending in list(link.session.calls.items()):
-            if link.session.calls.pop(call_id, None) is not None:
+        calls = link.session.calls
+        for call_id in list(calls):  # no items(): making these may collect an open call
+            pending = calls.pop(call_id, None)
+            if pending is not None:
                 link.send_now(lib.SHMRPC_CANCEL, call_id)
                 pending.lost(errno.EPIPE)
         link.shutdown()

@@ -6,11 +6,9 @@ import asyncio
 import random
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
-from shmrpc import address as addresses
 from shmrpc.codec import Codec, MsgpackCodec
-from shmrpc.handshake import Terms
 from shmrpc.lending import MEMORY_BYTES
-from shmrpc.link import check_options, check_uids
+from shmrpc.link import check_waiting, terms_of
 from shmrpc.poller import Wait, check_timeout
 from shmrpc.pool import check_connections
 
@@ -110,20 +108,16 @@ def connect(
 
     Parameters and errors are those of ``shmrpc.connect``; interceptors are asynchronous ones.
     """
-    check_options(max_message_bytes, backing, wait, spin_budget, max_memory_bytes)
     check_timeout(timeout)
-    allowed, trusted = check_uids(allow_uids, trust_uids)
-    terms = [
-        Terms(
-            addresses.parse(text),
-            max_message_bytes,
-            backing=backing,
-            max_memory_bytes=max_memory_bytes,
-            allow_uids=allowed,
-            trust_uids=trusted,
-        )
-        for text in ([address] if fallback is None else [address, fallback])
-    ]
+    terms = terms_of(
+        [address] if fallback is None else [address, fallback],
+        max_message_bytes=max_message_bytes,
+        max_memory_bytes=max_memory_bytes,
+        backing=backing,
+        allow_uids=allow_uids,
+        trust_uids=trust_uids,
+    )
+    check_waiting(wait, spin_budget)
     around = list(interceptors)
 
     async def make() -> Client:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import contextvars
     from collections.abc import Awaitable, Callable, Coroutine, Generator
 
-__all__ = ["Starter", "starter_of"]
+__all__ = ["Starter", "start_task", "starter_of"]
 
 _enter_task, _leave_task = asyncio._enter_task, asyncio._leave_task
 
@@ -168,3 +168,26 @@ def starter_of(loop: asyncio.AbstractEventLoop, context: contextvars.Context) ->
     if sys.version_info[:2] == (3, 11) and loop.get_task_factory() is None:
         return Starter(loop, context)
     return None
+
+
+if sys.version_info >= (3, 12):
+
+    def start_task(
+        loop: asyncio.AbstractEventLoop,
+        context: contextvars.Context,
+        run: Coroutine[Any, Any, None],
+    ) -> asyncio.Task[None] | None:
+        """Run the coroutine; one that ends without suspending never becomes a scheduled task."""
+        task = asyncio.Task(run, loop=loop, context=context.copy(), eager_start=True)
+        return None if task.done() else task
+
+else:
+
+    def start_task(
+        loop: asyncio.AbstractEventLoop,
+        context: contextvars.Context,
+        run: Coroutine[Any, Any, None],
+    ) -> asyncio.Task[None] | None:
+        """Run the coroutine in a task."""
+        task: asyncio.Task[None] = context.run(loop.create_task, run)  # it copies the context
+        return task

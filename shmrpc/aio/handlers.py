@@ -11,41 +11,39 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from shmrpc import loans
-from shmrpc._native import ffi, lib
+from shmrpc._native import lib
 from shmrpc.bytestream import refuse
-from shmrpc.codec import MsgpackCodec, pack_lifted, pack_split
-from shmrpc.context import CallContext, enter_task, leave_task
+from shmrpc.codec import MsgpackCodec, pack_split
+from shmrpc.context import enter_task, leave_task
 from shmrpc.errors import (
     STATUS_NUMBERS,
     Cancelled,
-    Error,
     MessageTooLarge,
-    ProtocolError,
     RemoteError,
 )
 from shmrpc.failures import Failure, call_checked
-from shmrpc.metadata import pack_metadata, pack_reply_metadata, unpack_metadata
 from shmrpc.parcels import Parcel
 from shmrpc.poller import FOREVER, Connection, Running, metadata_of
 from shmrpc.session import Stream
 from shmrpc.values import LARGE, NOT_PLAIN, NotPlain, may_hold_large
 
-from .calls import AsyncReceiver, send_item
-from .eager import starter_of
-from .lending import attach, meet_all, meet_now
+from .calls import send_item
+from .eager import start_task, starter_of
+from .incoming import Host, Incoming
+from .lending import meet_all, meet_now
 from .loop import LoopPoller, LoopWaiters, decoder_of, poller_of
 from .pending import NO_VALUE
+from .replies import Replies
+from .requests import AsyncRequests, ThreadRequests
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
     from shmrpc.codec import Codec
     from shmrpc.failures import Stage
     from shmrpc.lending import Steps
-    from shmrpc.poller import Slot
     from shmrpc.registry import Method, Registry
 
 __all__ = ["Handlers"]
@@ -56,119 +54,16 @@ _THREADS = 16
 _NO_KEYWORDS: dict[str, Any] = {}
 # After a coroutine function had to wait, so many calls of it get a task without trying.
 _WAITS = 32
-_EMSGSIZE, _ETIMEDOUT = -errno.EMSGSIZE, -errno.ETIMEDOUT
+_EMSGSIZE = -errno.EMSGSIZE
 _send_reply = lib.shmrpc_send_reply
-_REPLY, _NOTIFY = lib.SHMRPC_REPLY, lib.SHMRPC_NOTIFY
+_NOTIFY = lib.SHMRPC_NOTIFY
 _STREAM, _KEYWORDS = lib.SHMRPC_FLAG_STREAM, lib.SHMRPC_FLAG_KEYWORDS
 _OVERLOADED = STATUS_NUMBERS["RESOURCE_EXHAUSTED"]
 _UNIMPLEMENTED = STATUS_NUMBERS["UNIMPLEMENTED"]
 _CANCELLED = STATUS_NUMBERS["CANCELLED"]
-_UNAVAILABLE = STATUS_NUMBERS["UNAVAILABLE"]
 
 
-class Host(Protocol):
-    """The server or client whose methods are called."""
-
-    def shows_tracebacks(self, connection: Connection) -> bool: ...
-    def caller_of(self, connection: Connection, /) -> Any: ...
-
-
-class Incoming:
-    """One request and what became of it; the source of its ``current_call()``."""
-
-    kind: int = lib.SHMRPC_REQUEST
-    flags = 0
-    deadline_ns = 0
-    packed_metadata = b""
-    value: Any = NO_VALUE  # its arguments, if they were decoded already
-    body: bytes | Parcel = b""
-    stream: Stream | None = None
-    task: asyncio.Task[None] | None = None
-    call_context: CallContext | None = None
-    reply_metadata = b""
-    replied = False
-    started = False
-    started_at: float | None = None  # time.monotonic() seconds; of those that have a task
-    cancelled_by_caller = False
-
-    def __init__(
-        self, handlers: Handlers, connection: Connection, call_id: int, method: Method | None
-    ) -> None:
-        self.handlers = handlers
-        self.connection = connection
-        self.call_id = call_id
-        self.method = method
-
-    @property
-    def deadline(self) -> float | None:
-        """``time.monotonic()`` seconds."""
-        return self.deadline_ns / 1e9 if self.deadline_ns else None
-
-    # ---- for current_call() ----
-
-    def context(self) -> CallContext:
-        """The call as its handler sees it."""
-        context = self.call_context
-        if context is None:
-            context = CallContext(
-                self,
-                self.connection,
-                self.call_id,
-                self.method.name if self.method is not None else "",
-                self.connection.credentials,
-                self.deadline,
-                unpack_metadata(self.packed_metadata),
-            )
-            context.conn_id = self.connection.conn_id
-            context.one_way = self.kind == _NOTIFY
-            self.call_context = context
-        return context
-
-    def cancelled(self, _context: CallContext) -> bool:
-        """Whether the caller of this call has given up, or is gone."""
-        return self.cancelled_by_caller or self.connection.closed
-
-    def caller(self, _context: CallContext) -> Any:
-        """What calls the caller of this call."""
-        return self.handlers.host.caller_of(self.connection)
-
-    def empty(self, context: CallContext, shape: Any, dtype: Any) -> Any:
-        """An array in memory shared with the caller; to be awaited in an asynchronous handler."""
-        deadline = context.deadline or FOREVER
-        return self._lent(context, loans.making(self.connection, shape, dtype, deadline))
-
-    def loan(self, context: CallContext, nbytes: int) -> Any:
-        """Such memory as it is."""
-        deadline = context.deadline or FOREVER
-        nbytes = loans.check_size(nbytes)
-        return self._lent(context, loans.borrowing(self.connection, nbytes, deadline))
-
-    def _lent(self, context: CallContext, steps: Steps[Any]) -> Any:
-        if self.replied or self.connection.closed:
-            msg = f"the call of {context.method!r} is over"
-            raise RuntimeError(msg)
-        return self.handlers.meet(self, steps)
-
-    def set_metadata(self, context: CallContext) -> None:
-        """Send the reply with the context's metadata."""
-        if self.replied:
-            msg = f"the call of {context.method!r} is over"
-            raise RuntimeError(msg)
-        initial = {} if self.stream is not None else context.initial_metadata or {}
-        self.reply_metadata = pack_reply_metadata(context.trailing_metadata, initial)
-
-    def send_initial(self, context: CallContext) -> None:
-        """Send the context's initial metadata: at once to a caller that has a stream."""
-        if self.stream is None or self.replied:
-            self.set_metadata(context)
-            return
-        packed = pack_metadata(context.initial_metadata)
-        slot = self.connection.slot()
-        self.connection.send(slot, lib.SHMRPC_INITIAL, self.call_id, metadata=packed)
-        self.connection.slots.append(slot)
-
-
-class Handlers:
+class Handlers(Replies):
     """The methods of one side, and their calls under way."""
 
     def __init__(
@@ -182,22 +77,18 @@ class Handlers:
         loop: asyncio.AbstractEventLoop,
         context: contextvars.Context,
     ) -> None:
-        """``chain`` runs a method through interceptors: ``await chain(method, final)(...)``.
+        """``chain`` runs a method through interceptors: ``await chain(method, final)(a, kw)``.
 
         Handlers begin in copies of ``context``, not in what is set where somebody woke the poller.
         """
-        self.host = host
+        super().__init__(host, codec)
         self.registry = registry
-        self._codec = codec
         self._max = max_concurrency
         self._chain = chain
-        self._pack = codec.encoder()
         self._running: dict[tuple[int, int], Incoming] = {}
         self._executor: ThreadPoolExecutor | None = None
-        self._position = ffi.new("uint64_t *")
         self._loop = loop
         self._thread = threading.get_ident()
-        self._poller: LoopPoller | None = None
         self._decode = decoder_of(codec)
         self._methods = registry.methods
         self._context = context
@@ -376,7 +267,7 @@ class Handlers:
                 self._waits[index] -= 1
             call.started_at = time.monotonic()
             self._running[connection.conn_id, call_id] = call
-            _start_task(self._loop, self._context, self._run(call, method, coroutine), call)
+            call.task = start_task(self._loop, self._context, self._run(call, method, coroutine))
             return
         awaited = starter.step(call, coroutine)
         work = starter.work
@@ -449,7 +340,7 @@ class Handlers:
         else:
             call.started_at = time.monotonic()
             self._running[call.connection.conn_id, call.call_id] = call
-            _start_task(self._loop, self._context, self._run(call, method), call)
+            call.task = start_task(self._loop, self._context, self._run(call, method))
 
     def _run_inline(self, call: Incoming, method: Method) -> None:
         self._context.copy().run(self._run_here, call, method)
@@ -481,7 +372,7 @@ class Handlers:
             return
         if large and type(self._codec) is MsgpackCodec:
             self._running[connection.conn_id, call.call_id] = call
-            _start_task(self._loop, self._context, self._finish(call, result), call)
+            call.task = start_task(self._loop, self._context, self._finish(call, result))
             return
         unusual = call.reply_metadata or call.replied or call.cancelled_by_caller
         if unusual or connection.closed or call.kind == _NOTIFY:
@@ -524,7 +415,7 @@ class Handlers:
                 if method.requests and call.stream is not None:
                     args = [self._requests(call, call.stream, method), *args]
                 if self._chain is not None and not method.name.startswith("shmrpc."):
-                    called = self._chain(method, self._invoke)(call, args, kwargs)
+                    called = self._chain(method, self._invoke)(args, kwargs)
                 elif method.is_async and not method.generator:
                     called = method.function(*args, **kwargs)
                 else:
@@ -648,175 +539,6 @@ class Handlers:
             call.connection.session.requests.pop(call.call_id, None)
         call.task = None
 
-    async def _end_beside(self, call: Incoming, held: list[Any]) -> None:
-        """Send a result that has buffers beside it. Nobody but the list holds it."""
-        connection = call.connection
-        if call.kind == _NOTIFY or connection.closed:
-            return
-        slot = connection.slot()
-        deadline = call.deadline if call.deadline is not None else FOREVER
-        alive: Any = None  # until it was sent
-        try:
-            body, sources = pack_lifted(slot.pack_lifted, held[0])
-            # If it has views of the caller's blocks, they go back before the reply: its next call
-            # finds them free, and still in the caches.
-            held.clear()
-            if sources:
-                what = call.method.name if call.method is not None else ""
-                what = f"the result of {what!r}"
-                alive = await attach(connection, slot.c, sources, deadline, what)
-                sources.clear()
-            self._end(call, 0, body, slot)
-        except BaseException:
-            slot.let_go()  # its packers may hold half a message
-            raise
-        lib.shmrpc_detach(slot.c)  # if nobody wanted it
-        connection.slots.append(slot)
-        del alive
-
-    def _end(
-        self, call: Incoming, status: int, body: bytes = b"", slot: Slot | None = None
-    ) -> None:
-        """Send the reply, if there is somebody who wants one; from a slot with its buffers."""
-        if call.kind == _NOTIFY or call.replied:
-            return
-        call.replied = True
-        connection = call.connection
-        if connection.closed or call.cancelled_by_caller:
-            return
-        if self._send(call, status, body, slot) == _EMSGSIZE:
-            self._refuse_result(call)
-        if self._poller is not None:
-            self._poller.schedule()
-
-    def _refuse_result(self, call: Incoming) -> None:
-        text = "the result is longer than the caller accepts (its max_message_bytes)"
-        failure = Failure("shmrpc.MessageTooLarge", text, "RESOURCE_EXHAUSTED")
-        self._send(call, failure.number, failure.pack())
-
-    def _send(self, call: Incoming, status: int, body: bytes, prepared: Slot | None = None) -> int:
-        slot = prepared or call.connection.slot()
-        metadata = call.reply_metadata
-        sent: int = lib.shmrpc_send(
-            slot.c,
-            _REPLY,
-            0,
-            call.call_id,
-            ffi.NULL,
-            status,
-            metadata,
-            len(metadata),
-            body,
-            len(body),
-            0,
-            self._position,
-        )
-        if prepared is None:
-            call.connection.slots.append(slot)
-        return sent
-
-    def _fail(self, call: Incoming, error: BaseException, stage: Stage) -> None:
-        name = call.method.name if call.method is not None else ""
-        self._pack = self._codec.encoder()  # the old one may hold half a message
-        if call.kind == _NOTIFY:
-            _log.error("notification %r failed", name, exc_info=error)
-            return
-        try:
-            shows = self.host.shows_tracebacks(call.connection)
-            failure = Failure.of(error, stage, name, shows)
-        except Exception:
-            _log.exception("an error of %r resists reporting", name)
-            text = f"{name!r} raised an error that can't be described"
-            failure = Failure(type(error).__name__, text, "INTERNAL")
-        self._fail_with(call, failure)
-
-    def _fail_with(self, call: Incoming, failure: Failure) -> None:
-        if call.kind == _NOTIFY:
-            _log.error("a notification was refused")
-            return
-        body = failure.pack()
-        if len(body) > call.connection.max_request_bytes:
-            body = failure.pack_short()
-        self._end(call, failure.number, body)
-        if call.task is None and call.stream is not None:
-            call.connection.session.requests.pop(call.call_id, None)
-
-
-if sys.version_info >= (3, 12):
-
-    def _start_task(
-        loop: asyncio.AbstractEventLoop,
-        context: contextvars.Context,
-        run: Coroutine[Any, Any, None],
-        call: Incoming,
-    ) -> None:
-        """Run the coroutine; one that ends without suspending never becomes a scheduled task."""
-        task = asyncio.Task(run, loop=loop, context=context.copy(), eager_start=True)
-        if not task.done():
-            call.task = task
-
-else:
-
-    def _start_task(
-        loop: asyncio.AbstractEventLoop,
-        context: contextvars.Context,
-        run: Coroutine[Any, Any, None],
-        call: Incoming,
-    ) -> None:
-        """Run the coroutine in a task."""
-        call.task = context.run(loop.create_task, run)  # it copies the context
-
 
 # Where the loop's thread is in a handler that has no task; each has the call as a local.
 _DIRECT = frozenset({Handlers._take_plain.__code__, Handlers._run_here.__code__})
-
-
-class AsyncRequests:
-    """The caller's messages, as an async handler with ``requests=True`` gets them.
-
-    Raises ``Cancelled`` when the caller has given up or is gone, if the handler's task has not
-    been cancelled by then.
-    """
-
-    def __init__(self, call: Incoming, stream: Stream) -> None:
-        waiters = stream.waiters
-        if not isinstance(waiters, LoopWaiters):
-            raise TypeError
-        self._receiver = AsyncReceiver(call.connection, stream, waiters, call.call_id, 0)
-
-    def __aiter__(self) -> AsyncRequests:
-        if self._receiver.exhausted:
-            msg = "the caller's messages were iterated to their end already, and are gone"
-            raise Error(msg)
-        return self
-
-    async def __anext__(self) -> Any:
-        receiver = self._receiver
-        try:
-            return await receiver.next_until(FOREVER)
-        except StopAsyncIteration:
-            if receiver.stream.overrun:
-                msg = "the caller sent more than it had credit for"
-                raise ProtocolError(msg) from None
-            if receiver.stream.cancelled:
-                msg = f"{receiver.connection.peer} does not wait for this call any more"
-                raise Cancelled(msg) from None
-            raise
-
-
-class ThreadRequests:
-    """The same for a plain function, which runs on a thread."""
-
-    def __init__(self, requests: AsyncRequests, loop: asyncio.AbstractEventLoop) -> None:
-        self._requests = requests
-        self._loop = loop
-
-    def __iter__(self) -> ThreadRequests:
-        self._requests.__aiter__()
-        return self
-
-    def __next__(self) -> Any:
-        try:
-            return asyncio.run_coroutine_threadsafe(self._requests.__anext__(), self._loop).result()
-        except StopAsyncIteration:
-            raise StopIteration from None

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any, Literal
 
-from shmrpc.context import CallContext, current_call
+from shmrpc.callinfo import client_info, send_initial, send_metadata, server_info, set_deadline
 from shmrpc.interceptors import AsyncInterceptor, CallInfo, compose_async
-from shmrpc.metadata import check_metadata, unpack_reply_metadata
-from shmrpc.retries import Retries
+from shmrpc.metadata import unpack_reply_metadata
 
 from .calls import Call
 from .channel import STREAM, STREAM_ENDED
@@ -16,6 +14,7 @@ from .channel import STREAM, STREAM_ENDED
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 
+    from shmrpc.context import CallContext
     from shmrpc.metadata import Metadata
     from shmrpc.registry import Method
 
@@ -26,14 +25,6 @@ __all__ = ["Intercepted", "intercept_handlers"]
 
 class Intercepted:
     """A channel's ``call``, ``notify``, ``stream`` and ``open`` with interceptors."""
-
-    @staticmethod
-    def with_retries(interceptors: Iterable[AsyncInterceptor], retries: Any) -> list[Any]:
-        """All that goes around a client's calls."""
-        if not isinstance(retries, int) or isinstance(retries, bool) or retries < 0:
-            msg = f"retries must be a number of repetitions from 0 on, not {retries!r}"
-            raise ValueError(msg)
-        return [*interceptors, *([Retries(retries + 1)] if retries else [])]
 
     def __init__(
         self,
@@ -70,19 +61,10 @@ class Intercepted:
         timeout: float | None,
         metadata: Metadata | None,
     ) -> CallInfo:
-        if metadata is not None:
-            check_metadata(metadata)
-        return CallInfo(
-            method,
-            kind,
-            "client",
-            args,
-            kwargs,
-            dict(metadata or {}),
-            timeout=timeout,
-            peer=self._peer(),
-            idempotent=lambda: self._is_idempotent(method),
-        )
+        def idempotent() -> Any:
+            return self._is_idempotent(method)
+
+        return client_info(method, kind, args, kwargs, timeout, metadata, self._peer(), idempotent)
 
     async def call(
         self,
@@ -105,7 +87,7 @@ class Intercepted:
 
     async def _proceed_call(self, info: CallInfo) -> Any:
         packed: list[bytes] = []
-        _set_deadline(info)
+        set_deadline(info)
         try:
             return await self._call_with(
                 info.method, info.args, info.kwargs, info.timeout, info.metadata or None, packed
@@ -133,7 +115,7 @@ class Intercepted:
         info.finish()
 
     async def _proceed_notify(self, info: CallInfo) -> None:
-        _set_deadline(info)
+        set_deadline(info)
         metadata = info.metadata or None
         await self._notify(
             info.method, *info.args, timeout=info.timeout, metadata=metadata, **info.kwargs
@@ -168,7 +150,7 @@ class Intercepted:
     def _opening(self, flags: int, info: CallInfo) -> Call:
         async def begin(call: Call) -> Any:
             async def proceed(info: CallInfo) -> Call:
-                _set_deadline(info)
+                set_deadline(info)
                 deadline = self._channel._deadline(info.timeout)
                 metadata = info.metadata or None
                 return await self._channel._begin_call(
@@ -192,10 +174,6 @@ class Intercepted:
         return Call(self._channel, info.method, begin, streams=flags == STREAM_ENDED)
 
 
-def _set_deadline(info: CallInfo) -> None:
-    info.deadline = None if info.timeout is None else time.monotonic() + info.timeout
-
-
 def intercept_handlers(
     interceptors: Iterable[AsyncInterceptor],
 ) -> Callable[[Method, Any], Any] | None:
@@ -215,29 +193,17 @@ def intercept_handlers(
 
         composed = compose_async(interceptors, final)
 
-        async def run(call: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-            context = current_call()
-            kind: Literal["unary", "notify"] = "notify" if context.one_way else "unary"
-            info = CallInfo(
-                method.name,
-                "stream" if method.streams else kind,
-                "server",
-                tuple(args),
-                kwargs,
-                context.metadata,
-                deadline=context.deadline,
-                peer=call.connection.peer,
-            )
-            context.initial_default = info.initial_metadata
+        async def run(args: Any, kwargs: dict[str, Any]) -> Any:
+            info, context = server_info(method, tuple(args), kwargs)
             try:
                 result = await composed(info)
             except BaseException as error:
-                _send_metadata(info, context)
+                send_metadata(info, context)
                 info.finish(error)
                 raise
             if method.generator:
                 return _items(result, info, context)
-            _send_metadata(info, context)
+            send_metadata(info, context)
             info.finish()
             return result
 
@@ -248,15 +214,15 @@ def intercept_handlers(
 
 async def _items(result: Any, info: CallInfo, context: CallContext) -> AsyncIterator[Any]:
     """What a streaming handler yields, and then the end of its call."""
-    _send_initial(context)
+    send_initial(context)
     try:
         async for item in _as_async(result):
             yield item
     except BaseException as error:
-        _send_metadata(info, context)
+        send_metadata(info, context)
         info.finish(error)
         raise
-    _send_metadata(info, context)
+    send_metadata(info, context)
     info.finish()
 
 
@@ -272,15 +238,3 @@ async def _as_async(items: Any) -> AsyncIterator[Any]:
         close = getattr(items, "aclose", None)
         if close is not None:
             await close()
-
-
-def _send_initial(context: CallContext) -> None:
-    if context.initial_default and context.initial_metadata is None:
-        context.send_initial_metadata({})
-
-
-def _send_metadata(info: CallInfo, context: CallContext) -> None:
-    """What interceptors want sent with the reply; the handler's own of the same key wins."""
-    _send_initial(context)
-    if info.trailing_metadata:
-        context.set_trailing_metadata({**info.trailing_metadata, **context.trailing_metadata})

@@ -50,6 +50,13 @@ _TURN_SECONDS = 50e-6
 _SPIN_NS = 40_000
 # Iterations in which something else was ready and nothing came, before the poller is armed.
 _QUIET_MAX = 64
+# What is sent while a batch is taken reaches peers some messages at a time, because each time costs
+# them. Not in batches of fewer messages: one side would wait while the other works, by turns. And
+# not after a batch that took so long, in so many that follow: nothing waits for a handler that
+# blocks the loop, and where each takes its time, that costs nothing that would show.
+_TOGETHER_MIN = 16
+_LONG_SECONDS = 1e-3
+_LONG_BATCHES = 64
 # On a loop that does not show what is ready, time away from us that means that something else was.
 _BUSY_SECONDS = 30e-6
 
@@ -180,6 +187,7 @@ class LoopPoller(Poller):
         self._origin = self._bodies_end = 0
         self.scheduled = False
         self._quiet = 0
+        self._long = 0  # so many batches may take long
         self._last_poll = 0.0
         self.open_batch(is_event=False)
         self._briefs: Iterator[tuple[Any, ...]] = iter(())  # that were not taken yet
@@ -270,6 +278,9 @@ class LoopPoller(Poller):
             status = _poll(self._taker, 0 if busy else _SPIN_NS)
             if status > 0:
                 self._begin_batch(status)
+                if self._long or (status & 0xFFFF) < _TOGETHER_MIN:
+                    self._long = max(0, self._long - 1)
+                    _publish(self.c)  # from now on all that is sent, at once
                 try:
                     self._take_batch()
                 finally:
@@ -279,7 +290,9 @@ class LoopPoller(Poller):
             else:
                 break
             self._quiet = 0
-            now = monotonic()
+            before, now = now, monotonic()
+            if now - before > _LONG_SECONDS:
+                self._long = _LONG_BATCHES
             if self._ready or now >= turn_ends or not self.active:
                 break
         if status == _NOTHING and self._quiet < _QUIET_MAX:

@@ -10,18 +10,14 @@ import os
 import signal
 import threading
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-from shmrpc import address as addresses
 from shmrpc import handover, handshake, segments
 from shmrpc.acceptor import Acceptor
-from shmrpc.codec import Codec, MsgpackCodec
 from shmrpc.errors import Error, ForkedError
-from shmrpc.inspection import Inspection
+from shmrpc.hosting import Hosting
 from shmrpc.lending import MEMORY_BYTES, total_stats
-from shmrpc.link import check_options, check_uids
-from shmrpc.proxy import public_methods
+from shmrpc.link import terms_of
 from shmrpc.registry import Registry
 
 from .caller import Caller
@@ -33,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from types import TracebackType
 
+    from shmrpc.codec import Codec
     from shmrpc.interceptors import AsyncInterceptor
     from shmrpc.poller import Connection, Wait
     from shmrpc.segments import Backing
@@ -46,7 +43,7 @@ _log = logging.getLogger("shmrpc.server")
 _HANDSHAKES_SECONDS = 1.0  # that connections just being made get to end
 
 
-class Server:
+class Server(Hosting):
     """Serves methods at one or several addresses, in the event loop that starts it.
 
     Handlers may be ``async def`` (a task each), asynchronous generators, and plain functions or
@@ -54,6 +51,8 @@ class Server:
     ``max_concurrency`` calls may be under way; the next is refused with ``Overloaded``. The other
     parameters are those of ``shmrpc.Server``; interceptors are asynchronous ones.
     """
+
+    _kind = "shmrpc.aio.Server"
 
     def __init__(
         self,
@@ -72,38 +71,28 @@ class Server:
         interceptors: Iterable[AsyncInterceptor] = (),
     ) -> None:
         """Make a server that listens from ``start`` on; ``ConnectError`` for a bad address."""
-        check_options(max_message_bytes, backing, wait, spin_budget, max_memory_bytes)
-        if not address:
-            msg = "Server() needs at least one address, such as Server('calc')"
-            raise ValueError(msg)
-        if max_concurrency < 1:
-            msg = "max_concurrency must be at least 1"
-            raise ValueError(msg)
-        allowed, trusted = check_uids(allow_uids, trust_uids)
-        self._terms = [
-            handshake.Terms(
-                addresses.parse(text),
-                max_message_bytes,
-                backing=backing,
-                max_memory_bytes=max_memory_bytes,
-                allow_uids=allowed,
-                trust_uids=trusted,
-                allow_remote=allow_remote,
-            )
-            for text in address
-        ]
-        self._max_concurrency = max_concurrency
-        self._show_tracebacks = show_tracebacks
-        self._wait: Wait = wait
-        self._spin_budget = spin_budget
-        self.codec: Codec = codec if codec is not None else MsgpackCodec()
+        terms = terms_of(
+            address,
+            max_message_bytes=max_message_bytes,
+            max_memory_bytes=max_memory_bytes,
+            backing=backing,
+            allow_uids=allow_uids,
+            trust_uids=trust_uids,
+            allow_remote=allow_remote,
+        )
+        super().__init__(
+            terms,
+            Registry(takes_async=True),
+            max_concurrency=max_concurrency,
+            show_tracebacks=show_tracebacks,
+            wait=wait,
+            spin_budget=spin_budget,
+            codec=codec,
+        )
         self._chain = intercept_handlers(interceptors)
         self._pid = os.getpid()
-        self.registry = Registry(takes_async=True)
-        self._inspection = Inspection(self.registry)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._poller: LoopPoller | None = None
-        self._acceptor: Acceptor | None = None
         self._handlers: Handlers | None = None
 
     # ---- methods ----
@@ -145,25 +134,7 @@ class Server:
 
         return add if function is None else add(function)
 
-    def add_service(self, service: object, prefix: str = "") -> None:
-        """Offer every public method of an object, with ``prefix`` before its name."""
-        names = public_methods(service)
-        if not names:
-            msg = f"{service!r} has no public methods"
-            raise ValueError(msg)
-        for name in names:
-            self.registry.add(getattr(service, name), prefix + name)
-
     # ---- running ----
-
-    def allow_remote(self) -> None:
-        """Let ``tcp`` addresses be other than loopback when it starts, as the parameter does."""
-        self._terms = [replace(terms, allow_remote=True) for terms in self._terms]
-
-    @property
-    def addresses(self) -> list[str]:
-        """Where it listens, with the ports that the system chose. Empty when it does not."""
-        return self._acceptor.addresses if self._acceptor is not None else []
 
     async def start(self) -> None:
         """Listen and serve in this event loop; ``ConnectError`` if an address is taken."""
@@ -280,11 +251,6 @@ class Server:
             "running": self._handlers.running,
         }
 
-    def __repr__(self) -> str:
-        at = self.addresses or [str(terms.address) for terms in self._terms]
-        state = "listening" if self.addresses else "not listening"
-        return f"<shmrpc.aio.Server {' '.join(at)} {state}>"
-
     # ---- what the acceptor and handlers need ----
 
     def add_connection(self, agreement: handshake.Agreement) -> None:
@@ -309,9 +275,3 @@ class Server:
             connection.caller = Caller(connection)
         caller: Caller = connection.caller
         return caller
-
-    def shows_tracebacks(self, connection: Connection) -> bool:
-        """Whether this peer sees tracebacks."""
-        if self._show_tracebacks is not None:
-            return self._show_tracebacks
-        return connection.credentials.uid == os.geteuid()

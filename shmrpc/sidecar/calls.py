@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING, Any, cast
 
 from shmrpc._native import ffi, lib
-from shmrpc.calls import Call, Receiver, Requests
+from shmrpc.calls import Call
 from shmrpc.channel import _GOES_ON as GOES_ON
 from shmrpc.channel import Channel
 from shmrpc.errors import Cancelled
@@ -18,6 +18,7 @@ from shmrpc.futures import CallFuture, Ending
 from shmrpc.lending import attach, wants_room
 from shmrpc.metadata import PackedMetadata
 from shmrpc.poller import FOREVER, nanoseconds_until
+from shmrpc.receiving import Receiver, Requests
 
 from .raw import Reply, Request, split
 

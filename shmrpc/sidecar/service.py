@@ -106,7 +106,8 @@ class Sidecar:
     @property
     def addresses(self) -> list[str]:
         """Where it listens, with the ports that the system chose."""
-        return [address for server in self.servers.values() for address in server.addresses]
+        # A copy: health is asked for by other threads than that which reloads.
+        return [address for server in list(self.servers.values()) for address in server.addresses]
 
     @property
     def http_address(self) -> str | None:
