@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._native import ffi, lib
 from .lending import finding_room, meet_all, wants_room
+from .owned import free_after
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,8 +61,9 @@ def borrowing(connection: Connection, nbytes: int, deadline: float) -> Steps[mem
         connection.slots.append(slot)
     if status == 0:
         # Goes back when the last view of it dies, from whatever thread.
-        owner = ffi.gc(data[0], partial(_give_back, loan[0], weakref.ref(connection)), nbytes)
-        return memoryview(ffi.buffer(owner, nbytes))
+        start = data[0]
+        free_after(start, partial(_give_back, loan[0], weakref.ref(connection)))
+        return memoryview(ffi.buffer(start, nbytes))
     if status == -errno.ENOMEM:
         msg = f"no memory for a loan of {nbytes} bytes"
         raise MemoryError(msg)

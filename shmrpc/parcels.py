@@ -13,11 +13,12 @@ from functools import partial
 from typing import Any
 
 from ._native import ffi, lib
+from .owned import free_after
 from .values import decode
 
 __all__ = ["Parcel", "value_of"]
 
-_buffer, _gc = ffi.buffer, ffi.gc
+_buffer = ffi.buffer
 _free = lib.shmrpc_lease_free
 _take = lib.shmrpc_lease_take
 
@@ -58,8 +59,8 @@ def take_buffers(buffers: list[memoryview], slot: Any, message: Any, *, untruste
             view = memoryview(bytes(_buffer(start, size)))
             _free(_take(slot, index), ffi.NULL)
         else:
-            data = _gc(start, partial(_free, _take(slot, index)), size)
-            view = memoryview(_buffer(data, size)).toreadonly()
+            free_after(start, partial(_free, _take(slot, index)))
+            view = memoryview(_buffer(start, size)).toreadonly()
         buffers.append(view)
 
 

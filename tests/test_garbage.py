@@ -85,6 +85,55 @@ def test_calls_by_finalizers(directory, where, state):
     assert run.stdout.split() == (["0", "3", "0"] if state == "open" else ["0", "0"]) * 3
 
 
+VIEWS = """
+import faulthandler, gc, sys, shmrpc
+faulthandler.enable()
+
+server = shmrpc.Server(sys.argv[1])
+
+@server.method
+def large():
+    return memoryview(b"12" * (1 << 19))
+
+class Reader:
+    def __init__(self, views):
+        self.me, self.views = self, views
+
+    def __del__(self):
+        print(*(bytes(view[-2:]).decode() for view in self.views))
+
+def views(client):
+    loan = client.loan(1 << 20)
+    loan[-2:] = b"34"
+    return [client.call("large"), loan]
+
+gc.disable()
+with server:
+    for _ in range(3):
+        client = shmrpc.connect(sys.argv[1])
+        Reader(views(client))
+        client.close()
+        del client
+        gc.collect()
+    with shmrpc.connect(sys.argv[1]) as client:
+        Reader(views(client))  # collected while the interpreter ends
+"""
+
+
+@pytest.mark.parametrize("where", ["shm", "unix"])
+def test_views_in_finalizers(directory, where):
+    """The collector finalizes a view and who still reads it in any order."""
+    run = subprocess.run(
+        [sys.executable, "-c", VIEWS, f"{where}://{directory}/garbage.sock"],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["12", "34"] * 4
+
+
 def test_open_calls_are_collected_while_their_client_is_closed(run, service):
     running = service("shm", program=ASYNC_SERVICES)
 

@@ -629,6 +629,7 @@ def test_loaned_bytes(shm_client):
     shm_client.notify("keep", np.frombuffer(view, "u1"))
     assert shm_client.call("echo", view[50_000:]) == view[50_000:]
     assert shm_client.stats()["arena_used_bytes"] == used
+    wait_until(lambda: shm_client.call("kept_sums") != [])  # or dropping could overtake it
     shm_client.call("drop")
     view.release()
     wait_until(settled(shm_client))
