@@ -479,8 +479,8 @@ static int64_t sleep_once(struct shmrpc_poller *poller, struct shmrpc_slot *slot
         return receive_once(poller, slot);
     if (!arm_all(poller) || finished(poller, slot, &result))
         return 0;
-    workers_unset_tick(poller);
     uint64_t start = clock_now_ns();
+    workers_sleep(poller, start);
     int timeout_ms = timeout_ms_until(slot->deadline_ns);
     bool shortened = poller_in_main_thread() && (timeout_ms < 0 || timeout_ms > SIGNALS_NS / 1000000);
     if (shortened)

@@ -157,6 +157,7 @@ struct shmrpc_poller {
     bool tick_set;       /* lock: it is to wake it if the leader stays away */
     bool tick_is_wake;   /* lock: it wakes it now */
     uint64_t tick_count; /* lock: away_count when it was set */
+    uint64_t slept_ns;   /* lock: when the leader slept last */
     uint32_t worker_threads, running, queued; /* lock */
     uint32_t spawning;     /* lock: threads that were asked for and have not come */
     uint64_t spawned_ns;   /* lock: when one was asked for last */
@@ -350,7 +351,7 @@ bool workers_full(const struct shmrpc_poller *poller, const struct conn *conn);
 /* With the lock held: the leader returns to Python, or leaves altogether. */
 void workers_go_away(struct shmrpc_poller *poller);
 /* The leader is there, and about to sleep: nobody needs to look whether it stays away. */
-void workers_unset_tick(struct shmrpc_poller *poller);
+void workers_sleep(struct shmrpc_poller *poller, uint64_t now_ns);
 /* With the lock held: this caller's thread waits from now on, so that the request it serves here
  * does not count as running; and goes on. */
 void workers_enter(struct shmrpc_poller *poller, struct shmrpc_slot *slot);
