@@ -56,8 +56,12 @@ int64_t shmrpc_bare_receive(shmrpc_bare *bare, uint8_t *body, size_t capacity)
     bool yielded = false;
     int status;
 
-    for (uint32_t step = 0; (status = ring_peek(&bare->consumer, &header)) == 0; step++)
-        yielded |= spin_step(step, patience) != 0;
+    for (uint32_t step = 0; (status = ring_peek(&bare->consumer, &header)) == 0; step++) {
+        if (spin_step(step, patience) == 0)
+            continue;
+        yielded = true;
+        lock_release(); /* there may never be an answer */
+    }
     spin_policy_hit(&bare->policy, yielded, 0);
     if (status < 0 || header.length > capacity)
         return status < 0 ? status : -EMSGSIZE;

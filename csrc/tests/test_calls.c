@@ -185,6 +185,48 @@ TEST(program_lock_is_let_go_before_a_sleep)
     shmrpc_use_lock(NULL, NULL);
 }
 
+struct bare_peer {
+    pthread_mutex_t lock;
+    shmrpc_bare *bare;
+    int status;
+};
+
+static void *send_locked(void *argument)
+{
+    struct bare_peer *peer = argument;
+
+    pthread_mutex_lock(&peer->lock);
+    peer->status = shmrpc_bare_send(peer->bare, "answer", 6);
+    pthread_mutex_unlock(&peer->lock);
+    return NULL;
+}
+
+TEST(program_lock_is_let_go_by_who_waits_on_bare_rings)
+{
+    enum { RING_BYTES = 4096 };
+    void *memory = aligned_alloc(4096, (shmrpc_bare_bytes(RING_BYTES) + 4095) / 4096 * 4096);
+    REQUIRE(memory != NULL);
+    memset(memory, 0, shmrpc_bare_bytes(RING_BYTES));
+    shmrpc_bare *bare = shmrpc_bare_new(memory, RING_BYTES, 0);
+    struct bare_peer peer = {.lock = PTHREAD_MUTEX_INITIALIZER,
+                             .bare = shmrpc_bare_new(memory, RING_BYTES, 1)};
+    pthread_t thread;
+    uint8_t body[16];
+
+    shmrpc_use_lock(program_held, program_release);
+    pthread_mutex_lock(&peer.lock);
+    program_lock = &peer.lock;
+    REQUIRE(pthread_create(&thread, NULL, send_locked, &peer) == 0);
+    CHECK_EQUAL(shmrpc_bare_receive(bare, body, sizeof body), 6);
+    CHECK(program_lock == NULL);
+    pthread_join(thread, NULL);
+    CHECK_EQUAL(peer.status, 0);
+    shmrpc_use_lock(NULL, NULL);
+    shmrpc_bare_free(bare);
+    shmrpc_bare_free(peer.bare);
+    free(memory);
+}
+
 TEST(main_thread_calls)
 {
     struct setup setup;
