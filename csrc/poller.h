@@ -168,7 +168,8 @@ struct shmrpc_poller {
     struct batch batch;    /* leader, lock */
     bool holding;          /* leader: an event loop takes a batch, and what it sends is held: */
     struct conn *held;     /* leader: conns that have something of that */
-    uint64_t armed_ns;     /* leader: when poller_arm armed, 0 if it did not spin before */
+    uint64_t armed_ns;     /* leader: when poller_arm armed, 0 if something has come since */
+    bool spun;             /* leader: poller_poll, when nothing came */
     bool retired;          /* lock: a client's conn has ended, its workers end */
     uint64_t queued_bytes;                    /* lock */
     bool resumes;                             /* lock: a conn has its `resumed` set */
@@ -191,6 +192,7 @@ struct shmrpc_poller {
     atomic_pointer larger_hot; /* struct hot_list *, for the leader to take */
     uint32_t hot_rings; /* leader: how many of them are worth spinning for */
     struct spin_policy policy; /* leader */
+    uint64_t expected_ns;      /* leader: until when an answer to large values may be on the way */
     atomic_u64 beside;         /* bytes in blocks that were sent or received since the last spin */
     struct spin_policy locked_policy; /* leader: whether it pays to sleep with the program's lock */
     uint64_t looked_ns;        /* leader: when epoll was looked at last */
