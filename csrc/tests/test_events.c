@@ -602,6 +602,36 @@ TEST(plain_replies_beyond_the_batch)
     stage_close(&stage);
 }
 
+/* An event loop whose messages all come long after it has gone to sleep tries a spin now and then:
+ * the peer may be quicker by then. A sleep without a spin before it is no reason to spin less. */
+TEST(event_loop_tries_a_spin_now_and_then)
+{
+    enum { ROUNDS = 3 * SPIN_SKIP_MAX, SPIN_NS = 1000 };
+    struct stage stage;
+    shmrpc_stats half, whole;
+
+    stage_open(&stage, 0, 0);
+    REQUIRE(shmrpc_poller_batch(stage.poller, 0) != NULL);
+    for (uint64_t i = 1; i <= 2 * ROUNDS; i++) {
+        int64_t status;
+        harness_progress(HANG_SECONDS);
+        do
+            CHECK(shmrpc_poll(stage.taker, SPIN_NS) <= 0);
+        while (!shmrpc_arm(stage.taker));
+        sleep_us(SPIN_BUDGET_NS / 1000);
+        put_reply(&stage, i, NULL, "x");
+        while ((status = shmrpc_poll(stage.taker, 0)) <= 0)
+            CHECK(status == 0 || status == -EAGAIN);
+        CHECK_EQUAL(status, 1 << 16 | 1); /* a body of one byte, one brief */
+        if (i == ROUNDS)
+            shmrpc_poller_stats(stage.poller, &half);
+    }
+    shmrpc_poller_stats(stage.poller, &whole);
+    CHECK(whole.spins_missed - half.spins_missed >= 2);
+    CHECK(whole.spins_missed - half.spins_missed <= 20);
+    stage_close(&stage);
+}
+
 /* ---- the end, and limits ---- */
 
 TEST(end_of_a_conn_comes_after_its_last_frames)
