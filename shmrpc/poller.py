@@ -97,8 +97,7 @@ class Freed(Protocol):
 class Slot:
     """What one thread uses for one call at a time: a C slot, its view and a packer."""
 
-    __slots__ = (
-        "__weakref__",
+    _CONTENTS = (
         "c",
         "connection",
         "free",
@@ -109,6 +108,7 @@ class Slot:
         "thread",
         "view",
     )
+    __slots__ = ("__weakref__", *_CONTENTS)
 
     def __init__(self, connection: Connection) -> None:
         slot = lib.shmrpc_slot_new(connection.poller.c, connection.conn_id)
@@ -142,18 +142,7 @@ class Slot:
     def give_back(self) -> None:
         """Put what it has into the pool, as another object."""
         other = Slot.__new__(Slot)
-        names = (
-            "c",
-            "connection",
-            "free",
-            "message",
-            "pack",
-            "pack_beside",
-            "pack_lifted",
-            "thread",
-            "view",
-        )
-        for name in names:
+        for name in self._CONTENTS:
             setattr(other, name, getattr(self, name))
             delattr(self, name)
         other.connection.slots.append(other)

@@ -32,7 +32,9 @@ TRANSPORTS = ("shm", "unix", "tcp")
 SLACK = 20
 FAILED = pytest.StashKey()
 # A user namespace that anybody may make has one user in it: who made it.
-ANOTHER_USER = "becoming another user takes root, as which .ci/run runs this"
+as_root = pytest.mark.skipif(
+    os.geteuid() != 0, reason="becoming another user takes root, as which .ci/run runs this"
+)
 
 faulthandler.enable()
 

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 from conftest import (
-    ANOTHER_USER,
     SERVICES,
     SLACK,
     Service,
     address_of,
+    as_root,
     in_mount_namespace,
     wait_until,
 )
@@ -33,8 +33,6 @@ MAGIC = b"shmrpc\r\n"
 TRANSPORT_NUMBER = {"shm": 1, "unix": 2, "tcp": 3}
 HELLO, WELCOME, REFUSE = 1, 2, 5
 OTHER_UID = 54321
-
-as_root = pytest.mark.skipif(os.getuid() != 0, reason=ANOTHER_USER)
 
 
 def refused(address, match, **options):

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ANOTHER_USER
+from conftest import as_root
 
 import shmrpc
 from shmrpc import address
@@ -435,7 +435,7 @@ def test_agreed_and_silent(unharmed):
         os.close(fd)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason=ANOTHER_USER)
+@as_root
 @pytest.mark.parametrize("manner, expected", [("unsealed", "memory"), ("sealed", "ready")])
 def test_memory_of_another_user(tmp_path, manner, expected):
     """What belongs to somebody else must be sealed."""
