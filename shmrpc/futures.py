@@ -97,15 +97,16 @@ class CallFuture(Future[Any]):
     - What the call came to is put into ``_came`` by ``dict.setdefault``: the first one wins.
     - Who ends a call does that first and then looks who waits (``_tell``). Who waits first makes
       what the other looks for, and then looks whether the call has ended. One sees the other.
-    - With the lock held, nothing ends: where there is a lock, who sees the end tells the others.
-      ``as_completed`` counts on that, or it would count a future twice.
+    - With the lock held, nothing ends: where there is a lock, a call has ended when that was told
+      (``_told``), by who ends it or by the next one who is about to take the lock. ``wait`` and
+      ``as_completed`` count on that, or they would count a future twice, or wait for none.
     """
 
-    _condition = _lazy(lambda _future: _Condition())
     _waiters = _lazy(_Watchers)
     _done_callbacks = _lazy(lambda _future: [])
     threads = _lazy(lambda _future: Waiters())
 
+    _lock: _Condition  # what ``_condition`` has made
     _came: Any = None  # a plain reply's body, not decoded yet; any other Ending; or _CANCELLED
     _decoded: Ending | None = None  # what that body is
     _told = False
@@ -126,12 +127,19 @@ class CallFuture(Future[Any]):
     # ---- what Future and those that know it look at ----
 
     @property
+    def _condition(self) -> threading.Condition:  # type: ignore[override]
+        lock: _Condition = self.__dict__.get("_lock") or self.__dict__.setdefault(
+            "_lock", _Condition()
+        )
+        if self._came is not None and not self._told:
+            self._tell_watchers()  # who ended it may have seen no lock, or not come to that yet
+        return lock
+
+    @property
     def _state(self) -> str:  # type: ignore[override]
         came = self._came
-        if came is None:
+        if came is None or ("_lock" in self.__dict__ and not self._told):
             return PENDING
-        if "_condition" in self.__dict__:
-            self._tell_watchers()
         return CANCELLED_AND_NOTIFIED if came is _CANCELLED else FINISHED
 
     @property
@@ -229,7 +237,7 @@ class CallFuture(Future[Any]):
         if status == 0 and not metadata and type(body) is bytes:
             own = self.__dict__  # it is decoded by who asks for it
             own.setdefault("_came", body)
-            return self._tell_later if "threads" in own or "_condition" in own else None
+            return self._tell_later if "threads" in own or "_lock" in own else None
         self._metadata = metadata
         self._reply = status, body
         return self._settle
@@ -296,13 +304,13 @@ class CallFuture(Future[Any]):
         own = self.__dict__
         if "threads" in own:
             self.threads.wake()
-        if "_condition" in own:
+        if "_lock" in own:
             self._tell_watchers()
             self._invoke_callbacks()
 
     def _tell_watchers(self) -> None:
         error = self._exception
-        with self._condition:
+        with self._lock:
             if self._told:
                 return
             for waiter in self._waiters:
@@ -312,7 +320,7 @@ class CallFuture(Future[Any]):
                     waiter.add_exception(self)
                 else:
                     waiter.add_result(self)
-            self._condition.notify_all()
+            self._lock.notify_all()
             self._told = True
 
     def _invoke_callbacks(self) -> None:

@@ -221,6 +221,32 @@ def test_as_completed_counts_each_future_once(client):
             assert [each.result() for each in completed] == [30, 30]
 
 
+@pytest.mark.parametrize("until", ["ALL_COMPLETED", "FIRST_COMPLETED", "FIRST_EXCEPTION"])
+def test_a_future_that_ends_while_wait_counts(client, monkeypatch, until):
+    """``wait`` has seen that it is not finished, and found it finished when it looked again.
+
+    Then it waited for ever: nobody was left to tell it.
+    """
+    module = concurrent.futures._base
+    install = module._create_and_install_waiters
+    readers = []
+
+    def end_meanwhile(futures, how):
+        reader = threading.Thread(target=client.call, args=("sleep", 0.4, 0))
+        readers.append(reader)
+        reader.start()  # it tells the future when it gets its lock
+        wait_until(lambda: future._came is not None)
+        return install(futures, how)
+
+    monkeypatch.setattr(module, "_create_and_install_waiters", end_meanwhile)
+    future = client.submit("sleep", 0.1, "result")
+    done, _ = concurrent.futures.wait([future], 20, getattr(concurrent.futures, until))
+    assert done == {future}
+    assert future.result(20) == "result"
+    for reader in readers:
+        reader.join(20)
+
+
 def test_each_future_ends_once(client):
     """Replies, cancellations, callbacks and waits race for the same futures."""
     count = 200
