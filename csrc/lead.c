@@ -590,7 +590,9 @@ static bool spin_on(struct shmrpc_poller *poller, const struct shmrpc_slot *slot
     }
     if (*now - lead->spin_start_ns > SPIN_BUDGET_NS)
         lock_release(); /* who spins for ever is no better than who sleeps, to the other threads */
-    bool crowded = lead->handovers >= HANDOVERS_MAX && poller->policy.mode != WAIT_SPIN;
+    /* Who has the CPU for long may be the peer, which reads and copies what is beside. */
+    bool crowded = lead->handovers >= HANDOVERS_MAX && lead->beside_ns == 0 &&
+                   poller->policy.mode != WAIT_SPIN;
     if (!crowded && *now - lead->spin_start_ns < lead->spin_budget_ns)
         return true;
     count_own(&poller->counters.spins_missed, 1);

@@ -323,6 +323,9 @@ int blocks_send(struct shmrpc_slot *slot, struct outgoing *message, int body,
  * buffers are attached already. They have to stay until it was sent. 0, or as shmrpc_attach; then
  * nothing is attached. */
 int blocks_pass(struct shmrpc_slot *slot, const shmrpc_message *message);
+/* The same for the worker's next message and the reply that `slot` has got to the worker's request. What
+ * comes back of the request is not copied: it goes back as the caller's own blocks. */
+int blocks_pass_back(struct shmrpc_slot *worker, const struct shmrpc_slot *slot);
 /* RETURN or WITHDRAW has arrived. Consumes it. */
 int blocks_frame(struct shmrpc_poller *poller, struct conn *conn,
                  const struct frame_header *header);

@@ -351,8 +351,8 @@ int shmrpc_reply(shmrpc_slot *slot, uint32_t status, const char *body, size_t bo
  * request is cancelled or its caller is gone: then the peer is told. */
 int64_t shmrpc_forward(shmrpc_slot *slot, shmrpc_slot *worker, int64_t timeout_ns);
 /* Reply to the worker's request what `slot` has received after shmrpc_forward, from where it lies:
- * status, metadata, body and buffers, as above. Gives the request's buffers back before, and the
- * reply's after that. */
+ * status, metadata, body and buffers, as above; but what comes back of the request's buffers is not
+ * copied, it is the caller's own. Gives the request's buffers back before, and the reply's after that. */
 int shmrpc_reply_from(shmrpc_slot *worker, shmrpc_slot *slot);
 
 /* What one worker has counted of the calls that it has passed on by a way. */

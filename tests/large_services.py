@@ -30,7 +30,7 @@ def describe(value):
 
 
 def add_methods(server):
-    kept = Kept()
+    keeper = Kept()
     method = server.method
 
     @method
@@ -79,21 +79,33 @@ def add_methods(server):
 
     @method
     def keep(value):
-        kept.values.append(value)
+        keeper.values.append(value)
+
+    @method
+    def kept():
+        return keeper.values[0]
+
+    @method
+    def cut(value, start, stop):
+        return value[start:stop]
+
+    @method
+    def swap(*values):
+        return values[::-1]
 
     @method
     def kept_sums():
-        return [int(value.sum()) for value in kept.values]
+        return [int(value.sum()) for value in keeper.values]
 
     @method
     def drop(count=1):
-        del kept.values[:count]
+        del keeper.values[:count]
 
     @method
     def drop_later(seconds):
         def drop_soon():
             time.sleep(seconds)
-            kept.values.clear()
+            keeper.values.clear()
 
         threading.Thread(target=drop_soon, daemon=True).start()
 

@@ -142,6 +142,14 @@ def test_complaints(reads, old, new, complaint, tmp_path):
             'listen = "grpcs://h:1"\nroutes=[{upstream="u"}]\n[upstreams.u]\nendpoints="shm://x"',
             "cert",
         ),
+        (
+            'listen = "shm://x"\n[upstreams.u]\nendpoints = ["y", "x"]\n[[routes]]\nupstream = "u"',
+            "line 3: upstreams.u.endpoints[2]: the sidecar listens at x itself",
+        ),
+        (
+            'listen = "grpc://h:1"\nroutes=[{upstream="u"}]\n[upstreams.u]\nendpoints="grpc://h:1"',
+            "the sidecar listens at grpc://h:1 itself",
+        ),
         ("listen = '\xff'", "no TOML"),
     ],
 )

@@ -1,5 +1,6 @@
 """Large values through a sidecar: from arena to arena, and nothing of them is left."""
 
+import contextlib
 import gc
 from pathlib import Path
 
@@ -43,8 +44,8 @@ def settled(client):
 
 def test_they_stay_in_shared_memory(client):
     array = np.arange(MIB // 4, dtype="i4")
-    got = client.call("echo", array)
-    assert (got == array).all()
+    got = client.call("add", array, array)
+    assert (got == 2 * array).all()
     assert client.stats()["pinned_bytes"] == array.nbytes  # in the sidecar's arena
     with shmrpc.inspect("front") as inspector:
         stats = inspector.stats()
@@ -56,6 +57,51 @@ def test_they_stay_in_shared_memory(client):
     client.call("drop")
     del got
     settled(client)
+
+
+def test_what_comes_back_of_a_request_is_not_copied(client):
+    """A server that returns what it got, or a part: the caller gets its own memory back."""
+    first, second = np.arange(MIB // 4, dtype="i4"), np.arange(MIB, dtype="u1")
+    whole, part = client.call("cut", first, 1000, 200000), client.call("cut", second, 0, MIB // 2)
+    assert (whole == first[1000:200000]).all()
+    assert (part == second[: MIB // 2]).all()
+    stats = client.stats()
+    assert stats["returned_blocks"] == stats["pinned_blocks"] == 2
+    with shmrpc.inspect("front") as inspector:
+        assert inspector.stats()["lent_blocks"] == 0
+    swapped = client.call("swap", first, second)
+    assert (swapped[0] == second).all()
+    assert (swapped[1] == first).all()
+    assert client.stats()["returned_blocks"] == 4
+    # What an earlier request brought is copied: the caller may have the memory for something else.
+    client.call("keep", first)
+    kept = client.call("kept")
+    assert (kept == first).all()
+    assert client.stats()["returned_blocks"] == 4
+    loan = client.empty((MIB,), "u1")
+    loan[:] = 7
+    back = client.call("cut", loan, 10, MIB)
+    assert (back == 7).all()
+    client.call("drop")
+    del whole, part, swapped, kept, loan, back
+    settled(client)
+
+
+def test_many_callers_get_their_own_back(large, run, connect):
+    """Callers share one connection to the server, but no memory."""
+    run("--listen", "shm://front", "--upstream", large().address)
+
+    def work(number):
+        with contextlib.closing(connect("front")) as one:
+            arrays = [np.full(8192 + 16 * i, number * 8 + i, dtype="u1") for i in range(6)]
+            return all(
+                (got == array).all()
+                for _ in range(30)
+                for got, array in zip(one.call("swap", *arrays), arrays[::-1], strict=True)
+            )
+
+    assert in_threads(4, work, timeout=60) == [True] * 4
+    settled(connect("front"))
 
 
 def test_every_kind_of_call(client):
@@ -80,7 +126,7 @@ def test_many_of_them(client):
 
     def work(number):
         array = np.full(MIB // 4, number, dtype="i4")
-        return all((client.call("echo", array) == number).all() for _ in range(40))
+        return all((client.call("add", array, 1) == number + 1).all() for _ in range(40))
 
     assert in_threads(3, work, timeout=60) == [True] * 3
     with shmrpc.inspect("front") as inspector:

@@ -330,14 +330,31 @@ def _route(place: _Place, upstreams: Mapping[str, UpstreamConfig]) -> RouteConfi
     return route
 
 
+def _where(text: str) -> tuple[str, ...]:
+    """What two ways to write the same address have in common."""
+    if is_grpc(text):
+        return (text.partition("://")[2],)
+    one = addresses.parse(text)
+    return one.transport, one.path, one.host, str(one.port)
+
+
+def _refuse_itself(listen: Iterable[str], upstreams: Mapping[str, _Place]) -> None:
+    """Calls that the sidecar passed on to itself would go round until its threads are used up."""
+    own = {_where(text) for text in listen}
+    for upstream in upstreams.values():
+        endpoints = upstream.table()["endpoints"]
+        for place in [endpoints] if isinstance(endpoints.value, str) else endpoints.items():
+            if _where(place.value) in own:
+                raise place.wrong(f"the sidecar listens at {place.value} itself")
+
+
 def _config(place: _Place) -> Config:
     entries = place.table((*_TOP, "upstreams", "routes"))
     for key, what in (("listen", "addresses"), ("upstreams", "tables"), ("routes", "tables")):
         if key not in entries:
             raise place.wrong(f"{key} is missing: expected {what}")
-    upstreams = {
-        name: _upstream(name, one) for name, one in entries.pop("upstreams").table().items()
-    }
+    places = entries.pop("upstreams").table()
+    upstreams = {name: _upstream(name, one) for name, one in places.items()}
     routes = [_route(one, upstreams) for one in entries["routes"].items()]
     if not routes:
         raise entries["routes"].wrong("expected at least one route")
@@ -352,6 +369,7 @@ def _config(place: _Place) -> Config:
         routes=tuple(routes),
         **{key: _TOP[key](value) for key, value in entries.items()},
     )
+    _refuse_itself(config.listen, places)
     if any(text.startswith("grpcs:") for text in config.listen) and config.tls.cert is None:
         raise place.wrong("listening at grpcs:// needs [tls] with cert and key")
     return config
