@@ -694,7 +694,7 @@ static bool expects_answer(struct shmrpc_poller *poller)
 
 int64_t poller_poll(struct shmrpc_poller *poller, struct shmrpc_slot *slot, uint32_t spin_ns)
 {
-    int64_t result = -EAGAIN;
+    int64_t result;
 
     if (poller->hot_rings == 0) { /* woken through epoll, or sockets, which nobody else looks at */
         look(poller, 0);
@@ -706,6 +706,7 @@ int64_t poller_poll(struct shmrpc_poller *poller, struct shmrpc_slot *slot, uint
         keep_looking(poller);
     }
     poll_hot(poller, slot);
+    result = poller->hot_count != 0 ? -EAGAIN : 0;
     if (poller->batch.count == 0 && !finished(poller, slot, &result) && spin_ns != 0 &&
         poller->hot_rings != 0) {
         bool expects = expects_answer(poller);
@@ -728,6 +729,7 @@ int64_t poller_poll(struct shmrpc_poller *poller, struct shmrpc_slot *slot, uint
     }
     count_add(&poller->counters.wakeups_sent, poller->bells);
     poller->bells = 0;
+    poller->rests = poller->expected_ns == 0 && spin_policy_rests(&poller->policy);
     return result;
 }
 

@@ -127,6 +127,11 @@ int shmrpc_poller_fd(shmrpc_poller *poller)
     return poller->epoll_fd;
 }
 
+const uint8_t *shmrpc_poller_rests(shmrpc_poller *poller)
+{
+    return &poller->rests;
+}
+
 static void free_list(struct stored_list *list)
 {
     struct stored *stored;

@@ -307,6 +307,9 @@ int64_t shmrpc_poll(shmrpc_slot *slot, uint32_t spin_ns);
 /* When the batch was taken, before the loop does anything else: let the peers see what was sent
  * meanwhile by shmrpc_send_request and shmrpc_send_reply. */
 void shmrpc_publish(shmrpc_poller *poller);
+/* Not 0 while spinning would not pay: then who is busy does better to arm than to poll again in
+ * between, and who sends by shmrpc_send_item need not poll for an answer. The poller's. */
+const uint8_t *shmrpc_poller_rests(shmrpc_poller *poller);
 /* Ask to be woken through shmrpc_poller_fd: 1, or 0 if there is something to poll instead. */
 int shmrpc_arm(shmrpc_slot *slot);
 /* End the wait of another thread's slot in shmrpc_wait_events with 0. */

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgpack
 
-from shmrpc._native import lib
+from shmrpc._native import ffi, lib
 from shmrpc.codec import MsgpackCodec
 from shmrpc.errors import Error
 from shmrpc.poller import BRIEF, Connection, Poller, Wait
@@ -193,6 +193,8 @@ class LoopPoller(Poller):
         self._briefs: Iterator[tuple[Any, ...]] = iter(())  # that were not taken yet
         self._hidden = not hasattr(self.loop, "_ready")
         self._ready: Any = () if self._hidden else self.loop._ready  # type: ignore[attr-defined]
+        # See shmrpc_poller_rests: one byte, which the core writes.
+        self._rests = memoryview(ffi.buffer(lib.shmrpc_poller_rests(self.c), 1))
         self._fd = lib.shmrpc_poller_fd(self.c)
         self.loop.add_reader(self._fd, self._readable)
 
@@ -253,6 +255,11 @@ class LoopPoller(Poller):
             self.scheduled = True
             self.loop.call_soon(self._iterate)
 
+    def expect(self) -> None:
+        """Poll in the loop's next iteration for what follows what was sent, if that pays."""
+        if not self._rests[0]:
+            self.schedule()
+
     def _readable(self) -> None:
         if not self.scheduled:
             self._iterate()
@@ -295,9 +302,11 @@ class LoopPoller(Poller):
                 self._long = _LONG_BATCHES
             if self._ready or now >= turn_ends or not self.active:
                 break
+        goes_on = status > 0 or status == _EVENTS
         if status == _NOTHING and self._quiet < _QUIET_MAX:
             self._quiet += 1
-        elif status <= 0 and status != _EVENTS and lib.shmrpc_arm(self._taker):
+            goes_on = True
+        if (self._rests[0] or not goes_on) and lib.shmrpc_arm(self._taker):
             return
         self._last_poll = now
         self.schedule()

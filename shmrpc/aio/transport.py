@@ -241,7 +241,7 @@ class ShmTransport(transports._FlowControlMixin):
         sent = 0
         if not self._buffer:
             sent = self._try_send(whole)
-            self._hub.poller.schedule()  # an answer may follow at once
+            self._hub.poller.expect()  # an answer may follow at once
             if sent == len(whole):
                 return
         rest = memoryview(whole)[sent:]
