@@ -268,6 +268,13 @@ shmrpc_brief *shmrpc_poller_batch(shmrpc_poller *poller, int is_event)
     return batch->briefs;
 }
 
+void shmrpc_poller_brief_items(shmrpc_poller *poller)
+{
+    poller_lock(poller);
+    poller->batch.has_items = true;
+    poller_unlock(poller);
+}
+
 uint8_t *shmrpc_poller_batch_bytes(shmrpc_poller *poller)
 {
     return poller->batch.bytes;

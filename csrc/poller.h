@@ -123,6 +123,7 @@ struct batch {
     uint32_t count, used;
     bool open;      /* lock: messages may be added */
     bool is_event;  /* lock: it is for shmrpc_take, which closes it; else for shmrpc_poll */
+    bool has_items; /* lock: items may be added as well */
 };
 
 struct hot_list {

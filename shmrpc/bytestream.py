@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import time
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from ._native import ffi, lib
 from .address import parse
@@ -19,14 +19,14 @@ from .handshake import Terms
 from .link import connect_link
 from .poller import FOREVER, Waiters, check_timeout
 from .registry import make_name
-from .session import Body, Stream
+from .session import Run, Stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .address import Address
     from .poller import Connection
-    from .session import Body, Run, Waiting
+    from .session import Body, Waiting
 
 __all__ = ["METHOD", "ByteStream", "Flow", "Wire", "byte_terms", "connect_bytes"]
 
@@ -59,12 +59,48 @@ def _nothing() -> None:
     """The reply of the peer ends its half alone."""
 
 
+class Receiver(Protocol):
+    """Who consumes a flow in the thread that reads the connection."""
+
+    def reads(self) -> bool:
+        """Whether it takes what comes now."""
+
+    def receive(self, data: bytes) -> None:
+        """Take it: bytes for which credit may be due."""
+
+
 class Flow(Stream):
     """The stream of such a call: it stays registered after the reply, for the other half."""
 
-    __slots__ = ()
+    __slots__ = ("receiver",)
 
     window_bytes = _WINDOW_BYTES
+
+    def __init__(self, waiters: Waiting, *, ended: bool = False) -> None:
+        super().__init__(waiters, ended=ended)
+        self.receiver: Receiver | None = None  # to whom short items go directly
+
+    def came(self, data: bytes, count: int, last: int) -> bool:
+        """As ``items``, of ``count`` that came together, the last of them ``last`` bytes long."""
+        size = len(data)
+        before = self.runs.last
+        messages = before.received_messages + count
+        received = before.received_bytes + size
+        receiver = self.receiver
+        if (
+            receiver is None
+            or self.runs
+            or self.ended
+            or messages > self.window_messages + self.returned_messages
+            or received - last >= self.window_bytes + self.returned_bytes
+            or not receiver.reads()
+        ):
+            return self.items(Run(data, (size - last,) * (count - 1) + (size,)))
+        before.received_messages, before.received_bytes = messages, received
+        self.taken_messages += count
+        self.taken_bytes += size
+        receiver.receive(data)
+        return True
 
     def items(self, run: Run) -> bool:
         """Bytes have come. Buffers beside them are nothing that a byte stream has."""

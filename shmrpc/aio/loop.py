@@ -266,17 +266,20 @@ class LoopPoller(Poller):
 
     def _iterate(self) -> None:
         """A turn, and what has to follow it."""
-        self.scheduled = False
-        if not self.active:
-            return
+        self.scheduled = self.active  # who wants a turn now has it
+        armed = False
         try:
-            self._take_turn()
-        except BaseException:  # it ends the loop for now, which may run again
-            self.schedule()
-            raise
+            armed = not self.active or self._take_turn()
+        finally:  # an exception ends the loop for now, which may run again
+            self.scheduled = False
+            if not armed:
+                self.schedule()
 
-    def _take_turn(self) -> None:
-        """Poll, run what that brings, and go on for a while unless something else wants to run."""
+    def _take_turn(self) -> bool:
+        """Poll, run what that brings, and go on for a while unless something else wants to run.
+
+        Whether we are woken when there is more.
+        """
         self._take_batch()  # nothing, unless an exception came between
         now = monotonic()
         busy = now - self._last_poll > _BUSY_SECONDS if self._hidden else bool(self._ready)
@@ -285,13 +288,18 @@ class LoopPoller(Poller):
             status = _poll(self._taker, 0 if busy else _SPIN_NS)
             if status > 0:
                 self._begin_batch(status)
-                if self._long or (status & 0xFFFF) < _TOGETHER_MIN:
+                count = status & 0xFFFF
+                if self._long or count < _TOGETHER_MIN:
                     self._long = max(0, self._long - 1)
-                    _publish(self.c)  # from now on all that is sent, at once
-                try:
+                    if count > 1:
+                        _publish(self.c)  # from now on all that is sent, at once
+                if count == 1:  # nothing is held
                     self._take_batch()
-                finally:
-                    _publish(self.c)
+                else:
+                    try:
+                        self._take_batch()
+                    finally:
+                        _publish(self.c)
             elif status == _EVENTS:
                 self.dispatch()
             else:
@@ -306,10 +314,8 @@ class LoopPoller(Poller):
         if status == _NOTHING and self._quiet < _QUIET_MAX:
             self._quiet += 1
             goes_on = True
-        if (self._rests[0] or not goes_on) and lib.shmrpc_arm(self._taker):
-            return
         self._last_poll = now
-        self.schedule()
+        return (self._rests[0] or not goes_on) and bool(lib.shmrpc_arm(self._taker))
 
     def _begin_batch(self, status: int) -> None:
         """Plain messages have come."""

@@ -65,7 +65,7 @@ class ShmTransport(transports._FlowControlMixin):
         self._look_scheduled = False
         self.set_protocol(protocol)
         hub.enter()
-        self._stream.waiters = self
+        self._stream.waiters = self._stream.receiver = self
 
     def begin(self) -> None:
         """Tell the protocol, and deliver from the loop's next iteration on."""
@@ -166,6 +166,20 @@ class ShmTransport(transports._FlowControlMixin):
             self._fail(self._wire.lost())
         elif stream.lost_error and self._closing:
             self._finish(None)
+
+    def reads(self) -> bool:
+        """Whether ``receive`` may be called: nothing that came before waits."""
+        return not (self._paused or self._closing or self._rest)
+
+    def receive(self, data: bytes) -> None:
+        """Bytes have come (without the poller's lock)."""
+        self._wire.return_credit()
+        try:
+            self._feed(data)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            self._fail(error, "Fatal error: protocol.data_received() call failed.")
 
     def _deliver(self) -> None:
         try:
@@ -360,6 +374,7 @@ class ShmTransport(transports._FlowControlMixin):
         self._detach_socket()
         self._wire.hang_up()
         self._stream.runs.clear()
+        self._stream.receiver = None
         self._hub.poller.schedule()  # so that the core lets go of it
         self._loop.call_soon(self._call_connection_lost, error)
 
