@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import time
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, cast
 
 from ._native import ffi, lib
 from .address import parse
@@ -19,7 +19,7 @@ from .handshake import Terms
 from .link import connect_link
 from .poller import FOREVER, Waiters, check_timeout
 from .registry import make_name
-from .session import Run, Stream
+from .session import WINDOW_MESSAGES, Run, Stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,16 +59,6 @@ def _nothing() -> None:
     """The reply of the peer ends its half alone."""
 
 
-class Receiver(Protocol):
-    """Who consumes a flow in the thread that reads the connection."""
-
-    def reads(self) -> bool:
-        """Whether it takes what comes now."""
-
-    def receive(self, data: bytes) -> None:
-        """Take it: bytes for which credit may be due."""
-
-
 class Flow(Stream):
     """The stream of such a call: it stays registered after the reply, for the other half."""
 
@@ -78,7 +68,9 @@ class Flow(Stream):
 
     def __init__(self, waiters: Waiting, *, ended: bool = False) -> None:
         super().__init__(waiters, ended=ended)
-        self.receiver: Receiver | None = None  # to whom short items go directly
+        # For a consumer in the thread that reads: who is given short items instead of `runs`, as
+        # long as those are empty, and told whether credit is due.
+        self.receiver: Callable[[bytes, bool], None] | None = None
 
     def came(self, data: bytes, count: int, last: int) -> bool:
         """As ``items``, of ``count`` that came together, the last of them ``last`` bytes long."""
@@ -86,26 +78,26 @@ class Flow(Stream):
         before = self.runs.last
         messages = before.received_messages + count
         received = before.received_bytes + size
+        new_messages = messages - self.returned_messages
+        new_bytes = received - self.returned_bytes
         receiver = self.receiver
         if (
             receiver is None
-            or self.runs
             or self.ended
-            or messages > self.window_messages + self.returned_messages
-            or received - last >= self.window_bytes + self.returned_bytes
-            or not receiver.reads()
+            or new_messages > WINDOW_MESSAGES
+            or new_bytes - last >= _WINDOW_BYTES
         ):
             return self.items(Run(data, (size - last,) * (count - 1) + (size,)))
-        before.received_messages, before.received_bytes = messages, received
-        self.taken_messages += count
-        self.taken_bytes += size
-        receiver.receive(data)
+        before.received_messages = self.taken_messages = messages
+        before.received_bytes = self.taken_bytes = received
+        receiver(data, new_messages >= WINDOW_MESSAGES // 2 or new_bytes >= _WINDOW_BYTES // 2)
         return True
 
     def items(self, run: Run) -> bool:
         """Bytes have come. Buffers beside them are nothing that a byte stream has."""
         if not isinstance(run.data, bytes):
             self.overrun = True
+        self.receiver = None
         return super().items(run)
 
     def replied(self, status: int, metadata: bytes, body: Body) -> Callable[[], None] | None:
@@ -194,6 +186,26 @@ class Wire:
             done += count
         self.connection.slots.append(slot)
         return done
+
+    def send_whole(self, data: bytes) -> bool:
+        """Send all of it, as ``send``, if that is one item; False if nothing was sent.
+
+        Only where one thread uses the connection.
+        """
+        stream = self.stream
+        size = len(data)
+        slots = self.connection.slots
+        if (
+            not slots
+            or not 0 < size <= self._piece
+            or stream.sent_messages >= stream.granted_messages
+            or stream.sent_bytes >= stream.granted_bytes
+            or _send_item(slots[-1].c, self._flags, self._call_id, data, size) < 0
+        ):
+            return False
+        stream.sent_messages += 1
+        stream.sent_bytes += size
+        return True
 
     def take(self) -> bytes:
         """What came next; IndexError if there is nothing now."""

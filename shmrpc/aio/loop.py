@@ -186,6 +186,7 @@ class LoopPoller(Poller):
         # Where the batch begins in what the unpacker was fed, and where its bodies end.
         self._origin = self._bodies_end = 0
         self.scheduled = False
+        self._torn = False  # an exception ended a turn, in the middle of a batch perhaps
         self._quiet = 0
         self._long = 0  # so many batches may take long
         self._last_poll = 0.0
@@ -270,7 +271,10 @@ class LoopPoller(Poller):
         armed = False
         try:
             armed = not self.active or self._take_turn()
-        finally:  # an exception ends the loop for now, which may run again
+        except BaseException:  # it ends the loop for now, which may run again
+            self._torn = True
+            raise
+        finally:
             self.scheduled = False
             if not armed:
                 self.schedule()
@@ -280,7 +284,9 @@ class LoopPoller(Poller):
 
         Whether we are woken when there is more.
         """
-        self._take_batch()  # nothing, unless an exception came between
+        if self._torn:
+            self._torn = False
+            self._take_batch()  # the rest
         now = monotonic()
         busy = now - self._last_poll > _BUSY_SECONDS if self._hidden else bool(self._ready)
         turn_ends = now + (0.0 if self._hidden and busy else _TURN_SECONDS)
@@ -315,7 +321,7 @@ class LoopPoller(Poller):
             self._quiet += 1
             goes_on = True
         self._last_poll = now
-        return (self._rests[0] or not goes_on) and bool(lib.shmrpc_arm(self._taker))
+        return bool((self._rests[0] or not goes_on) and lib.shmrpc_arm(self._taker))
 
     def _begin_batch(self, status: int) -> None:
         """Plain messages have come."""

@@ -61,11 +61,12 @@ class ShmTransport(transports._FlowControlMixin):
         self._rest = memoryview(b"")  # for a BufferedProtocol that paused
         self._paused = self._closing = self._leaving = self._finished = False
         self._eof_sent = self._eof_seen = False
+        self._sends = True  # what is written now is sent
         self._ignored_writes = 0
         self._look_scheduled = False
         self.set_protocol(protocol)
         hub.enter()
-        self._stream.waiters = self._stream.receiver = self
+        self._stream.waiters = self
 
     def begin(self) -> None:
         """Tell the protocol, and deliver from the loop's next iteration on."""
@@ -103,11 +104,8 @@ class ShmTransport(transports._FlowControlMixin):
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         """Give data and events to this protocol from now on."""
         self._protocol: Any = protocol
-        self._feed = (
-            self._feed_buffer
-            if isinstance(protocol, asyncio.BufferedProtocol)
-            else self._feed_bytes
-        )
+        self._fills = isinstance(protocol, asyncio.BufferedProtocol)
+        self._feed = self._feed_buffer if self._fills else self._feed_bytes
 
     def get_protocol(self) -> asyncio.BaseProtocol:
         """The protocol."""
@@ -128,12 +126,17 @@ class ShmTransport(transports._FlowControlMixin):
         """Deliver nothing until ``resume_reading``; the peer may send some 256 KiB meanwhile."""
         if not self._closing:
             self._paused = True
+            self._stream.receiver = None
 
     def resume_reading(self) -> None:
         """Deliver again."""
         if self._paused and not self._closing:
             self._paused = False
-            self._look_soon()
+            stream = self._stream
+            if self._rest or stream.runs or stream.ended:
+                self._look_soon()
+            else:
+                stream.receiver = self._receive
 
     def wake(self) -> None:
         """Something has come (the poller's lock is held)."""
@@ -167,15 +170,15 @@ class ShmTransport(transports._FlowControlMixin):
         elif stream.lost_error and self._closing:
             self._finish(None)
 
-    def reads(self) -> bool:
-        """Whether ``receive`` may be called: nothing that came before waits."""
-        return not (self._paused or self._closing or self._rest)
-
-    def receive(self, data: bytes) -> None:
-        """Bytes have come (without the poller's lock)."""
-        self._wire.return_credit()
+    def _receive(self, data: bytes, due: bool) -> None:
+        """Bytes have come, behind nothing that waits, and ``due`` says whether credit is."""
+        if due:
+            self._wire.return_credit()
         try:
-            self._feed(data)
+            if self._fills:
+                self._feed_buffer(data)
+            else:
+                self._protocol.data_received(data)
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:
@@ -196,8 +199,11 @@ class ShmTransport(transports._FlowControlMixin):
         except BaseException as error:
             self._fail(error, "Fatal error: protocol.data_received() call failed.")
             return
-        over = self._stream.ended and not self._stream.overrun
-        if over and not self._paused and not self._closing and not self._eof_seen:
+        if self._paused or self._closing:
+            return
+        stream = self._stream
+        stream.receiver = self._receive  # nothing waits any more
+        if stream.ended and not stream.overrun and not self._eof_seen:
             self._end_of_input()
 
     def _feed_bytes(self, data: bytes | memoryview) -> None:
@@ -241,6 +247,9 @@ class ShmTransport(transports._FlowControlMixin):
 
     def write(self, data: bytes | bytearray | memoryview[Any]) -> None:
         """Send it, or keep what there is no credit for."""
+        if self._sends and not self._buffer and type(data) is bytes and self._wire.send_whole(data):
+            self._hub.poller.expect()  # an answer may follow at once
+            return
         whole = data if isinstance(data, bytes) else memoryview(data).cast("B")
         if self._eof_sent:
             msg = "Cannot call write() after write_eof()"
@@ -312,6 +321,7 @@ class ShmTransport(transports._FlowControlMixin):
         if self._eof_sent or self._closing:
             return
         self._eof_sent = True
+        self._sends = False
         if not self._buffer:
             self._end_output()
 
@@ -336,6 +346,7 @@ class ShmTransport(transports._FlowControlMixin):
         if self._closing:
             return
         self._closing = True
+        self._stream.receiver = None
         if self._stream.lost_error:
             self._finish(None if not self._buffer else self._wire.lost())
         elif not self._buffer:
@@ -348,6 +359,7 @@ class ShmTransport(transports._FlowControlMixin):
     def _leave(self) -> None:
         """Hang up when all has left this process."""
         self._leaving = True
+        self._sends = False
         if not self._stream.lost_error and self._hub.poller.tell_room(self._wire.connection, self):
             return
         self._finish(None)
@@ -368,6 +380,7 @@ class ShmTransport(transports._FlowControlMixin):
         if self._finished:
             return
         self._finished = self._closing = True
+        self._sends = False
         self._buffer.clear()
         self._buffered = 0
         self._rest = memoryview(b"")
