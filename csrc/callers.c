@@ -788,13 +788,8 @@ int shmrpc_send_item(shmrpc_slot *slot, uint32_t flags, uint64_t call_id, const 
         .header = {.kind = SHMRPC_ITEM, .flags = (uint8_t)flags, .call_id = call_id},
         .parts = {{(void *)(uintptr_t)body, body_bytes}},
     };
-    struct shmrpc_poller *poller = slot->poller;
     atomic_u64 position;
 
-    if (poller->event_loop && poller->armed_ns != 0) {
-        spin_policy_rested(&poller->policy);
-        poller->rests = spin_policy_rests(&poller->policy);
-    }
     return slot_send(slot, &message, 0, &position);
 }
 

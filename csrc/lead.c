@@ -717,6 +717,7 @@ int64_t poller_poll(struct shmrpc_poller *poller, struct shmrpc_slot *slot, uint
             poller->expected_ns = clock_now_ns() + EXPECTED_NS + beside_ns;
             expects = true;
         }
+        poller->asked = true;
         bool found = budget != 0 && spin_for(poller, budget < spin_ns ? budget : spin_ns);
         poller->spun = budget != 0;
         result = expects ? -EAGAIN : 0;
@@ -741,6 +742,10 @@ bool poller_arm(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
     if (!arm_all(poller) || finished(poller, slot, &result))
         return false;
     poller->armed_ns = clock_now_ns();
+    if (!poller->asked)
+        spin_policy_rested(&poller->policy);
+    poller->asked = false;
+    poller->rests = spin_policy_rests(&poller->policy);
     count_own(&poller->counters.sleeps, 1);
     return true;
 }

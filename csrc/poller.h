@@ -171,6 +171,7 @@ struct shmrpc_poller {
     struct conn *held;     /* leader: conns that have something of that */
     uint64_t armed_ns;     /* leader: when poller_arm armed, 0 if something has come since */
     bool spun;             /* leader: poller_poll, when nothing came */
+    bool asked;            /* leader: the policy was, since poller_arm */
     uint8_t rests;         /* leader: see shmrpc_poller_rests */
     bool retired;          /* lock: a client's conn has ended, its workers end */
     uint64_t queued_bytes;                    /* lock */

@@ -35,6 +35,7 @@ METHOD = b"shmrpc.bytes"
 # larger steps than a stream of messages takes, because each of them may wake the other process.
 _WINDOW_BYTES = 448 << 10  # part of the protocol
 _RING_BYTES = 512 << 10
+_CREDIT_MESSAGES, _CREDIT_BYTES = WINDOW_MESSAGES // 2, _WINDOW_BYTES // 2  # are given back
 _MESSAGE_BYTES = 1 << 20  # longest item that we accept: others may cut larger ones than we do
 # Largest item that we send: it is one frame. On sockets, whose frames are a little shorter than
 # 64 KiB, half of that: writes of 64 KiB, which are common, would leave a small rest each.
@@ -68,9 +69,8 @@ class Flow(Stream):
 
     def __init__(self, waiters: Waiting, *, ended: bool = False) -> None:
         super().__init__(waiters, ended=ended)
-        # For a consumer in the thread that reads: who is given short items instead of `runs`, as
-        # long as those are empty, and told whether credit is due.
-        self.receiver: Callable[[bytes, bool], None] | None = None
+        # A consumer in the thread that reads: what it is given directly while nothing else waits.
+        self.receiver: Callable[[bytes], None] | None = None
 
     def came(self, data: bytes, count: int, last: int) -> bool:
         """As ``items``, of ``count`` that came together, the last of them ``last`` bytes long."""
@@ -78,19 +78,18 @@ class Flow(Stream):
         before = self.runs.last
         messages = before.received_messages + count
         received = before.received_bytes + size
-        new_messages = messages - self.returned_messages
-        new_bytes = received - self.returned_bytes
         receiver = self.receiver
         if (
             receiver is None
             or self.ended
-            or new_messages > WINDOW_MESSAGES
-            or new_bytes - last >= _WINDOW_BYTES
+            # Then credit is due, or they are beyond it.
+            or messages - self.returned_messages >= _CREDIT_MESSAGES
+            or received - self.returned_bytes >= _CREDIT_BYTES
         ):
             return self.items(Run(data, (size - last,) * (count - 1) + (size,)))
         before.received_messages = self.taken_messages = messages
         before.received_bytes = self.taken_bytes = received
-        receiver(data, new_messages >= WINDOW_MESSAGES // 2 or new_bytes >= _WINDOW_BYTES // 2)
+        receiver(data)
         return True
 
     def items(self, run: Run) -> bool:
@@ -188,15 +187,13 @@ class Wire:
         return done
 
     def send_whole(self, data: bytes) -> bool:
-        """Send all of it, as ``send``, if that is one item; False if nothing was sent.
+        """Send all of it, if that is one item, with as little as possible; else nothing.
 
         Only where one thread uses the connection.
         """
-        stream = self.stream
-        size = len(data)
-        slots = self.connection.slots
+        stream, slots, size = self.stream, self.connection.slots, len(data)
         if (
-            not slots
+            not slots  # nobody has sent anything yet, or it is over
             or not 0 < size <= self._piece
             or stream.sent_messages >= stream.granted_messages
             or stream.sent_bytes >= stream.granted_bytes

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Hub", "hub_of"]
 
-_ITEM, _REPLY = lib.SHMRPC_ITEM, lib.SHMRPC_REPLY
+_EVENTS, _ITEM, _REPLY = lib.SHMRPC_EVENTS, lib.SHMRPC_ITEM, lib.SHMRPC_REPLY
+_arm, _poll = lib.shmrpc_arm, lib.shmrpc_poll
+
 _ATTRIBUTE = "_shmrpc_hub"  # on the loop: what is kept anywhere else would outlive it
 
 
@@ -35,6 +37,18 @@ class _FlowPoller(LoopPoller):
     def __init__(self) -> None:
         super().__init__(MsgpackCodec())
         lib.shmrpc_poller_brief_items(self.c)
+
+    def _take_turn(self) -> bool:
+        if not self.rests[0] or self._torn:
+            return super()._take_turn()
+        # It does not pay to wait for more: as little as possible, then sleep.
+        status = _poll(self._taker, 0)
+        if status > 0:
+            self._begin_batch(status)
+            self._take_batch()
+        elif status == _EVENTS:
+            self.dispatch()
+        return bool(self.active and _arm(self._taker))
 
     def _begin_batch(self, status: int) -> None:
         self._briefs = BRIEF.iter_unpack(self._batch_briefs[: (status & 0xFFFF) * BRIEF.size])
@@ -49,9 +63,8 @@ class _FlowPoller(LoopPoller):
             if kind == _ITEM:
                 streams: dict[int, Any] = session.requests if flags else session.calls
                 flow = streams.get(call_id)
-                if type(flow) is not Flow or not flow.came(
-                    bytes(self._batch[start:end]), count, last
-                ):
+                data = bytes(self._batch[start:end])
+                if type(flow) is not Flow or not flow.came(data, count, last):
                     session.dropped += count
             elif kind == _REPLY:
                 later = session.replied(call_id, 0, b"", bytes(self._batch[start:end]))

@@ -195,7 +195,7 @@ class LoopPoller(Poller):
         self._hidden = not hasattr(self.loop, "_ready")
         self._ready: Any = () if self._hidden else self.loop._ready  # type: ignore[attr-defined]
         # See shmrpc_poller_rests: one byte, which the core writes.
-        self._rests = memoryview(ffi.buffer(lib.shmrpc_poller_rests(self.c), 1))
+        self.rests = memoryview(ffi.buffer(lib.shmrpc_poller_rests(self.c), 1))
         self._fd = lib.shmrpc_poller_fd(self.c)
         self.loop.add_reader(self._fd, self._readable)
 
@@ -255,11 +255,6 @@ class LoopPoller(Poller):
         if not self.scheduled and self.active:
             self.scheduled = True
             self.loop.call_soon(self._iterate)
-
-    def expect(self) -> None:
-        """Poll in the loop's next iteration for what follows what was sent, if that pays."""
-        if not self._rests[0]:
-            self.schedule()
 
     def _readable(self) -> None:
         if not self.scheduled:
@@ -321,7 +316,7 @@ class LoopPoller(Poller):
             self._quiet += 1
             goes_on = True
         self._last_poll = now
-        return bool((self._rests[0] or not goes_on) and lib.shmrpc_arm(self._taker))
+        return bool((self.rests[0] or not goes_on) and self.active and lib.shmrpc_arm(self._taker))
 
     def _begin_batch(self, status: int) -> None:
         """Plain messages have come."""

@@ -170,10 +170,8 @@ class ShmTransport(transports._FlowControlMixin):
         elif stream.lost_error and self._closing:
             self._finish(None)
 
-    def _receive(self, data: bytes, due: bool) -> None:
-        """Bytes have come, behind nothing that waits, and ``due`` says whether credit is."""
-        if due:
-            self._wire.return_credit()
+    def _receive(self, data: bytes) -> None:
+        """Bytes have come, behind nothing that waits."""
         try:
             if self._fills:
                 self._feed_buffer(data)
@@ -248,7 +246,9 @@ class ShmTransport(transports._FlowControlMixin):
     def write(self, data: bytes | bytearray | memoryview[Any]) -> None:
         """Send it, or keep what there is no credit for."""
         if self._sends and not self._buffer and type(data) is bytes and self._wire.send_whole(data):
-            self._hub.poller.expect()  # an answer may follow at once
+            poller = self._hub.poller
+            if not poller.rests[0]:
+                poller.schedule()  # an answer may follow at once
             return
         whole = data if isinstance(data, bytes) else memoryview(data).cast("B")
         if self._eof_sent:
@@ -264,7 +264,7 @@ class ShmTransport(transports._FlowControlMixin):
         sent = 0
         if not self._buffer:
             sent = self._try_send(whole)
-            self._hub.poller.expect()  # an answer may follow at once
+            self._hub.poller.schedule()
             if sent == len(whole):
                 return
         rest = memoryview(whole)[sent:]
