@@ -702,6 +702,7 @@ int64_t poller_poll(struct shmrpc_poller *poller, struct shmrpc_slot *slot, uint
         if (poller->armed_ns != 0)
             spin_policy_slept(&poller->policy, poller->spun, poller->looked_ns - poller->armed_ns);
         poller->armed_ns = 0;
+        poller->spun = false;
     } else {
         keep_looking(poller);
     }
