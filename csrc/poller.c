@@ -103,6 +103,7 @@ shmrpc_poller *shmrpc_poller_new(uint32_t workers, uint32_t max_concurrency, uin
     poller->policy.mode = mode;
     poller->locked_policy.budget_ns = 1;
     poller->policy.budget_ns = spin_budget_ns != 0 ? spin_budget_ns : SPIN_BUDGET_NS;
+    poller->more = poller->policy;
     return poller;
 }
 

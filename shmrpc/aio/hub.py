@@ -39,16 +39,18 @@ class _FlowPoller(LoopPoller):
         lib.shmrpc_poller_brief_items(self.c)
 
     def _take_turn(self) -> bool:
-        if not self.rests[0] or self._torn:
-            return super()._take_turn()
-        # It does not pay to wait for more: as little as possible, then sleep.
-        status = _poll(self._taker, 0)
-        if status > 0:
-            self._begin_batch(status)
-            self._take_batch()
-        elif status == _EVENTS:
-            self.dispatch()
-        return bool(self.active and _arm(self._taker))
+        # A loop that is busy looks at its descriptors anyway: that costs less than turns without
+        # anything to take, and the peer, which has to ring, less than we would lose.
+        if not self._torn and (self._ready or self.rests[0]):
+            status = _poll(self._taker, 0)
+            if status > 0:
+                self._begin_batch(status)
+                self._take_batch()
+            elif status == _EVENTS:
+                self.dispatch()
+            if self._ready or self.rests[0] or not self.active:
+                return bool(self.active and _arm(self._taker))
+        return super()._take_turn() or bool(self._ready and self.active and _arm(self._taker))
 
     def _begin_batch(self, status: int) -> None:
         self._briefs = BRIEF.iter_unpack(self._batch_briefs[: (status & 0xFFFF) * BRIEF.size])
