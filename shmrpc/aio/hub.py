@@ -27,6 +27,7 @@ __all__ = ["Hub", "hub_of"]
 
 _EVENTS, _ITEM, _REPLY = lib.SHMRPC_EVENTS, lib.SHMRPC_ITEM, lib.SHMRPC_REPLY
 _arm, _poll = lib.shmrpc_arm, lib.shmrpc_poll
+_briefs_in, _BRIEF_BYTES = BRIEF.iter_unpack, BRIEF.size
 
 _ATTRIBUTE = "_shmrpc_hub"  # on the loop: what is kept anywhere else would outlive it
 
@@ -44,7 +45,7 @@ class _FlowPoller(LoopPoller):
         if not self._torn and (self._ready or self.rests[0]):
             status = _poll(self._taker, 0)
             if status > 0:
-                self._begin_batch(status)
+                self._briefs = _briefs_in(self._batch_briefs[: (status & 0xFFFF) * _BRIEF_BYTES])
                 self._take_batch()
             elif status == _EVENTS:
                 self.dispatch()
@@ -53,7 +54,7 @@ class _FlowPoller(LoopPoller):
         return super()._take_turn() or bool(self._ready and self.active and _arm(self._taker))
 
     def _begin_batch(self, status: int) -> None:
-        self._briefs = BRIEF.iter_unpack(self._batch_briefs[: (status & 0xFFFF) * BRIEF.size])
+        self._briefs = _briefs_in(self._batch_briefs[: (status & 0xFFFF) * _BRIEF_BYTES])
 
     def _take_batch(self) -> None:
         # Fields as shmrpc_brief has them for items.
