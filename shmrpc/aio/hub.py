@@ -50,8 +50,9 @@ class _FlowPoller(LoopPoller):
             elif status == _EVENTS:
                 self.dispatch()
             if self._ready or self.rests[0] or not self.active:
-                return bool(self.active and _arm(self._taker))
-        return super()._take_turn() or bool(self._ready and self.active and _arm(self._taker))
+                return not (self.active and _arm(self._taker))
+        more = super()._take_turn()
+        return more and not (self._ready and self.active and _arm(self._taker))
 
     def _begin_batch(self, status: int) -> None:
         self._briefs = _briefs_in(self._batch_briefs[: (status & 0xFFFF) * _BRIEF_BYTES])

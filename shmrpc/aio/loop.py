@@ -185,7 +185,8 @@ class LoopPoller(Poller):
         self._renew_unpacker()
         # Where the batch begins in what the unpacker was fed, and where its bodies end.
         self._origin = self._bodies_end = 0
-        self.scheduled = False
+        self.scheduled = False  # a turn is due, or goes on
+        self.in_turn = False
         self._torn = False  # an exception ended a turn, in the middle of a batch perhaps
         self._quiet = 0
         self._long = 0  # so many batches may take long
@@ -262,22 +263,24 @@ class LoopPoller(Poller):
 
     def _iterate(self) -> None:
         """A turn, and what has to follow it."""
-        self.scheduled = self.active  # who wants a turn now has it
-        armed = False
+        if not self.active:
+            return
+        self.scheduled = self.in_turn = True  # who asks for a turn has it: this one polls again
+        more = True
         try:
-            armed = not self.active or self._take_turn()
+            more = self._take_turn()
         except BaseException:  # it ends the loop for now, which may run again
             self._torn = True
             raise
         finally:
-            self.scheduled = False
-            if not armed:
+            self.scheduled = self.in_turn = False
+            if more:
                 self.schedule()
 
     def _take_turn(self) -> bool:
         """Poll, run what that brings, and go on for a while unless something else wants to run.
 
-        Whether we are woken when there is more.
+        Returns whether there is to be another turn; else the loop watches the descriptor.
         """
         if self._torn:
             self._torn = False
@@ -316,7 +319,8 @@ class LoopPoller(Poller):
             self._quiet += 1
             goes_on = True
         self._last_poll = now
-        return bool((self.rests[0] or not goes_on) and self.active and lib.shmrpc_arm(self._taker))
+        rests = (self.rests[0] or not goes_on) and self.active
+        return not (rests and lib.shmrpc_arm(self._taker))
 
     def _begin_batch(self, status: int) -> None:
         """Plain messages have come."""
