@@ -789,8 +789,11 @@ int shmrpc_send_item(shmrpc_slot *slot, uint32_t flags, uint64_t call_id, const 
         .parts = {{(void *)(uintptr_t)body, body_bytes}},
     };
     atomic_u64 position;
+    int status = slot_send(slot, &message, 0, &position);
 
-    return slot_send(slot, &message, 0, &position);
+    if (status >= 0 && slot->poller->batch.has_items)
+        poller_sent(slot->poller, slot->conn);
+    return status;
 }
 
 int64_t shmrpc_flush(shmrpc_slot *slot, int64_t timeout_ns)

@@ -1,7 +1,7 @@
 /* events.c - messages that no slot waits for, kept until Python takes them.
  *
  *   replies whose call id has SHMRPC_PYTHON_INDEX in its low bits; plain ones, and an event loop's
- *   plain requests, go into the batch that Python takes as a whole
+ *   plain requests, and short items if it says so, go into the batch that Python takes as a whole
  *   BRIEFS: that batch, where threads take it. It is closed from then on until the next is taken
  *   REQUEST without a payload: a stream was admitted; its first items may follow while it queues
  *   ITEM, END, CREDIT, INITIAL: frames of streams; items that follow each other share one event
@@ -18,7 +18,8 @@
 
 enum {
     RUN_ITEMS_MAX = 1024,   /* items in one event: */
-    RUN_BYTES_MAX = 1 << 16 /* Python copies it as a whole while others wait */
+    RUN_BYTES_MAX = 1 << 16, /* Python copies it as a whole while others wait */
+    BRIEF_ITEM_MAX = 8192    /* longer ones fill the batch without saving much */
 };
 
 int events_add(struct shmrpc_poller *poller, const struct conn *conn,
@@ -105,6 +106,40 @@ bool events_add_brief(struct shmrpc_poller *poller, struct conn *conn,
     return true;
 }
 
+/* As events_add_brief, for an ITEM: it joins the last brief if that has items of the same stream. */
+static bool add_brief_item(struct shmrpc_poller *poller, struct conn *conn,
+                           const struct frame_header *header)
+{
+    struct batch *batch = &poller->batch;
+    bool plain = header->metadata_bytes == 0 && conn->partial.received == 0 &&
+                 (header->flags & ~(uint32_t)SHMRPC_FLAG_CALLER) == 0;
+
+    if (!batch->open || !batch->has_items || !plain || poller->events.first != NULL ||
+        header->total_bytes > BRIEF_ITEM_MAX ||
+        header->total_bytes > SHMRPC_BATCH_BYTES - batch->used)
+        return false;
+    shmrpc_brief *brief = batch->count != 0 ? &batch->briefs[batch->count - 1] : NULL;
+    if (brief == NULL || brief->kind != SHMRPC_ITEM || brief->conn_id != conn->id ||
+        brief->call_id != header->call_id || brief->flags != header->flags) {
+        if (batch->count == SHMRPC_BATCH_BRIEFS)
+            return false;
+        brief = &batch->briefs[batch->count++];
+        *brief = (shmrpc_brief){
+            .conn_id = conn->id,
+            .call_id = header->call_id,
+            .kind = SHMRPC_ITEM,
+            .flags = header->flags,
+            .start = batch->used,
+        };
+    }
+    conn_read(conn, header->total_bytes, batch->bytes + batch->used);
+    batch->used += header->total_bytes;
+    brief->end = batch->used;
+    brief->deadline_ns = header->total_bytes;
+    brief->method++;
+    return true;
+}
+
 bool events_take_batch(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
 {
     struct batch *batch = &poller->batch;
@@ -187,7 +222,11 @@ int events_stream(struct shmrpc_poller *poller, struct conn *conn,
 {
     poller_lock(poller);
     struct stored *run = header->kind == SHMRPC_ITEM ? open_run(poller, conn, header) : NULL;
-    int status = run != NULL ? join(run, conn, header) : events_receive(poller, conn, header);
+    int status = 0;
+    if (run != NULL)
+        status = join(run, conn, header);
+    else if (header->kind != SHMRPC_ITEM || !add_brief_item(poller, conn, header))
+        status = events_receive(poller, conn, header);
     poller_unlock(poller);
     conn_finish(conn, header->length, &poller->bells);
     return status;

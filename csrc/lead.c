@@ -32,6 +32,7 @@ enum {
                            * their bytes: longer than a spin may hold up a loop, which looks after
                            * others in between. Without, both slept at every turn: 190 us for 17 KB
                            * where 15 KB, which are in the ring, took 14 */
+    LONG_SLEEPS = 4,      /* budgets: in so long a sleep no spin would have found anything */
     LOCKED_MS = 1,        /* longest sleep with the program's lock held; epoll counts in these */
     EPOLL_BATCH = 64,
     POLL_BATCH = 64,      /* messages taken from one conn before the next has its turn */
@@ -660,10 +661,31 @@ int64_t poller_lead(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
 
 /* ---- for event loops ---- */
 
-/* Spin until a ring has something, for so long: whether one has. */
-static bool spin_for(struct shmrpc_poller *poller, uint32_t budget_ns)
+/* Where bytes travel, what comes without our having sent anything says nothing about answers: the
+ * rest of a message follows at once, and the next message, perhaps, in a millisecond. */
+static struct spin_policy *loop_policy(struct shmrpc_poller *poller)
 {
-    uint32_t patience = spin_policy_patience(&poller->policy);
+    return poller->batch.has_items && !poller->sent ? &poller->more : &poller->policy;
+}
+
+static void note_rest(struct shmrpc_poller *poller)
+{
+    poller->rests = poller->expected_ns == 0 && spin_policy_rests(loop_policy(poller));
+}
+
+/* Where bytes travel a loop that is busy does not spin, and has to learn from its sleeps: from one
+ * that was longer than a spin and what it takes to wake both sides. */
+static void note_sleep(struct shmrpc_poller *poller, struct spin_policy *policy, uint64_t slept_ns)
+{
+    bool in_vain = poller->batch.has_items && slept_ns > LONG_SLEEPS * (uint64_t)policy->budget_ns;
+
+    spin_policy_slept(policy, poller->spun || in_vain, slept_ns);
+}
+
+/* Spin until a ring has something, for so long: whether one has. */
+static bool spin_for(struct shmrpc_poller *poller, struct spin_policy *policy, uint32_t budget_ns)
+{
+    uint32_t patience = spin_policy_patience(policy);
     uint64_t start = clock_now_ns();
     uint64_t now = start;
     uint32_t step = 0;
@@ -673,7 +695,7 @@ static bool spin_for(struct shmrpc_poller *poller, uint32_t budget_ns)
             uint32_t yielded = (uint32_t)spin_step(step++, patience);
             count_own(&poller->counters.yields, yielded);
             if (!rings_empty(poller)) {
-                spin_policy_hit(&poller->policy, step > patience, clock_now_ns() - start);
+                spin_policy_hit(policy, step > patience, clock_now_ns() - start);
                 count_own(&poller->counters.spins_hit, 1);
                 return true;
             }
@@ -696,40 +718,46 @@ static bool expects_answer(struct shmrpc_poller *poller)
 
 int64_t poller_poll(struct shmrpc_poller *poller, struct shmrpc_slot *slot, uint32_t spin_ns)
 {
-    int64_t result = -EAGAIN;
+    struct spin_policy *policy = loop_policy(poller);
+    int64_t result;
 
     if (poller->hot_rings == 0) { /* woken through epoll, or sockets, which nobody else looks at */
         look(poller, 0);
         poller->looked_ns = clock_now_ns();
         if (poller->armed_ns != 0)
-            spin_policy_slept(&poller->policy, poller->spun, poller->looked_ns - poller->armed_ns);
+            note_sleep(poller, policy, poller->looked_ns - poller->armed_ns);
         poller->armed_ns = 0;
+        poller->spun = false;
     } else {
         keep_looking(poller);
     }
-    poll_hot(poller, slot);
+    if (poll_hot(poller, slot))
+        poller->sent = false;
+    result = poller->hot_count != 0 ? -EAGAIN : 0;
     if (poller->batch.count == 0 && !finished(poller, slot, &result) && spin_ns != 0 &&
         poller->hot_rings != 0) {
         bool expects = expects_answer(poller);
-        uint32_t budget = expects ? poller->policy.budget_ns
-                                  : (uint32_t)spin_policy_begin(&poller->policy);
-        if (budget != 0 && poller->policy.mode == WAIT_AUTO && load_relaxed(&poller->beside) != 0) {
+        uint32_t budget = expects ? policy->budget_ns : (uint32_t)spin_policy_begin(policy);
+        if (budget != 0 && policy->mode == WAIT_AUTO && load_relaxed(&poller->beside) != 0) {
             uint64_t beside_ns = spin_beside_ns(exchange(&poller->beside, 0));
             poller->expected_ns = clock_now_ns() + EXPECTED_NS + beside_ns;
             expects = true;
         }
-        bool found = budget != 0 && spin_for(poller, budget < spin_ns ? budget : spin_ns);
+        poller->asked = true;
+        bool found = budget != 0 && spin_for(poller, policy, budget < spin_ns ? budget : spin_ns);
         poller->spun = budget != 0;
         result = expects ? -EAGAIN : 0;
         if (found) {
             poller->expected_ns = 0;
             result = 0;
             poll_hot(poller, slot);
+            poller->sent = false;
             finished(poller, slot, &result);
         }
     }
     count_add(&poller->counters.wakeups_sent, poller->bells);
     poller->bells = 0;
+    note_rest(poller);
     return result;
 }
 
@@ -741,6 +769,26 @@ bool poller_arm(struct shmrpc_poller *poller, struct shmrpc_slot *slot)
     if (!arm_all(poller) || finished(poller, slot, &result))
         return false;
     poller->armed_ns = clock_now_ns();
+    if (!poller->asked)
+        spin_policy_rested(loop_policy(poller));
+    poller->asked = false;
+    note_rest(poller);
     count_own(&poller->counters.sleeps, 1);
     return true;
+}
+
+void poller_sent(struct shmrpc_poller *poller, struct conn *conn)
+{
+    if (!poller->sent && poller->armed_ns != 0) { /* the sleep that has begun waits for an answer */
+        spin_policy_rested(&poller->policy);
+        poller->armed_ns = clock_now_ns();
+        poller->spun = false;
+    }
+    poller->sent = true;
+    note_rest(poller);
+    if (poller->rests || !conn->is_shm || conn->hot || load_relaxed(&conn->error) != 0)
+        return;
+    poller->armed_ns = 0;
+    poller_heat(poller, conn);
+    conn->last_active_ns = clock_now_ns(); /* the last look may be long ago */
 }

@@ -103,6 +103,7 @@ shmrpc_poller *shmrpc_poller_new(uint32_t workers, uint32_t max_concurrency, uin
     poller->policy.mode = mode;
     poller->locked_policy.budget_ns = 1;
     poller->policy.budget_ns = spin_budget_ns != 0 ? spin_budget_ns : SPIN_BUDGET_NS;
+    poller->more = poller->policy;
     return poller;
 }
 
@@ -125,6 +126,11 @@ void shmrpc_poller_serve_events(shmrpc_poller *poller, int reads_always)
 int shmrpc_poller_fd(shmrpc_poller *poller)
 {
     return poller->epoll_fd;
+}
+
+const uint8_t *shmrpc_poller_rests(shmrpc_poller *poller)
+{
+    return &poller->rests;
 }
 
 static void free_list(struct stored_list *list)
@@ -261,6 +267,13 @@ shmrpc_brief *shmrpc_poller_batch(shmrpc_poller *poller, int is_event)
     }
     poller_unlock(poller);
     return batch->briefs;
+}
+
+void shmrpc_poller_brief_items(shmrpc_poller *poller)
+{
+    poller_lock(poller);
+    poller->batch.has_items = true;
+    poller_unlock(poller);
 }
 
 uint8_t *shmrpc_poller_batch_bytes(shmrpc_poller *poller)

@@ -123,6 +123,7 @@ struct batch {
     uint32_t count, used;
     bool open;      /* lock: messages may be added */
     bool is_event;  /* lock: it is for shmrpc_take, which closes it; else for shmrpc_poll */
+    bool has_items; /* lock: items may be added as well */
 };
 
 struct hot_list {
@@ -170,6 +171,9 @@ struct shmrpc_poller {
     struct conn *held;     /* leader: conns that have something of that */
     uint64_t armed_ns;     /* leader: when poller_arm armed, 0 if something has come since */
     bool spun;             /* leader: poller_poll, when nothing came */
+    bool asked;            /* leader: the policy was, since poller_arm */
+    bool sent;             /* leader: a short item, and nothing has come since */
+    uint8_t rests;         /* leader: see shmrpc_poller_rests */
     bool retired;          /* lock: a client's conn has ended, its workers end */
     uint64_t queued_bytes;                    /* lock */
     bool resumes;                             /* lock: a conn has its `resumed` set */
@@ -192,6 +196,7 @@ struct shmrpc_poller {
     atomic_pointer larger_hot; /* struct hot_list *, for the leader to take */
     uint32_t hot_rings; /* leader: how many of them are worth spinning for */
     struct spin_policy policy; /* leader */
+    struct spin_policy more;   /* leader: an event loop's, for bytes: see loop_policy */
     uint64_t expected_ns;      /* leader: until when an answer to large values may be on the way */
     atomic_u64 beside;         /* bytes in blocks that were sent or received since the last spin */
     struct spin_policy locked_policy; /* leader: whether it pays to sleep with the program's lock */
@@ -212,6 +217,8 @@ int64_t poller_lead(struct shmrpc_poller *poller, struct shmrpc_slot *slot);
 int64_t poller_poll(struct shmrpc_poller *poller, struct shmrpc_slot *slot, uint32_t spin_ns);
 /* Arm everything: false if there is something to poll. */
 bool poller_arm(struct shmrpc_poller *poller, struct shmrpc_slot *slot);
+/* An item was sent on this conn by an event loop, which takes items in its batch. */
+void poller_sent(struct shmrpc_poller *poller, struct conn *conn);
 /* Poll this conn from now on; leader only. */
 void poller_heat(struct shmrpc_poller *poller, struct conn *conn);
 /* A main thread must go back to Python once before each sleep, to run signal handlers: a signal

@@ -123,12 +123,13 @@ typedef struct shmrpc_message {
 } shmrpc_message;
 
 /* A plain message: a request for a known method without metadata and other flags
- * than KEYWORDS, or a reply with status OK and no metadata to one of Python's calls. */
+ * than KEYWORDS, or a reply with status OK and no metadata to one of Python's calls. After
+ * shmrpc_poller_brief_items also short items of one stream that follow each other. */
 typedef struct shmrpc_brief {
     uint64_t conn_id;
     uint64_t call_id;
-    uint64_t deadline_ns; /* as in shmrpc_message */
-    int32_t method;       /* as in shmrpc_message; replies: -1 */
+    uint64_t deadline_ns; /* as in shmrpc_message; ITEM: how long the last one is */
+    int32_t method;       /* as in shmrpc_message; replies: -1; ITEM: how many they are */
     uint16_t kind;
     uint16_t flags;
     uint32_t start, end; /* where its body lies in the batch's bytes: right behind the one before */
@@ -221,6 +222,8 @@ int shmrpc_poller_fd(shmrpc_poller *poller);
  * shmrpc_take gives them, as one message of kind SHMRPC_BRIEFS, else shmrpc_poll. */
 shmrpc_brief *shmrpc_poller_batch(shmrpc_poller *poller, int is_event);
 uint8_t *shmrpc_poller_batch_bytes(shmrpc_poller *poller);
+/* Put short items of streams into the batch, too, for who cares for their bytes alone. */
+void shmrpc_poller_brief_items(shmrpc_poller *poller);
 /* Refuse new requests with UNAVAILABLE from now on; those running and queued go on. */
 void shmrpc_poller_drain(shmrpc_poller *poller);
 /* End every wait with SHMRPC_STOPPED, now and later, and cancel the requests that run. */
@@ -307,6 +310,9 @@ int64_t shmrpc_poll(shmrpc_slot *slot, uint32_t spin_ns);
 /* When the batch was taken, before the loop does anything else: let the peers see what was sent
  * meanwhile by shmrpc_send_request and shmrpc_send_reply. */
 void shmrpc_publish(shmrpc_poller *poller);
+/* Not 0 while spinning would not pay: then who is busy does better to arm than to poll again in
+ * between, and who sends by shmrpc_send_item need not poll for an answer. The poller's. */
+const uint8_t *shmrpc_poller_rests(shmrpc_poller *poller);
 /* Ask to be woken through shmrpc_poller_fd: 1, or 0 if there is something to poll instead. */
 int shmrpc_arm(shmrpc_slot *slot);
 /* End the wait of another thread's slot in shmrpc_wait_events with 0. */

@@ -103,6 +103,17 @@ uint64_t spin_policy_begin(struct spin_policy *policy)
     return policy->budget_ns;
 }
 
+bool spin_policy_rests(const struct spin_policy *policy)
+{
+    return policy->mode == WAIT_BLOCK || (policy->mode == WAIT_AUTO && policy->skip != 0);
+}
+
+void spin_policy_rested(struct spin_policy *policy)
+{
+    if (policy->skip != 0)
+        policy->skip--;
+}
+
 uint64_t spin_beside_ns(uint64_t bytes)
 {
     uint64_t ns = bytes / SPIN_BESIDE_BYTES_A_NS;

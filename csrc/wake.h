@@ -88,6 +88,9 @@ struct spin_policy {
 
 /* Nanoseconds to spin in the wait that begins now; 0 = sleep at once. */
 uint64_t spin_policy_begin(struct spin_policy *policy);
+/* Whether the next wait would be no spin; and that one begins, without asking. */
+bool spin_policy_rests(const struct spin_policy *policy);
+void spin_policy_rested(struct spin_policy *policy);
 /* It ended while spinning, after this time and perhaps yields. */
 void spin_policy_hit(struct spin_policy *policy, bool yielded, uint64_t spun_ns);
 /* It ended in a sleep. */

@@ -19,14 +19,14 @@ from .handshake import Terms
 from .link import connect_link
 from .poller import FOREVER, Waiters, check_timeout
 from .registry import make_name
-from .session import Body, Stream
+from .session import WINDOW_MESSAGES, Run, Stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .address import Address
     from .poller import Connection
-    from .session import Body, Run, Waiting
+    from .session import Body, Waiting
 
 __all__ = ["METHOD", "ByteStream", "Flow", "Wire", "byte_terms", "connect_bytes"]
 
@@ -35,6 +35,7 @@ METHOD = b"shmrpc.bytes"
 # larger steps than a stream of messages takes, because each of them may wake the other process.
 _WINDOW_BYTES = 448 << 10  # part of the protocol
 _RING_BYTES = 512 << 10
+_CREDIT_MESSAGES, _CREDIT_BYTES = WINDOW_MESSAGES // 2, _WINDOW_BYTES // 2  # are given back
 _MESSAGE_BYTES = 1 << 20  # longest item that we accept: others may cut larger ones than we do
 # Largest item that we send: it is one frame. On sockets, whose frames are a little shorter than
 # 64 KiB, half of that: writes of 64 KiB, which are common, would leave a small rest each.
@@ -62,14 +63,40 @@ def _nothing() -> None:
 class Flow(Stream):
     """The stream of such a call: it stays registered after the reply, for the other half."""
 
-    __slots__ = ()
+    __slots__ = ("receiver",)
 
     window_bytes = _WINDOW_BYTES
+
+    def __init__(self, waiters: Waiting, *, ended: bool = False) -> None:
+        super().__init__(waiters, ended=ended)
+        # A consumer in the thread that reads: what it is given directly while nothing else waits.
+        self.receiver: Callable[[bytes], None] | None = None
+
+    def came(self, data: bytes, count: int, last: int) -> bool:
+        """As ``items``, of ``count`` that came together, the last of them ``last`` bytes long."""
+        size = len(data)
+        before = self.runs.last
+        messages = before.received_messages + count
+        received = before.received_bytes + size
+        receiver = self.receiver
+        if (
+            receiver is None
+            or self.ended
+            # Then credit is due, or they are beyond it.
+            or messages - self.returned_messages >= _CREDIT_MESSAGES
+            or received - self.returned_bytes >= _CREDIT_BYTES
+        ):
+            return self.items(Run(data, (size - last,) * (count - 1) + (size,)))
+        before.received_messages = self.taken_messages = messages
+        before.received_bytes = self.taken_bytes = received
+        receiver(data)
+        return True
 
     def items(self, run: Run) -> bool:
         """Bytes have come. Buffers beside them are nothing that a byte stream has."""
         if not isinstance(run.data, bytes):
             self.overrun = True
+        self.receiver = None
         return super().items(run)
 
     def replied(self, status: int, metadata: bytes, body: Body) -> Callable[[], None] | None:
@@ -158,6 +185,24 @@ class Wire:
             done += count
         self.connection.slots.append(slot)
         return done
+
+    def send_whole(self, data: bytes) -> bool:
+        """Send all of it, if that is one item, with as little as possible; else nothing.
+
+        Only where one thread uses the connection.
+        """
+        stream, slots, size = self.stream, self.connection.slots, len(data)
+        if (
+            not slots  # nobody has sent anything yet, or it is over
+            or not 0 < size <= self._piece
+            or stream.sent_messages >= stream.granted_messages
+            or stream.sent_bytes >= stream.granted_bytes
+            or _send_item(slots[-1].c, self._flags, self._call_id, data, size) < 0
+        ):
+            return False
+        stream.sent_messages += 1
+        stream.sent_bytes += size
+        return True
 
     def take(self) -> bytes:
         """What came next; IndexError if there is nothing now."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import os
 import random
 import signal
@@ -492,6 +493,49 @@ def test_whatever_is_written_arrives_whole_and_in_order(
     in_loop(LOOPS[loop](), main())
 
 
+class Fitful(Open):
+    """It pauses now and then while it is given something."""
+
+    def __init__(self):
+        super().__init__()
+        self.random = random.Random(3)
+
+    def data_received(self, data):
+        super().data_received(data)
+        if self.random.random() < 0.2:
+            self.transport.pause_reading()
+            if self.random.random() < 0.5:
+                self.transport.resume_reading()
+            else:
+                asyncio.get_running_loop().call_soon(self.transport.resume_reading)
+
+
+class FitfulBuffered(Buffered, Fitful):
+    keep_open = True
+
+
+@pytest.mark.parametrize("reader", [Fitful, FitfulBuffered])
+def test_pauses_between_short_and_long_writes(net, run, reader):
+    """Those that come while others wait don't overtake them."""
+
+    async def main():
+        async with connected(net, reader, Open) as pair:
+            seed = random.randrange(1 << 32)
+            print("seed", seed)
+            rng = random.Random(seed)
+            sent = bytearray()
+            for _ in range(60):
+                for _ in range(rng.randrange(6)):
+                    data = rng.randbytes(rng.choice([1, 100, 1000, 8191, 8192, 8193, 70_000]))
+                    pair.here.transport.write(data)
+                    sent += data
+                await asyncio.sleep(0)
+            await pair.there.until(lambda: len(pair.there.received) >= len(sent))
+            assert pair.there.received == sent
+
+    run(main())
+
+
 # ---- ours alone ----
 
 
@@ -659,6 +703,45 @@ def test_threads_have_byte_streams_too(ours, run):
 
         server = await ours.start_server(echo)
         assert await asyncio.to_thread(talk) == data
+        server.close()
+        await server.wait_closed()
+
+    run(main())
+
+
+@only_ours
+@pytest.mark.parametrize("size", [1, 8000])
+def test_who_sends_more_than_it_may_is_cut_off(ours, run, size):
+    """Short writes, to one who does not read them."""
+
+    def send():
+        stream = connect_bytes(ours.address)
+        flow = stream._wire.stream
+        flow.granted_messages = flow.granted_bytes = 1 << 60
+        with contextlib.suppress(OSError):  # it may be seen while sending
+            for _ in range(1000):
+                stream.send_all(bytes(size), timeout=20)
+        assert stream.receive(1, timeout=20) == b""
+        stream.close()
+
+    async def main():
+        made = []
+
+        class Paused(Recorder):
+            def connection_made(self, transport):
+                super().connection_made(transport)
+                transport.pause_reading()
+                made.append(self)
+
+        server = await ours.create_server(Paused)
+        sending = asyncio.ensure_future(asyncio.to_thread(send))
+        while not made:
+            await asyncio.sleep(0)
+        (protocol,) = made
+        await protocol.until(lambda: "lost" in protocol.names())
+        assert protocol.events[-1][1].errno == errno.EPROTO
+        assert not protocol.received
+        await sending
         server.close()
         await server.wait_closed()
 

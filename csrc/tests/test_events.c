@@ -632,6 +632,49 @@ TEST(event_loop_tries_a_spin_now_and_then)
     stage_close(&stage);
 }
 
+/* Where an event loop wants it, short items are in the batch: those of one stream that follow each
+ * other as one brief, and none that is younger than an event. */
+TEST(short_items_come_together)
+{
+    enum { TOO_LONG = 10000 };
+    static const uint8_t zeros[TOO_LONG];
+    struct stage stage;
+    int64_t status;
+
+    stage_open(&stage, 0, 0);
+    const shmrpc_brief *briefs = shmrpc_poller_batch(stage.poller, 0);
+    REQUIRE(briefs != NULL);
+    shmrpc_poller_brief_items(stage.poller);
+    put_item(&stage, 5, "abc", 3);
+    put_item(&stage, 5, NULL, 0);
+    put_item(&stage, 5, "de", 2);
+    put_item(&stage, 6, "f", 1);
+    put_item(&stage, 5, "g", 1);
+    put_item(&stage, 5, zeros, TOO_LONG);
+    put_item(&stage, 5, "h", 1);
+    while ((status = shmrpc_poll(stage.taker, 0)) <= 0)
+        CHECK(status == 0 || status == -EAGAIN);
+    CHECK_EQUAL(status, 7 << 16 | 3);
+    CHECK(memcmp(shmrpc_poller_batch_bytes(stage.poller), "abcdefg", 7) == 0);
+    const struct {
+        uint64_t stream, last;
+        int32_t count;
+        uint32_t start, end;
+    } expected[] = {{5, 2, 3, 0, 5}, {6, 1, 1, 5, 6}, {5, 1, 1, 6, 7}};
+    for (int i = 0; i < 3; i++) {
+        CHECK_EQUAL(briefs[i].kind, SHMRPC_ITEM);
+        CHECK_EQUAL(briefs[i].conn_id, stage.conn);
+        CHECK_EQUAL(briefs[i].call_id, expected[i].stream);
+        CHECK_EQUAL(briefs[i].deadline_ns, expected[i].last);
+        CHECK_EQUAL(briefs[i].method, expected[i].count);
+        CHECK_EQUAL(briefs[i].start, expected[i].start);
+        CHECK_EQUAL(briefs[i].end, expected[i].end);
+    }
+    expect_items(&stage, 5, 2, TOO_LONG + 1);
+    CHECK_EQUAL(shmrpc_take(stage.taker), 0);
+    stage_close(&stage);
+}
+
 /* ---- the end, and limits ---- */
 
 TEST(end_of_a_conn_comes_after_its_last_frames)

@@ -241,6 +241,25 @@ TEST(policy_tries_again_after_a_short_sleep)
     CHECK_EQUAL(skipped(&policy), 1); /* from the start */
 }
 
+TEST(policy_rests_until_it_is_time_to_try)
+{
+    struct spin_policy policy = {.budget_ns = SPIN_BUDGET_NS, .misses = 2};
+
+    CHECK(!spin_policy_rests(&policy));
+    spin_policy_slept(&policy, true, LONG);
+    for (int i = 0; i < 4; i++) {
+        CHECK(spin_policy_rests(&policy));
+        spin_policy_rested(&policy);
+    }
+    CHECK(!spin_policy_rests(&policy));
+    spin_policy_rested(&policy); /* nothing is left to skip */
+    CHECK(spin_policy_begin(&policy) == SPIN_BUDGET_NS);
+    policy.mode = WAIT_BLOCK;
+    CHECK(spin_policy_rests(&policy));
+    policy = (struct spin_policy){.mode = WAIT_SPIN, .skip = 1};
+    CHECK(!spin_policy_rests(&policy));
+}
+
 TEST(policy_modes)
 {
     struct spin_policy spin = {.mode = WAIT_SPIN, .budget_ns = SPIN_BUDGET_NS};

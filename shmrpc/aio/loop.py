@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgpack
 
-from shmrpc._native import lib
+from shmrpc._native import ffi, lib
 from shmrpc.codec import MsgpackCodec
 from shmrpc.errors import Error
 from shmrpc.poller import BRIEF, Connection, Poller, Wait
@@ -187,6 +187,7 @@ class LoopPoller(Poller):
         self._origin = self._bodies_end = 0
         self.scheduled = False  # a turn is due, or goes on
         self.in_turn = False
+        self._torn = False  # an exception ended a turn, in the middle of a batch perhaps
         self._quiet = 0
         self._long = 0  # so many batches may take long
         self._last_poll = 0.0
@@ -194,6 +195,8 @@ class LoopPoller(Poller):
         self._briefs: Iterator[tuple[Any, ...]] = iter(())  # that were not taken yet
         self._hidden = not hasattr(self.loop, "_ready")
         self._ready: Any = () if self._hidden else self.loop._ready  # type: ignore[attr-defined]
+        # See shmrpc_poller_rests: one byte, which the core writes.
+        self.rests = memoryview(ffi.buffer(lib.shmrpc_poller_rests(self.c), 1))
         self._fd = lib.shmrpc_poller_fd(self.c)
         self.loop.add_reader(self._fd, self._readable)
 
@@ -266,7 +269,10 @@ class LoopPoller(Poller):
         more = True
         try:
             more = self._take_turn()
-        finally:  # also after an exception: it ends the loop for now, which may run again
+        except BaseException:  # it ends the loop for now, which may run again
+            self._torn = True
+            raise
+        finally:
             self.scheduled = self.in_turn = False
             if more:
                 self.schedule()
@@ -276,7 +282,9 @@ class LoopPoller(Poller):
 
         Returns whether there is to be another turn; else the loop watches the descriptor.
         """
-        self._take_batch()  # nothing, unless an exception came between
+        if self._torn:
+            self._torn = False
+            self._take_batch()  # the rest
         now = monotonic()
         busy = now - self._last_poll > _BUSY_SECONDS if self._hidden else bool(self._ready)
         turn_ends = now + (0.0 if self._hidden and busy else _TURN_SECONDS)
@@ -284,13 +292,18 @@ class LoopPoller(Poller):
             status = _poll(self._taker, 0 if busy else _SPIN_NS)
             if status > 0:
                 self._begin_batch(status)
-                if self._long or (status & 0xFFFF) < _TOGETHER_MIN:
+                count = status & 0xFFFF
+                if self._long or count < _TOGETHER_MIN:
                     self._long = max(0, self._long - 1)
-                    _publish(self.c)  # from now on all that is sent, at once
-                try:
+                    if count > 1:
+                        _publish(self.c)  # from now on all that is sent, at once
+                if count == 1:  # nothing is held
                     self._take_batch()
-                finally:
-                    _publish(self.c)
+                else:
+                    try:
+                        self._take_batch()
+                    finally:
+                        _publish(self.c)
             elif status == _EVENTS:
                 self.dispatch()
             else:
@@ -301,12 +314,13 @@ class LoopPoller(Poller):
                 self._long = _LONG_BATCHES
             if self._ready or now >= turn_ends or not self.active:
                 break
+        goes_on = status > 0 or status == _EVENTS
         if status == _NOTHING and self._quiet < _QUIET_MAX:
             self._quiet += 1
-        elif status <= 0 and status != _EVENTS and lib.shmrpc_arm(self._taker):
-            return False
+            goes_on = True
         self._last_poll = now
-        return True
+        rests = (self.rests[0] or not goes_on) and self.active
+        return not (rests and lib.shmrpc_arm(self._taker))
 
     def _begin_batch(self, status: int) -> None:
         """Plain messages have come."""

@@ -61,6 +61,7 @@ class ShmTransport(transports._FlowControlMixin):
         self._rest = memoryview(b"")  # for a BufferedProtocol that paused
         self._paused = self._closing = self._leaving = self._finished = False
         self._eof_sent = self._eof_seen = False
+        self._sends = True  # what is written now is sent
         self._ignored_writes = 0
         self._look_scheduled = False
         self.set_protocol(protocol)
@@ -103,11 +104,8 @@ class ShmTransport(transports._FlowControlMixin):
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         """Give data and events to this protocol from now on."""
         self._protocol: Any = protocol
-        self._feed = (
-            self._feed_buffer
-            if isinstance(protocol, asyncio.BufferedProtocol)
-            else self._feed_bytes
-        )
+        self._fills = isinstance(protocol, asyncio.BufferedProtocol)
+        self._feed = self._feed_buffer if self._fills else self._feed_bytes
 
     def get_protocol(self) -> asyncio.BaseProtocol:
         """The protocol."""
@@ -128,12 +126,17 @@ class ShmTransport(transports._FlowControlMixin):
         """Deliver nothing until ``resume_reading``; the peer may send some 256 KiB meanwhile."""
         if not self._closing:
             self._paused = True
+            self._stream.receiver = None
 
     def resume_reading(self) -> None:
         """Deliver again."""
         if self._paused and not self._closing:
             self._paused = False
-            self._look_soon()
+            stream = self._stream
+            if self._rest or stream.runs or stream.ended:
+                self._look_soon()
+            else:
+                stream.receiver = self._receive
 
     def wake(self) -> None:
         """Something has come (the poller's lock is held)."""
@@ -167,6 +170,18 @@ class ShmTransport(transports._FlowControlMixin):
         elif stream.lost_error and self._closing:
             self._finish(None)
 
+    def _receive(self, data: bytes) -> None:
+        """Bytes have come, behind nothing that waits."""
+        try:
+            if self._fills:
+                self._feed_buffer(data)
+            else:
+                self._protocol.data_received(data)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            self._fail(error, "Fatal error: protocol.data_received() call failed.")
+
     def _deliver(self) -> None:
         try:
             while not self._paused and not self._closing:
@@ -182,8 +197,11 @@ class ShmTransport(transports._FlowControlMixin):
         except BaseException as error:
             self._fail(error, "Fatal error: protocol.data_received() call failed.")
             return
-        over = self._stream.ended and not self._stream.overrun
-        if over and not self._paused and not self._closing and not self._eof_seen:
+        if self._paused or self._closing:
+            return
+        stream = self._stream
+        stream.receiver = self._receive  # nothing waits any more
+        if stream.ended and not stream.overrun and not self._eof_seen:
             self._end_of_input()
 
     def _feed_bytes(self, data: bytes | memoryview) -> None:
@@ -227,6 +245,11 @@ class ShmTransport(transports._FlowControlMixin):
 
     def write(self, data: bytes | bytearray | memoryview[Any]) -> None:
         """Send it, or keep what there is no credit for."""
+        if self._sends and not self._buffer and type(data) is bytes and self._wire.send_whole(data):
+            poller = self._hub.poller
+            if not poller.rests[0]:
+                poller.schedule()  # an answer may follow at once
+            return
         whole = data if isinstance(data, bytes) else memoryview(data).cast("B")
         if self._eof_sent:
             msg = "Cannot call write() after write_eof()"
@@ -241,7 +264,7 @@ class ShmTransport(transports._FlowControlMixin):
         sent = 0
         if not self._buffer:
             sent = self._try_send(whole)
-            self._hub.poller.schedule()  # an answer may follow at once
+            self._hub.poller.schedule()
             if sent == len(whole):
                 return
         rest = memoryview(whole)[sent:]
@@ -298,6 +321,7 @@ class ShmTransport(transports._FlowControlMixin):
         if self._eof_sent or self._closing:
             return
         self._eof_sent = True
+        self._sends = False
         if not self._buffer:
             self._end_output()
 
@@ -322,6 +346,7 @@ class ShmTransport(transports._FlowControlMixin):
         if self._closing:
             return
         self._closing = True
+        self._stream.receiver = None
         if self._stream.lost_error:
             self._finish(None if not self._buffer else self._wire.lost())
         elif not self._buffer:
@@ -334,6 +359,7 @@ class ShmTransport(transports._FlowControlMixin):
     def _leave(self) -> None:
         """Hang up when all has left this process."""
         self._leaving = True
+        self._sends = False
         if not self._stream.lost_error and self._hub.poller.tell_room(self._wire.connection, self):
             return
         self._finish(None)
@@ -354,12 +380,14 @@ class ShmTransport(transports._FlowControlMixin):
         if self._finished:
             return
         self._finished = self._closing = True
+        self._sends = False
         self._buffer.clear()
         self._buffered = 0
         self._rest = memoryview(b"")
         self._detach_socket()
         self._wire.hang_up()
         self._stream.runs.clear()
+        self._stream.receiver = None
         self._hub.poller.schedule()  # so that the core lets go of it
         self._loop.call_soon(self._call_connection_lost, error)
 
