@@ -51,6 +51,7 @@ __all__ = ["Handlers"]
 _log = logging.getLogger("shmrpc.server")
 
 _THREADS = 16
+_CANCEL_SECONDS = 1.0  # that cancelled handlers get to end
 _NO_KEYWORDS: dict[str, Any] = {}
 # After a coroutine function had to wait, so many calls of it get a task without trying.
 _WAITS = 32
@@ -147,19 +148,36 @@ class Handlers(Replies):
         return None
 
     async def stop(self, grace: float) -> None:
-        """Let what runs end within ``grace`` seconds, then cancel it."""
-        tasks = [call.task for call in self._running.values() if call.task is not None]
+        """Let what runs end within ``grace`` seconds, then cancel it.
+
+        Cancelling this ends the grace and leaves no handler behind.
+        """
         current = asyncio.current_task()
-        tasks = [task for task in tasks if task is not current]
-        if tasks and grace > 0:
-            await asyncio.wait(tasks, timeout=grace)
+        calls = [call for call in self._running.values() if call.task is not current]
+        tasks = [call.task for call in calls if call.task is not None]
+        try:
+            if tasks and grace > 0:
+                await asyncio.wait(tasks, timeout=grace)
+        finally:
+            try:
+                await self._cancel_all(calls, tasks)
+            finally:
+                self._let_go()
+        await asyncio.sleep(0)  # what was kept ready ends
+
+    async def _cancel_all(self, calls: list[Incoming], tasks: list[asyncio.Task[None]]) -> None:
         for task in tasks:
             task.cancel()
+        for call in calls:
+            if call.stream is not None:
+                call.stream.cancel()  # a thread may wait for the caller's next message
         if tasks:
-            await asyncio.wait(tasks, timeout=1.0)
-        stuck = [task for task in tasks if not task.done()]
+            await asyncio.wait(tasks, timeout=_CANCEL_SECONDS)
+        stuck = sum(not task.done() for task in tasks)
         if stuck:
-            _log.warning("%d handlers still run after the grace of %g s", len(stuck), grace)
+            _log.warning("%d handlers go on, although they were cancelled", stuck)
+
+    def _let_go(self) -> None:
         if self._executor is not None:
             self._executor.shutdown(wait=False, cancel_futures=True)
             self._executor = None
@@ -167,7 +185,6 @@ class Handlers(Replies):
         if self._starter is not None:
             self._starter.close()
             self._starter = None
-            await asyncio.sleep(0)
 
     def meet(self, call: Incoming, steps: Steps[Any]) -> Any:
         """Do what the handler of this call needs: awaitable if that is asynchronous."""
