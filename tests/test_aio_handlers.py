@@ -314,25 +314,48 @@ def test_a_client_of_another_loop_or_thread_is_refused(directory, service):
     running = service("shm")
 
     async def begin():
-        return await aio.connect(running.address)
+        client = await aio.connect(running.address)
+        call = client.open("total")
+        await call.send(1)
+        return client, call
 
-    async def use(client):
-        with pytest.raises(RuntimeError, match="belongs to the event loop that made it"):
-            await client.call("add", 1, 2)
+    async def use(client, call):
+        for attempt in (
+            client.call("add", 1, 2),
+            client.call("add", 1, 2, timeout=1),
+            client.notify("add", 1, 2),
+            client.stats(),
+            client.loan(10),
+            anext(client.stream("count", 3)),
+            client.open("total").send(1),
+            call.send(1),
+            call.close_send(),
+            call.result(),
+            anext(call),
+            call.aclose(),
+            client.close(),
+        ):
+            with pytest.raises(RuntimeError, match="belongs to the event loop that made it"):
+                await attempt
+
+    async def end(client, call):
+        assert await client.call("add", 1, 2) == 3
+        await call.send(2)
+        assert await call.result() == 3
+        await client.close()
 
     loop = asyncio.new_event_loop()
-    client = loop.run_until_complete(begin())
-    asyncio.run(use(client))
+    client, call = loop.run_until_complete(begin())
+    asyncio.run(use(client, call))
     threads = []
 
     def in_thread():
-        asyncio.run(use(client))
+        asyncio.run(use(client, call))
         threads.append(1)
 
     thread = threading.Thread(target=in_thread)
     thread.start()
     wait_until(lambda: threads)
     thread.join()
-    assert loop.run_until_complete(client.call("add", 1, 2)) == 3
-    loop.run_until_complete(client.close())
+    loop.run_until_complete(end(client, call))
     loop.close()

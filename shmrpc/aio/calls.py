@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import sys
 import time
+from asyncio import _get_running_loop
 from typing import TYPE_CHECKING, Any, Protocol
 
 from shmrpc._native import lib
@@ -16,9 +17,10 @@ from shmrpc.poller import FOREVER, check_timeout
 from shmrpc.session import Body, Stream
 
 from .lending import attach
-from .loop import LoopWaiters, poller_of
+from .loop import LoopWaiters, check_loop, poller_of
 
 if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
     from types import TracebackType
 
@@ -29,6 +31,8 @@ __all__ = ["AsyncReceiver", "Call", "send_item"]
 
 class Channel(Protocol):
     """The client, as far as its calls need it."""
+
+    _loop: AbstractEventLoop
 
     def _remote_error(
         self, connection: Connection, method: str, status: int, body: Body
@@ -206,10 +210,15 @@ class Call(Opened):
         """It came to nothing: nobody has seen it."""
         self._connection.session.calls.pop(self.call_id, None)
 
+    def _check_loop(self) -> None:
+        if _get_running_loop() is not self._channel._loop:
+            check_loop(self._channel._loop, repr(self))
+
     # ---- sending ----
 
     async def send(self, item: Any) -> None:
         """Send one message; as ``shmrpc.Call.send``. One task at a time."""
+        self._check_loop()
         if self._begin is not None:
             await self.start()
         stream = self._stream
@@ -256,6 +265,7 @@ class Call(Opened):
 
     async def close_send(self) -> None:
         """Tell the handler that no more messages come. Replies can still be received."""
+        self._check_loop()
         if self._begin is not None:
             await self.start()
         if not self._sends:
@@ -282,6 +292,7 @@ class Call(Opened):
             return await self._instead.__anext__()
         for item in self._receiver._items:
             return item
+        self._check_loop()
         if self._closed and self._error is None:
             raise StopAsyncIteration
         if self._error is not None:
@@ -335,6 +346,7 @@ class Call(Opened):
         """``await call.initial_metadata``: what the handler sent before its first reply."""
         if self._begin is not None:
             await self.start()
+        self._check_loop()
         stream = self._stream
         if self._error is None:
             await self._wait(
@@ -364,6 +376,7 @@ class Call(Opened):
 
     async def aclose(self) -> None:
         """Cancel the call unless it is over; iterating ends then."""
+        self._check_loop()
         self._close()
         close = getattr(self._instead, "aclose", None)
         if close is not None:

@@ -246,6 +246,7 @@ class Client(Channel):
 
         Those of waiting and of frames are of all clients of the loop that wait alike.
         """
+        check_loop(self._loop, repr(self))
         link = self._link or await self._connect(time.monotonic() + self._timeout)
         return {**connection_stats(link), "reconnects": self._reconnects}
 

@@ -60,7 +60,7 @@ class ShmTransport(transports._FlowControlMixin):
         self._buffered = 0
         self._rest = memoryview(b"")  # for a BufferedProtocol that paused
         self._paused = self._closing = self._leaving = self._finished = False
-        self._eof_sent = self._eof_seen = False
+        self._eof_sent = self._eof_seen = self._wrote_after_eof = False
         self._ignored_writes = 0
         self._look_scheduled = False
         self.set_protocol(protocol)
@@ -164,8 +164,8 @@ class ShmTransport(transports._FlowControlMixin):
         broken = stream.overrun or stream.lost_error == errno.EPROTO
         if broken or (stream.lost_error and self._buffer):
             self._fail(self._wire.lost())
-        elif stream.lost_error and self._closing:
-            self._finish(None)
+        elif stream.lost_error and (self._closing or self._wrote_after_eof):
+            self._finish(None)  # the last write may have come too late: there was an end before
 
     def _deliver(self) -> None:
         try:
@@ -180,7 +180,8 @@ class ShmTransport(transports._FlowControlMixin):
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:
-            self._fail(error, "Fatal error: protocol.data_received() call failed.")
+            name = "data_received" if self._feed == self._feed_bytes else "buffer_updated"
+            self._fail(error, f"Fatal error: protocol.{name}() call failed.")
             return
         over = self._stream.ended and not self._stream.overrun
         if over and not self._paused and not self._closing and not self._eof_seen:
@@ -238,6 +239,7 @@ class ShmTransport(transports._FlowControlMixin):
             if self._ignored_writes == constants.LOG_THRESHOLD_FOR_CONNLOST_WRITES:
                 _log.warning("%r: writes after the connection was lost", self)
             return
+        self._wrote_after_eof = self._eof_seen
         sent = 0
         if not self._buffer:
             sent = self._try_send(whole)
