@@ -196,11 +196,24 @@ class Call(Opened):
             raise Cancelled(msg)
         try:
             result = await begin(self)
+            if result is not self:
+                self._instead = self._replies_of(result)
         except BaseException:
-            self._closed = True
+            self._close()  # it may have been sent
             raise
-        if result is not self:
-            self._instead = result
+
+    def _replies_of(self, result: Any) -> AsyncIterator[Any]:
+        if not hasattr(result, "__aiter__"):
+            kind = type(result).__name__
+            msg = f"an interceptor returned {kind} for {self.method!r}, not an async iterator"
+            raise TypeError(msg)
+        replies: AsyncIterator[Any] = result.__aiter__()
+        return replies
+
+    def _check_own(self) -> None:
+        if self._instead is not None:
+            msg = f"an interceptor answered {self.method!r}: there are its replies to iterate over"
+            raise Error(msg)
 
     def register(self) -> None:
         """Take frames from now on."""
@@ -221,6 +234,7 @@ class Call(Opened):
         self._check_loop()
         if self._begin is not None:
             await self.start()
+        self._check_own()
         stream = self._stream
         if not self._sends or stream.ended or self._closed:
             self._refuse_send()
@@ -271,7 +285,7 @@ class Call(Opened):
         if not self._sends:
             return
         self._sends = False
-        if not self._stream.ended and not self._closed:
+        if self._attached and not self._stream.ended and not self._closed:
             self._connection.send_now(lib.SHMRPC_END, self.call_id)
 
     # ---- receiving ----
@@ -318,6 +332,7 @@ class Call(Opened):
         """Wait for the handler's result; as ``shmrpc.Call.result``."""
         until = FOREVER if timeout is None else time.monotonic() + check_timeout(timeout)
         await self.close_send()
+        self._check_own()
         if self._error is not None:
             raise self._error
         await self._wait(lambda: self._stream.over or bool(self._stream.runs), until)
@@ -347,6 +362,7 @@ class Call(Opened):
         if self._begin is not None:
             await self.start()
         self._check_loop()
+        self._check_own()
         stream = self._stream
         if self._error is None:
             await self._wait(
