@@ -5,6 +5,7 @@ import contextvars
 import gc
 import random
 import threading
+import warnings
 
 import pytest
 from conftest import wait_until
@@ -243,6 +244,30 @@ def test_a_cancelled_call_leaves_nothing(pair):
         assert not client._link.session.calls
 
     pair(main)
+
+
+def test_a_call_that_is_cancelled_at_once_never_begins(pair):
+    async def main(server, client):
+        begun = []
+
+        @server.method
+        async def hold(number):
+            begun.append(number)
+            await asyncio.sleep(0)
+
+        await client.call("hold", 1)
+        call = client.call("hold", 2)
+        call.send(None)  # as a task does: the request is sent now,
+        call.close()  # and its end right behind it, before anybody reads
+        await client.call("hold", 3)
+        assert begun in ([1, 3], [1, 2, 3])
+        assert server.stats()["running"] == 0
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pair(main)
+        gc.collect()
+    assert not [str(one.message) for one in caught], "such as: coroutine was never awaited"
 
 
 def test_a_loop_that_ends_early_leaves_no_task(directory, capfd):

@@ -270,6 +270,16 @@ class Handlers(Replies):
             call.value, call.body = value, body or b""
             self._run_inline(call, method)
             return
+        starter = self._starter
+        if starter is None or self._waits.get(index):
+            if starter is not None:
+                self._waits[index] -= 1
+            call.value = value
+            call.started_at = time.monotonic()
+            self._running[connection.conn_id, call_id] = call
+            # The task calls the function: if it is cancelled before that, no coroutine is left.
+            call.task = start_task(self._loop, self._context, self._run(call, method))
+            return
         stage: Stage = "arguments"
         try:
             args, kwargs = value if flags else (value, _NO_KEYWORDS)
@@ -277,14 +287,6 @@ class Handlers(Replies):
             coroutine = method.function(*args, **kwargs)
         except Exception as error:
             self._fail(call, error, stage)
-            return
-        starter = self._starter
-        if starter is None or self._waits.get(index):
-            if starter is not None:
-                self._waits[index] -= 1
-            call.started_at = time.monotonic()
-            self._running[connection.conn_id, call_id] = call
-            call.task = start_task(self._loop, self._context, self._run(call, method, coroutine))
             return
         awaited = starter.step(call, coroutine)
         work = starter.work
