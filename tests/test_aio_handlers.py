@@ -246,21 +246,33 @@ def test_a_cancelled_call_leaves_nothing(pair):
     pair(main)
 
 
-def test_a_call_that_is_cancelled_at_once_never_begins(pair):
+def test_a_call_that_is_cancelled_before_its_task_begins(pair):
     async def main(server, client):
-        begun = []
+        begun, calls = [], []
 
         @server.method
         async def hold(number):
             begun.append(number)
             await asyncio.sleep(0)
 
-        await client.call("hold", 1)
-        call = client.call("hold", 2)
-        call.send(None)  # as a task does: the request is sent now,
-        call.close()  # and its end right behind it, before anybody reads
+        @server.method
+        async def fail():
+            raise ZeroDivisionError
+
+        @server.method
+        async def cancel():
+            calls[1].close()
+
+        await client.call("hold", 1)  # from now on it gets a task at once
+        calls += [client.call("fail"), client.call("hold", 2), client.call("cancel")]
+        # As tasks do it, but at once: so they come in one batch. The failure has the poller look
+        # again before it is the turn of the task, and it finds that the call was cancelled.
+        for call in calls:
+            call.send(None)
         await client.call("hold", 3)
-        assert begun in ([1, 3], [1, 2, 3])
+        for call in calls:
+            call.close()
+        assert begun in ([1, 3], [1, 2, 3])  # where tasks begin at once it was too late
         assert server.stats()["running"] == 0
 
     with warnings.catch_warnings(record=True) as caught:
