@@ -25,7 +25,6 @@ def test_calls_that_are_cancelled_before_they_left_us_leave_nothing(run, service
                 for task in tasks:
                     task.cancel()
                 await asyncio.wait(tasks)
-                assert all(call.done() for call, task in zip(calls, tasks) if task.cancelled())
                 for call in calls:
                     await call.aclose()
                 assert not client._link.session.calls
