@@ -1,6 +1,8 @@
 """Stopping an asyncio server: what happens to handlers, also when stopping is cancelled."""
 
 import asyncio
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -108,5 +110,58 @@ def test_a_client_is_a_context_manager_itself(directory, run):
                 assert await client.ping() >= 0
             with pytest.raises(shmrpc.Cancelled, match="is closed"):
                 await client.ping()
+
+    run(main)
+
+
+CLOSES_ITS_LOOP = """
+import asyncio, sys, threading
+from shmrpc import aio
+
+taken = threading.Event()
+
+async def begin():
+    server = aio.Server("stage")
+
+    @server.method(requests=True)
+    def listen(messages):
+        next(messages)
+        taken.set()
+        return [*messages]
+
+    await server.start()
+    call = (await aio.connect("stage")).open("listen")
+    await call.send(1)
+    await asyncio.to_thread(taken.wait)
+    return server, call
+
+loop = asyncio.new_event_loop()
+kept = loop.run_until_complete(begin())
+loop.run_until_complete(loop.shutdown_default_executor())
+loop.close()
+"""
+
+
+def test_a_closed_loop_does_not_keep_the_interpreter(directory):
+    """A thread of it waits for a message that nobody is going to read."""
+    command = [sys.executable, "-W", "always", "-c", CLOSES_ITS_LOOP]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert "never awaited" not in done.stderr
+
+
+def test_what_is_no_value_is_named(directory, run):
+    async def main():
+        server = aio.Server("stage")
+
+        @server.method
+        async def objects():
+            yield 1
+            yield object()
+
+        async with server, aio.connect("stage") as client:
+            items = client.stream("objects")
+            assert await anext(items) == 1
+            with pytest.raises(shmrpc.RemoteError, match="'objects' yielded what can't be sent"):
+                await anext(items)
 
     run(main)

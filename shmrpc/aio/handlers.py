@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from shmrpc._native import lib
 from shmrpc.bytestream import refuse
-from shmrpc.codec import MsgpackCodec, pack_split
+from shmrpc.codec import PACKING_ERRORS, MsgpackCodec, pack_split
 from shmrpc.context import enter_task, leave_task
 from shmrpc.errors import (
     STATUS_NUMBERS,
@@ -23,7 +23,7 @@ from shmrpc.errors import (
     MessageTooLarge,
     RemoteError,
 )
-from shmrpc.failures import Failure, call_checked
+from shmrpc.failures import Failure, call_checked, unsendable_item
 from shmrpc.parcels import Parcel
 from shmrpc.poller import FOREVER, Connection, Running, metadata_of
 from shmrpc.session import Stream
@@ -36,7 +36,7 @@ from .lending import meet_all, meet_now
 from .loop import LoopPoller, LoopWaiters, decoder_of, poller_of
 from .pending import NO_VALUE
 from .replies import Replies
-from .requests import AsyncRequests, ThreadRequests
+from .requests import AsyncRequests, ThreadRequests, wait_for_loop
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -189,8 +189,7 @@ class Handlers(Replies):
     def meet(self, call: Incoming, steps: Steps[Any]) -> Any:
         """Do what the handler of this call needs: awaitable if that is asynchronous."""
         if asyncio._get_running_loop() is not self._loop:  # it runs on a thread
-            meeting = meet_all(call.connection, steps)
-            return asyncio.run_coroutine_threadsafe(meeting, self._loop).result()
+            return wait_for_loop(self._loop, lambda: meet_all(call.connection, steps))
         if call.method is not None and call.method.inline and not call.method.is_async:
             return meet_now(call.connection, steps)
         return meet_all(call.connection, steps)
@@ -518,9 +517,13 @@ class Handlers(Replies):
 
         try:
             async for item in source:
-                status = await send_item(
-                    call.connection, stream, call.call_id, 0, item, may_send, deadline
-                )
+                try:
+                    status = await send_item(
+                        call.connection, stream, call.call_id, 0, item, may_send, deadline
+                    )
+                except PACKING_ERRORS as error:
+                    name = call.method.name if call.method is not None else ""
+                    raise unsendable_item(name, item, error) from error
                 if status == _EMSGSIZE:
                     peer = call.connection.peer
                     body, sources = pack_split(self._codec, self._pack, item)
