@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures.thread  # whose hook has to be there before ours
+import functools
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -34,25 +35,34 @@ def wait_for_loop(
     ``Cancelled`` if the loop ends before.
     """
     waiting: concurrent.futures.Future[Any] = concurrent.futures.Future()
-
-    def settle(task: asyncio.Task[Any]) -> None:
-        if waiting.done():
-            return
-        error = _cancelled() if task.cancelled() else task.exception()
-        if error is not None:
-            waiting.set_exception(error)
-        else:
-            waiting.set_result(task.result())
-
     _waiting.add(waiting)
     try:
         try:
-            loop.call_soon_threadsafe(lambda: loop.create_task(make()).add_done_callback(settle))
+            loop.call_soon_threadsafe(_begin, loop, make, waiting)
         except RuntimeError:  # it is closed
             raise _cancelled() from None
         return waiting.result()
     finally:
         _waiting.discard(waiting)
+        del waiting  # it has the error, whose traceback has this frame, and what the handler holds
+
+
+def _begin(
+    loop: asyncio.AbstractEventLoop,
+    make: Callable[[], Coroutine[Any, Any, Any]],
+    waiting: concurrent.futures.Future[Any],
+) -> None:
+    loop.create_task(make()).add_done_callback(functools.partial(_settle, waiting))
+
+
+def _settle(waiting: concurrent.futures.Future[Any], task: asyncio.Task[Any]) -> None:
+    error = _cancelled() if task.cancelled() else task.exception()
+    if waiting.done():
+        return
+    if error is not None:
+        waiting.set_exception(error)
+    else:
+        waiting.set_result(task.result())
 
 
 def _cancelled() -> Cancelled:
