@@ -12,7 +12,7 @@ from .timing import TRANSPARENT
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Failure", "Stage", "call_checked"]
+__all__ = ["Failure", "Stage", "call_checked", "unsendable_item"]
 
 Stage = Literal["arguments", "handler", "result"]
 
@@ -96,3 +96,10 @@ def call_checked(function: Callable[..., Any], args: Any, kwargs: dict[str, Any]
 def _plain(text: object) -> str:
     """Text that every codec can carry, whatever the handler put into its exception."""
     return str(text).encode("utf-8", "replace").decode()
+
+
+def unsendable_item(method: str, item: object, error: Exception) -> RemoteError:
+    """What the caller gets if a handler yields something that is no value."""
+    kind = type(item).__qualname__
+    text = f"{method!r} yielded what can't be sent: {error} (of type {kind})"
+    return RemoteError(text, type=type(error).__qualname__, code="INTERNAL")

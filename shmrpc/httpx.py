@@ -62,6 +62,8 @@ class _AsyncStream(httpcore.AsyncNetworkStream):
 
     async def aclose(self) -> None:
         self._writer.close()
+        await asyncio.sleep(0)
+        self._writer.transport.abort()  # what the server has not taken by now, it may never take
         with contextlib.suppress(OSError):
             await self._writer.wait_closed()
 

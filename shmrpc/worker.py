@@ -22,7 +22,7 @@ from .attaching import slot_packers
 from .codec import Codec, MsgpackCodec, pack_lifted, pack_split
 from .context import CallContext, enter_worker, leave_worker
 from .errors import Cancelled, ConnectionLost, Error, RemoteError
-from .failures import Failure
+from .failures import Failure, unsendable_item
 from .lending import attach
 from .metadata import pack_metadata, pack_reply_metadata, unpack_metadata
 from .owned import free_with
@@ -388,7 +388,7 @@ class Worker:
                     body, alive = self._pack_item(item)
                     beside = True
                 except Exception as error:
-                    raise self._unpackable(item, error) from error
+                    raise unsendable_item(self._method_name(), item, error) from error
                 size = len(body)
                 late = expires and time.monotonic() >= deadline
                 if late or stream.cancelled or not stream.may_send():
@@ -415,7 +415,7 @@ class Worker:
         try:
             body, sources = self._split_item(item)
         except Exception as error:
-            raise self._unpackable(item, error) from error
+            raise unsendable_item(self._method_name(), item, error) from error
         return body, self._attach(sources, "an item")
 
     def _split_item(self, item: Any) -> tuple[bytes, Sequence[Source]]:
@@ -437,11 +437,6 @@ class Worker:
         if stream.cancelled:
             msg = f"{connection.peer} does not wait for {self._method_name()!r} any more"
             raise Cancelled(msg)
-
-    def _unpackable(self, item: Any, error: Exception) -> RemoteError:
-        kind = type(item).__qualname__
-        text = f"{self._method_name()!r} yielded what can't be sent: {error} (of type {kind})"
-        return RemoteError(text, type=type(error).__qualname__, code="INTERNAL")
 
     def _refuse_item(self, connection: Connection, status: int, size: int) -> None:
         if status == _EMSGSIZE:

@@ -522,6 +522,7 @@ import asyncio, sys
 from shmrpc import aio
 
 async def main():
+    asyncio.get_running_loop().slow_callback_duration = 60  # other work may run beside us
     client = await aio.connect(sys.argv[1])
     asyncio.ensure_future(client.call("sleep", 30))
     stream = client.stream("count", 10**9, 0.001)
@@ -533,6 +534,7 @@ async def main():
 
 if sys.argv[2] == "close":
     loop = asyncio.new_event_loop()
+    loop.slow_callback_duration = 60
     client = loop.run_until_complete(aio.connect(sys.argv[1]).__aenter__())
     pending = loop.create_task(client.call("sleep", 0.01))
     loop.run_until_complete(asyncio.sleep(0))

@@ -5,6 +5,7 @@ import contextvars
 import gc
 import random
 import threading
+import warnings
 
 import pytest
 from conftest import wait_until
@@ -245,6 +246,42 @@ def test_a_cancelled_call_leaves_nothing(pair):
     pair(main)
 
 
+def test_a_call_that_is_cancelled_before_its_task_begins(pair):
+    async def main(server, client):
+        begun, calls = [], []
+
+        @server.method
+        async def hold(number):
+            begun.append(number)
+            await asyncio.sleep(0)
+
+        @server.method
+        async def fail():
+            raise ZeroDivisionError
+
+        @server.method
+        async def cancel():
+            calls[1].close()
+
+        await client.call("hold", 1)  # from now on it gets a task at once
+        calls += [client.call("fail"), client.call("hold", 2), client.call("cancel")]
+        # As tasks do it, but at once: so they come in one batch. The failure has the poller look
+        # again before it is the turn of the task, and it finds that the call was cancelled.
+        for call in calls:
+            call.send(None)
+        await client.call("hold", 3)
+        for call in calls:
+            call.close()
+        assert begun in ([1, 3], [1, 2, 3])  # where tasks begin at once it was too late
+        assert server.stats()["running"] == 0
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pair(main)
+        gc.collect()
+    assert not [str(one.message) for one in caught], "such as: coroutine was never awaited"
+
+
 def test_a_loop_that_ends_early_leaves_no_task(directory, capfd):
     """Nothing is stopped, nothing closed: no warning of the task that is kept ready."""
     address = f"shm://{directory}/calc.sock"
@@ -314,25 +351,48 @@ def test_a_client_of_another_loop_or_thread_is_refused(directory, service):
     running = service("shm")
 
     async def begin():
-        return await aio.connect(running.address)
+        client = await aio.connect(running.address)
+        call = client.open("total")
+        await call.send(1)
+        return client, call
 
-    async def use(client):
-        with pytest.raises(RuntimeError, match="belongs to the event loop that made it"):
-            await client.call("add", 1, 2)
+    async def use(client, call):
+        for attempt in (
+            client.call("add", 1, 2),
+            client.call("add", 1, 2, timeout=1),
+            client.notify("add", 1, 2),
+            client.stats(),
+            client.loan(10),
+            anext(client.stream("count", 3)),
+            client.open("total").send(1),
+            call.send(1),
+            call.close_send(),
+            call.result(),
+            anext(call),
+            call.aclose(),
+            client.close(),
+        ):
+            with pytest.raises(RuntimeError, match="belongs to the event loop that made it"):
+                await attempt
+
+    async def end(client, call):
+        assert await client.call("add", 1, 2) == 3
+        await call.send(2)
+        assert await call.result() == 3
+        await client.close()
 
     loop = asyncio.new_event_loop()
-    client = loop.run_until_complete(begin())
-    asyncio.run(use(client))
+    client, call = loop.run_until_complete(begin())
+    asyncio.run(use(client, call))
     threads = []
 
     def in_thread():
-        asyncio.run(use(client))
+        asyncio.run(use(client, call))
         threads.append(1)
 
     thread = threading.Thread(target=in_thread)
     thread.start()
     wait_until(lambda: threads)
     thread.join()
-    assert loop.run_until_complete(client.call("add", 1, 2)) == 3
-    loop.run_until_complete(client.close())
+    loop.run_until_complete(end(client, call))
     loop.close()

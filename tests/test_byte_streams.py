@@ -568,6 +568,21 @@ def test_extra_info(ours, run):
 
 
 @only_ours
+def test_a_write_after_the_end_that_came_too_late_loses_the_connection(ours, run):
+    class Late(Open):
+        def eof_received(self):
+            self.transport.write(b"one last word")  # and no more, which would see that it is gone
+            return super().eof_received()
+
+    async def main():
+        async with connected(ours, Recorder, Late) as pair:
+            pair.there.transport.close()
+            await pair.here.until(lambda: "lost" in pair.here.names())
+
+    run(main())
+
+
+@only_ours
 def test_a_peer_that_is_killed_has_hung_up(ours, run):
     async def main():
         streams = asyncio.get_running_loop().create_future()

@@ -372,6 +372,31 @@ def test_httpx_async(run, directory):
     run(main())
 
 
+def test_httpx_gives_up_on_a_server_that_takes_nothing(run):
+    import httpx
+
+    from shmrpc.httpx import AsyncTransport
+
+    async def main():
+        ended = asyncio.Event()
+
+        async def stuck(_reader, writer):
+            writer.transport.pause_reading()
+            await ended.wait()
+            writer.close()
+
+        async with (
+            await aio.start_server(stuck, "calc"),
+            httpx.AsyncClient(transport=AsyncTransport(), timeout=0.2) as client,
+        ):
+            # Closing the connection must not wait for the server, which has not taken all.
+            with pytest.raises(httpx.WriteTimeout):
+                await client.post("http://calc/", content=BIG)
+            ended.set()
+
+    run(main())
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_httpx_in_threads(directory):
     import httpx

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import sys
 import time
+from asyncio import _get_running_loop
 from typing import TYPE_CHECKING, Any, Protocol
 
 from shmrpc._native import lib
@@ -16,9 +17,10 @@ from shmrpc.poller import FOREVER, check_timeout
 from shmrpc.session import Body, Stream
 
 from .lending import attach
-from .loop import LoopWaiters, poller_of
+from .loop import LoopWaiters, check_loop, poller_of
 
 if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
     from types import TracebackType
 
@@ -29,6 +31,8 @@ __all__ = ["AsyncReceiver", "Call", "send_item"]
 
 class Channel(Protocol):
     """The client, as far as its calls need it."""
+
+    _loop: AbstractEventLoop
 
     def _remote_error(
         self, connection: Connection, method: str, status: int, body: Body
@@ -192,11 +196,24 @@ class Call(Opened):
             raise Cancelled(msg)
         try:
             result = await begin(self)
+            if result is not self:
+                self._instead = self._replies_of(result)
         except BaseException:
-            self._closed = True
+            self._close()  # it may have been sent
             raise
-        if result is not self:
-            self._instead = result
+
+    def _replies_of(self, result: Any) -> AsyncIterator[Any]:
+        if not hasattr(result, "__aiter__"):
+            kind = type(result).__name__
+            msg = f"an interceptor returned {kind} for {self.method!r}, not an async iterator"
+            raise TypeError(msg)
+        replies: AsyncIterator[Any] = result.__aiter__()
+        return replies
+
+    def _check_own(self) -> None:
+        if self._instead is not None:
+            msg = f"an interceptor answered {self.method!r}: there are its replies to iterate over"
+            raise Error(msg)
 
     def register(self) -> None:
         """Take frames from now on."""
@@ -206,12 +223,18 @@ class Call(Opened):
         """It came to nothing: nobody has seen it."""
         self._connection.session.calls.pop(self.call_id, None)
 
+    def _check_loop(self) -> None:
+        if _get_running_loop() is not self._channel._loop:
+            check_loop(self._channel._loop, repr(self))
+
     # ---- sending ----
 
     async def send(self, item: Any) -> None:
         """Send one message; as ``shmrpc.Call.send``. One task at a time."""
+        self._check_loop()
         if self._begin is not None:
             await self.start()
+        self._check_own()
         stream = self._stream
         if not self._sends or stream.ended or self._closed:
             self._refuse_send()
@@ -256,12 +279,13 @@ class Call(Opened):
 
     async def close_send(self) -> None:
         """Tell the handler that no more messages come. Replies can still be received."""
+        self._check_loop()
         if self._begin is not None:
             await self.start()
         if not self._sends:
             return
         self._sends = False
-        if not self._stream.ended and not self._closed:
+        if self._attached and not self._stream.ended and not self._closed:
             self._connection.send_now(lib.SHMRPC_END, self.call_id)
 
     # ---- receiving ----
@@ -282,6 +306,7 @@ class Call(Opened):
             return await self._instead.__anext__()
         for item in self._receiver._items:
             return item
+        self._check_loop()
         if self._closed and self._error is None:
             raise StopAsyncIteration
         if self._error is not None:
@@ -307,6 +332,7 @@ class Call(Opened):
         """Wait for the handler's result; as ``shmrpc.Call.result``."""
         until = FOREVER if timeout is None else time.monotonic() + check_timeout(timeout)
         await self.close_send()
+        self._check_own()
         if self._error is not None:
             raise self._error
         await self._wait(lambda: self._stream.over or bool(self._stream.runs), until)
@@ -335,6 +361,8 @@ class Call(Opened):
         """``await call.initial_metadata``: what the handler sent before its first reply."""
         if self._begin is not None:
             await self.start()
+        self._check_loop()
+        self._check_own()
         stream = self._stream
         if self._error is None:
             await self._wait(
@@ -364,6 +392,7 @@ class Call(Opened):
 
     async def aclose(self) -> None:
         """Cancel the call unless it is over; iterating ends then."""
+        self._check_loop()
         self._close()
         close = getattr(self._instead, "aclose", None)
         if close is not None:

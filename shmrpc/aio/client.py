@@ -26,6 +26,7 @@ from .shared import SharedPoller, shared_poller
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import TracebackType
 
     from shmrpc.codec import Codec
     from shmrpc.handshake import Agreement, Terms
@@ -245,6 +246,7 @@ class Client(Channel):
 
         Those of waiting and of frames are of all clients of the loop that wait alike.
         """
+        check_loop(self._loop, repr(self))
         link = self._link or await self._connect(time.monotonic() + self._timeout)
         return {**connection_stats(link), "reconnects": self._reconnects}
 
@@ -264,9 +266,22 @@ class Client(Channel):
                 link.send_now(lib.SHMRPC_CANCEL, call_id)
                 pending.lost(errno.EPIPE)
         link.shutdown()
-        if self.handlers is not None:
-            await self.handlers.stop(0)
-        self._leave(link)
+        try:
+            if self.handlers is not None:
+                await self.handlers.stop(0)
+        finally:
+            self._leave(link)
+
+    async def __aenter__(self) -> Client:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "connected" if self._link else "not connected"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from shmrpc._native import lib
 from shmrpc.bytestream import refuse
-from shmrpc.codec import MsgpackCodec, pack_split
+from shmrpc.codec import PACKING_ERRORS, MsgpackCodec, pack_split
 from shmrpc.context import enter_task, leave_task
 from shmrpc.errors import (
     STATUS_NUMBERS,
@@ -23,7 +23,7 @@ from shmrpc.errors import (
     MessageTooLarge,
     RemoteError,
 )
-from shmrpc.failures import Failure, call_checked
+from shmrpc.failures import Failure, call_checked, unsendable_item
 from shmrpc.parcels import Parcel
 from shmrpc.poller import FOREVER, Connection, Running, metadata_of
 from shmrpc.session import Stream
@@ -36,7 +36,7 @@ from .lending import meet_all, meet_now
 from .loop import LoopPoller, LoopWaiters, decoder_of, poller_of
 from .pending import NO_VALUE
 from .replies import Replies
-from .requests import AsyncRequests, ThreadRequests
+from .requests import AsyncRequests, ThreadRequests, wait_for_loop
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -51,6 +51,7 @@ __all__ = ["Handlers"]
 _log = logging.getLogger("shmrpc.server")
 
 _THREADS = 16
+_CANCEL_SECONDS = 1.0  # that cancelled handlers get to end
 _NO_KEYWORDS: dict[str, Any] = {}
 # After a coroutine function had to wait, so many calls of it get a task without trying.
 _WAITS = 32
@@ -147,19 +148,36 @@ class Handlers(Replies):
         return None
 
     async def stop(self, grace: float) -> None:
-        """Let what runs end within ``grace`` seconds, then cancel it."""
-        tasks = [call.task for call in self._running.values() if call.task is not None]
+        """Let what runs end within ``grace`` seconds, then cancel it.
+
+        Cancelling this ends the grace and leaves no handler behind.
+        """
         current = asyncio.current_task()
-        tasks = [task for task in tasks if task is not current]
-        if tasks and grace > 0:
-            await asyncio.wait(tasks, timeout=grace)
+        calls = [call for call in self._running.values() if call.task is not current]
+        tasks = [call.task for call in calls if call.task is not None]
+        try:
+            if tasks and grace > 0:
+                await asyncio.wait(tasks, timeout=grace)
+        finally:
+            try:
+                await self._cancel_all(calls, tasks)
+            finally:
+                self._let_go()
+        await asyncio.sleep(0)  # what was kept ready ends
+
+    async def _cancel_all(self, calls: list[Incoming], tasks: list[asyncio.Task[None]]) -> None:
         for task in tasks:
             task.cancel()
+        for call in calls:
+            if call.stream is not None:
+                call.stream.cancel()  # a thread may wait for the caller's next message
         if tasks:
-            await asyncio.wait(tasks, timeout=1.0)
-        stuck = [task for task in tasks if not task.done()]
+            await asyncio.wait(tasks, timeout=_CANCEL_SECONDS)
+        stuck = sum(not task.done() for task in tasks)
         if stuck:
-            _log.warning("%d handlers still run after the grace of %g s", len(stuck), grace)
+            _log.warning("%d handlers go on, although they were cancelled", stuck)
+
+    def _let_go(self) -> None:
         if self._executor is not None:
             self._executor.shutdown(wait=False, cancel_futures=True)
             self._executor = None
@@ -167,13 +185,11 @@ class Handlers(Replies):
         if self._starter is not None:
             self._starter.close()
             self._starter = None
-            await asyncio.sleep(0)
 
     def meet(self, call: Incoming, steps: Steps[Any]) -> Any:
         """Do what the handler of this call needs: awaitable if that is asynchronous."""
         if asyncio._get_running_loop() is not self._loop:  # it runs on a thread
-            meeting = meet_all(call.connection, steps)
-            return asyncio.run_coroutine_threadsafe(meeting, self._loop).result()
+            return wait_for_loop(self._loop, lambda: meet_all(call.connection, steps))
         if call.method is not None and call.method.inline and not call.method.is_async:
             return meet_now(call.connection, steps)
         return meet_all(call.connection, steps)
@@ -253,6 +269,16 @@ class Handlers(Replies):
             call.value, call.body = value, body or b""
             self._run_inline(call, method)
             return
+        starter = self._starter
+        if starter is None or self._waits.get(index):
+            if starter is not None:
+                self._waits[index] -= 1
+            call.value = value
+            call.started_at = time.monotonic()
+            self._running[connection.conn_id, call_id] = call
+            # The task calls the function: if it is cancelled before that, no coroutine is left.
+            call.task = start_task(self._loop, self._context, self._run(call, method))
+            return
         stage: Stage = "arguments"
         try:
             args, kwargs = value if flags else (value, _NO_KEYWORDS)
@@ -260,14 +286,6 @@ class Handlers(Replies):
             coroutine = method.function(*args, **kwargs)
         except Exception as error:
             self._fail(call, error, stage)
-            return
-        starter = self._starter
-        if starter is None or self._waits.get(index):
-            if starter is not None:
-                self._waits[index] -= 1
-            call.started_at = time.monotonic()
-            self._running[connection.conn_id, call_id] = call
-            call.task = start_task(self._loop, self._context, self._run(call, method, coroutine))
             return
         awaited = starter.step(call, coroutine)
         work = starter.work
@@ -499,9 +517,13 @@ class Handlers(Replies):
 
         try:
             async for item in source:
-                status = await send_item(
-                    call.connection, stream, call.call_id, 0, item, may_send, deadline
-                )
+                try:
+                    status = await send_item(
+                        call.connection, stream, call.call_id, 0, item, may_send, deadline
+                    )
+                except PACKING_ERRORS as error:
+                    name = call.method.name if call.method is not None else ""
+                    raise unsendable_item(name, item, error) from error
                 if status == _EMSGSIZE:
                     peer = call.connection.peer
                     body, sources = pack_split(self._codec, self._pack, item)

@@ -174,7 +174,8 @@ class Server(Hosting):
     async def stop(self, grace: float = 5.0) -> None:
         """Stop: refuse new calls, let those under way end within ``grace`` seconds, hang up.
 
-        Handlers that still run then are cancelled. Safe to call twice.
+        Handlers that still run then are cancelled. Safe to call twice. Cancelling this ends the
+        grace: handlers are cancelled and connections hung up before the error goes on.
         """
         poller, acceptor, handlers = self._poller, self._acceptor, self._handlers
         if poller is None or acceptor is None or handlers is None:
@@ -189,12 +190,18 @@ class Server(Hosting):
             patience = min(grace, _HANDSHAKES_SECONDS)
             await poller.loop.run_in_executor(None, acceptor.retire, patience)
             await asyncio.sleep(0)
-            self._poller = self._handlers = None  # connections that are made now are hung up
-            await self._drain(poller, handlers, grace)
+        except asyncio.CancelledError:
+            grace = 0.0
+            raise
         finally:
-            acceptor.close()  # until here it has answered who asked how far we are
-            self._inspection.stopped()
-            _log.info("stopped")
+            self._poller = self._handlers = None  # connections that are made now are hung up
+            try:
+                await self._drain(poller, handlers, grace)
+            finally:
+                self._hang_up(poller)
+                acceptor.close()  # until here it has answered who asked how far we are
+                self._inspection.stopped()
+                _log.info("stopped")
 
     async def _drain(self, poller: LoopPoller, handlers: Handlers, grace: float) -> None:
         poller.drain()
@@ -203,6 +210,8 @@ class Server(Hosting):
         while poller.stats()["outbox_bytes"] and time.monotonic() < until:
             poller.schedule()
             await asyncio.sleep(0.002)
+
+    def _hang_up(self, poller: LoopPoller) -> None:
         for connection in list(poller.connections.values()):
             for stream in list(connection.session.requests.values()):
                 stream.cancel()

@@ -60,8 +60,8 @@ class ShmTransport(transports._FlowControlMixin):
         self._buffered = 0
         self._rest = memoryview(b"")  # for a BufferedProtocol that paused
         self._paused = self._closing = self._leaving = self._finished = False
-        self._eof_sent = self._eof_seen = False
-        self._sends = True  # what is written now is sent
+        self._eof_sent = self._eof_seen = self._wrote_after_eof = False
+        self._sends = True  # neither half has ended: what is written now is sent
         self._ignored_writes = 0
         self._look_scheduled = False
         self.set_protocol(protocol)
@@ -167,8 +167,8 @@ class ShmTransport(transports._FlowControlMixin):
         broken = stream.overrun or stream.lost_error == errno.EPROTO
         if broken or (stream.lost_error and self._buffer):
             self._fail(self._wire.lost())
-        elif stream.lost_error and self._closing:
-            self._finish(None)
+        elif stream.lost_error and (self._closing or self._wrote_after_eof):
+            self._finish(None)  # the last write may have come too late: there was an end before
 
     def _receive(self, data: bytes) -> None:
         """Bytes have come, behind nothing that waits."""
@@ -180,7 +180,11 @@ class ShmTransport(transports._FlowControlMixin):
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:
-            self._fail(error, "Fatal error: protocol.data_received() call failed.")
+            self._fail_in_protocol(error)
+
+    def _fail_in_protocol(self, error: BaseException) -> None:
+        name = "buffer_updated" if self._fills else "data_received"
+        self._fail(error, f"Fatal error: protocol.{name}() call failed.")
 
     def _deliver(self) -> None:
         try:
@@ -195,7 +199,7 @@ class ShmTransport(transports._FlowControlMixin):
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:
-            self._fail(error, "Fatal error: protocol.data_received() call failed.")
+            self._fail_in_protocol(error)
             return
         if self._paused or self._closing:
             return
@@ -231,6 +235,7 @@ class ShmTransport(transports._FlowControlMixin):
         if self._stream.lost_error == errno.EPROTO:
             return
         self._eof_seen = True
+        self._sends = False
         try:
             keep_open = self._protocol.eof_received()
         except (SystemExit, KeyboardInterrupt):
@@ -261,6 +266,7 @@ class ShmTransport(transports._FlowControlMixin):
             if self._ignored_writes == constants.LOG_THRESHOLD_FOR_CONNLOST_WRITES:
                 _log.warning("%r: writes after the connection was lost", self)
             return
+        self._wrote_after_eof = self._eof_seen
         sent = 0
         if not self._buffer:
             sent = self._try_send(whole)
