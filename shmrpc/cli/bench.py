@@ -17,9 +17,10 @@ from shmrpc.bench.harness import Effort
 from shmrpc.bench.limits import measure_limits
 from shmrpc.bench.machine import environment
 from shmrpc.bench.results import ResultsError, document, read, write
-from shmrpc.bench.tables import notes, rich_table, rows
+from shmrpc.bench.tables import notes, rows
 from shmrpc.bench.verdict import conclusions
 
+from .columns import Columns
 from .errors import CallFailed, Failure
 from .output import console
 
@@ -155,7 +156,7 @@ def _print_comparison(out: Console, comparison: Comparison) -> None:
     title = f"{comparison.topic}: {comparison.case}"
     cells = rows(comparison)
     if cells:
-        out.print(rich_table(title, cells))
+        out.print(Columns(cells, title=title))
     else:
         out.print(title)
     for note in notes(comparison):
@@ -166,7 +167,7 @@ def _print_limits(out: Console, limits: Sequence[Limit]) -> None:
     if limits:
         cells = [["limit", "where", "", "unit"]]
         cells += [[limit.name, limit.where, f"{limit.value:,.2f}", limit.unit] for limit in limits]
-        out.print(rich_table("The machine, from Python", cells))
+        out.print(Columns(cells, title="The machine, from Python", keys=2, left=["where", "unit"]))
 
 
 def _write(
@@ -207,7 +208,14 @@ def _print_changes(out: Console, found: Sequence[Change]) -> int:
                 ]
             )
     if len(cells) > 1:
-        out.print(rich_table("Changes beyond the noise", cells))
+        out.print(
+            Columns(
+                cells,
+                title="Changes beyond the noise",
+                keys=2,
+                left=["contender", "metric"],
+            )
+        )
     slower = sum(change.verdict == "slower" for change in found)
     out.print(f"{len(found)} figures compared, {len(cells) - 1} beyond the noise, {slower} slower.")
     return 1 if slower else 0
