@@ -428,6 +428,7 @@ def test_the_report_is_one_well_formed_page():
     assert "script" not in parser.seen
     outside = [url for url in parser.fetched if url and not url.startswith("#")]
     assert not outside
+    assert "https:" not in text
     for words in ("a machine", "shmrpc bench &lt;it&gt;", "a&lt;b&gt;", "pipe round trip"):
         assert words in text
 
@@ -517,6 +518,9 @@ def test_wrong_usage_is_found_before_anything_is_measured():
             (["--compare", nothing], "can't read"),
             (["--compare", __file__], "no results file"),
             (["tables"], "tables"),
+            (["--seconds", "nan"], "not a positive number"),
+            (["--json", nothing.parent / "none" / "r.json"], "there is no directory"),
+            (["--html", nothing.parent / "none" / "r.html"], "there is no directory"),
         ):
             done = run(*arguments, status=2)
             assert words in done.stderr
@@ -543,3 +547,22 @@ def test_plans_cover_what_is_asked_for():
     measured = list(plan.run(steps.append))
     assert len(steps) == plan.steps
     assert [comparison.case for comparison in measured] == list(plan.cases)
+
+
+def test_who_is_asked_for_is_measured_or_named_everywhere():
+    names = ["shm-aio", "mp-pipe"]
+    usual = suite.plans(["idle", "regimes"], BRIEF, names)
+    assert {plan.steps for plan in usual if plan.topic == "idle"} == {3}  # shm-aio alone
+    effort = Effort(runs=1, seconds=0.01, warm_up_seconds=0.01)
+    [rates] = suite.plans(["rates"], effort, names, asked=True)
+    measured = next(rates.run(lambda _: None))
+    assert set(measured.runs) == {"mp-pipe"}
+    assert "neither paced" in measured.absent["shm-aio"]
+    several = [
+        plan
+        for plan in suite.plans(["regimes"], effort, ["mp-pipe"], asked=True)
+        if plan.cases == ("one server, 8 clients",)
+    ]
+    for plan in several:  # where there are two CPUs
+        [comparison] = plan.run(lambda _: None)
+        assert "between two processes" in comparison.absent["mp-pipe"]

@@ -21,6 +21,7 @@ from shmrpc.bench.machine import describe_machine
 from .columns import Columns
 from .errors import CallFailed, Ended, explain
 from .measure import PAYLOAD_BYTES, Figures, measure
+from .options import check_seconds
 from .output import console, microseconds
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 @click.option(
     "--seconds",
     type=click.FloatRange(0.3, 300.0),
+    callback=check_seconds,
     default=7.5,
     show_default=True,
     help="How long to measure, all transports together.",
