@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -318,6 +319,22 @@ def test_a_change_beyond_the_noise_is_found():
     assert found["shm", "cpu_us"] == "same"
     found = verdicts(old, comparison_of({"raw-uds": [100, 101, 99], "shm": [700, 707, 693]}))
     assert found["shm", "calls_per_s"] == "faster"
+
+
+@pytest.mark.parametrize("count", [3, 5, 10])
+def test_chance_is_no_change_and_half_the_speed_is_one(count):
+    chance = random.Random(7)
+
+    def changed(factor):
+        def measured(times):
+            rates = [1000 * times * chance.gauss(1, 0.1) for _ in range(count)]
+            return comparison_of({"shm": rates})
+
+        found = [verdicts(measured(1), measured(factor))["shm", "calls_per_s"] for _ in range(1000)]
+        return 1 - found.count("same") / len(found)
+
+    assert changed(1) < 0.015
+    assert changed(0.5) > 0.95
 
 
 def test_what_the_machine_does_to_all_is_no_change():
