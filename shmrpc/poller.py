@@ -256,8 +256,13 @@ class Connection:
             self.watch()
         self.session.calls[call_id] = pending
         if self.retired and not self.closed:
-            # Another thread hangs up just now, and may have forgotten us: our end has to be told.
+            # Another thread hangs up just now, and may have forgotten us: our end has to be told,
+            # and what became of this call. (Its thread has a slot: the core still knows.)
             self.poller.connections[self.conn_id] = self
+            if self._probe is None:
+                self._probe = Slot(self)
+                if self.error:  # it has ended just now
+                    self._probe = None
 
     def watch(self) -> None:
         """Keep what tells the outcome of calls after the connection's end."""

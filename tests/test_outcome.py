@@ -27,6 +27,7 @@ from conftest import address_of, in_threads, pause, shm_names, wait_until
 from mortal import LINE_BYTES, WORKERS
 
 import shmrpc
+from shmrpc._native import lib
 
 KILLS = max(2000, int(os.environ.get("SHMRPC_KILLS", "0")))
 SAFE = {"not_sent", "not_started", "not_connected"}  # what is called so has not run
@@ -315,6 +316,32 @@ def test_sender_that_waits_longer_than_its_call_takes(pool, mortals, connect, di
     assert first.result(20) == ("unknown" if how == "notify" else "done")
     assert second.result(20) == "unknown"
     assert third.result(20) == "not_sent"
+
+
+class _Call:
+    """A call that is about to be sent."""
+
+    def replied(self, status, metadata, body):
+        raise AssertionError
+
+    def lost(self, error):
+        """Its thread will see that."""
+
+
+def test_thread_that_registers_its_call_when_another_one_has_hung_up(mortals, connect, directory):
+    """It used to be told that the call may have run, whatever had become of it."""
+    server = mortals.start(address_of("shm", directory))
+    client = connect(server.address)
+    client.ping()
+    connection = client._link
+    connection.register(1, _Call())  # as any call before
+    connection.session.calls.clear()
+    slot = connection.slot()
+    server.kill()
+    client._drop(connection)  # by a thread whose call found the server dead
+    connection.register(2, _Call())
+    assert connection.outcome(2, 1 << 40) == lib.SHMRPC_NOT_SENT
+    connection.slots.append(slot)
 
 
 # ---- storms ----

@@ -188,10 +188,10 @@ class Channel(ABC):
         connection = self._link
         if connection is None or kwargs or timeout is not None or metadata is not None:
             return await self._call_with(method, args, kwargs, timeout, metadata)
-        serves = task_source(None) is not None and inherited_deadline() is not None
-        if serves or not self._loop.is_running():
+        if task_source(None) is not None and inherited_deadline() is not None:
             return await self._call_with(method, args, kwargs, timeout, metadata)
-        if get_ident() != self._thread:
+        poller: LoopPoller = connection.poller  # type: ignore[assignment]
+        if get_ident() != self._thread or not (poller.in_turn or self._loop.is_running()):
             check_loop(self._loop, repr(self))
         # From here on it is _call_with for a call that has nothing but arguments.
         try:
@@ -225,12 +225,16 @@ class Channel(ABC):
         if large:
             del slot, slots
             return await self._call_with(method, args, kwargs, timeout, metadata)
-        pending = Pending(connection, self._loop)
+        session = connection.session
+        pending = Pending()  # as Pending.of
+        pending.connection = connection
+        pending._loop = self._loop
+        pending.call_id = call_id = session.next_id()
         if connection.retired or not connection.watched:
             pending.register()
         else:
-            connection.session.calls[pending.call_id] = pending
-        position = _send_request(slot.c, pending.call_id, name, body, size)
+            session.calls[call_id] = pending
+        position = _send_request(slot.c, call_id, name, body, size)
         del slot, slots  # the frames of an exception that somebody keeps would keep the connection
         if position < 0:
             pending.unregister()
@@ -239,7 +243,6 @@ class Channel(ABC):
             self._drop(connection)
             return await self._call_with(method, args, kwargs, timeout, metadata)
         pending.sent_at = position >> 2
-        poller: LoopPoller = connection.poller  # type: ignore[assignment]
         if not poller.scheduled:
             poller.schedule()
         try:
@@ -297,7 +300,7 @@ class Channel(ABC):
                         lib.shmrpc_detach(slot.c)
                         connection.slots.append(slot)
                         continue
-                pending = Pending(connection, self._loop)
+                pending = Pending.of(connection, self._loop)
                 flags = lib.SHMRPC_FLAG_KEYWORDS if kwargs else 0
                 status = self._send_request(
                     slot, pending, _REQUEST, flags, name, beside, body, deadline
@@ -434,7 +437,7 @@ class Channel(ABC):
         start = time.perf_counter()
 
         def make(connection: Connection) -> Probe:
-            return Probe(connection, self._loop)
+            return Probe.of(connection, self._loop)
 
         pending = await self._send(lib.SHMRPC_PING, 0, "ping", (), {}, deadline, None, make)
         await self._wait_reply(pending, "ping", deadline)

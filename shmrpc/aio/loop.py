@@ -185,7 +185,8 @@ class LoopPoller(Poller):
         self._renew_unpacker()
         # Where the batch begins in what the unpacker was fed, and where its bodies end.
         self._origin = self._bodies_end = 0
-        self.scheduled = False
+        self.scheduled = False  # a turn is due, or goes on
+        self.in_turn = False
         self._quiet = 0
         self._long = 0  # so many batches may take long
         self._last_poll = 0.0
@@ -259,17 +260,22 @@ class LoopPoller(Poller):
 
     def _iterate(self) -> None:
         """A turn, and what has to follow it."""
-        self.scheduled = False
         if not self.active:
             return
+        self.scheduled = self.in_turn = True  # who asks for a turn has it: this one polls again
+        more = True
         try:
-            self._take_turn()
-        except BaseException:  # it ends the loop for now, which may run again
-            self.schedule()
-            raise
+            more = self._take_turn()
+        finally:  # also after an exception: it ends the loop for now, which may run again
+            self.scheduled = self.in_turn = False
+            if more:
+                self.schedule()
 
-    def _take_turn(self) -> None:
-        """Poll, run what that brings, and go on for a while unless something else wants to run."""
+    def _take_turn(self) -> bool:
+        """Poll, run what that brings, and go on for a while unless something else wants to run.
+
+        Returns whether there is to be another turn; else the loop watches the descriptor.
+        """
         self._take_batch()  # nothing, unless an exception came between
         now = monotonic()
         busy = now - self._last_poll > _BUSY_SECONDS if self._hidden else bool(self._ready)
@@ -298,9 +304,9 @@ class LoopPoller(Poller):
         if status == _NOTHING and self._quiet < _QUIET_MAX:
             self._quiet += 1
         elif status <= 0 and status != _EVENTS and lib.shmrpc_arm(self._taker):
-            return
+            return False
         self._last_poll = now
-        self.schedule()
+        return True
 
     def _begin_batch(self, status: int) -> None:
         """Plain messages have come."""

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
     from contextvars import Context
 
+    from typing_extensions import Self
+
     from shmrpc.poller import Connection
     from shmrpc.session import Body
 
@@ -27,6 +29,9 @@ class Pending:
     it, which costs as much as all the rest of receiving a reply.
     """
 
+    connection: Connection
+    call_id: int
+    _loop: asyncio.AbstractEventLoop
     _asyncio_future_blocking = True  # how a task knows what it may wait for
     position: Sequence[int] | None = None  # see the core's shmrpc_outcome_of
     sent_at = NOT_SENT[0]  # the same, as far as it is known without that
@@ -38,10 +43,15 @@ class Pending:
     callback: Callable[[Any], None] | None = None  # runs the task on ...
     context: Context | None = None  # ... in this context
 
-    def __init__(self, connection: Connection, loop: asyncio.AbstractEventLoop) -> None:
-        self.connection = connection
-        self.call_id: int = connection.session.next_id()
-        self._loop = loop
+    # No __init__: to call that would take longer than all that it did.
+
+    @classmethod
+    def of(cls, connection: Connection, loop: asyncio.AbstractEventLoop) -> Self:
+        """One for the next call on this connection."""
+        pending = cls()
+        pending.connection, pending._loop = connection, loop
+        pending.call_id = connection.session.next_id()
+        return pending
 
     def register(self) -> None:
         """Take the reply from now on."""
@@ -106,3 +116,12 @@ class Pending:
 
 class Probe(Pending):
     """A ping: its reply has no body."""
+
+
+# CPython keeps attributes in the object, without a dict, if the first instances of its class had
+# them all. The first ones may be many calls that nobody has answered yet: then all that is set when
+# a reply comes would cost every call of the process a dict.
+_first = Pending()
+for _name in ("_asyncio_future_blocking", "sent_at", "status", *Pending.__annotations__):
+    setattr(_first, _name, None)
+del _first, _name
