@@ -12,8 +12,12 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-import httpcore
-import httpx
+try:
+    import httpcore
+    import httpx
+except ImportError as error:
+    msg = f"shmrpc.httpx needs httpx ({error}): pip install 'shmrpc[httpx]'"
+    raise ImportError(msg) from error
 
 from shmrpc import aio
 from shmrpc.address import parse

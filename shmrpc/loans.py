@@ -87,8 +87,11 @@ def _give_back(
 
 def making(connection: Connection, shape: Any, dtype: Any, deadline: float) -> Steps[Any]:
     """As ``empty``, for who meets its needs in another way."""
-    from . import arrays
-
+    try:
+        from . import arrays
+    except ImportError as error:
+        msg = f"empty() makes a numpy array ({error}): pip install 'shmrpc[numpy]', or use loan()"
+        raise ImportError(msg) from error
     nbytes, make = arrays.plan(shape, dtype)
     view = yield from borrowing(connection, nbytes, deadline)
     return make(view)

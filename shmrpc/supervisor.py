@@ -32,13 +32,16 @@ from .rendezvous import Listener
 from .sharing import LoadTable, Sharing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from .handshake import Terms
 
-__all__ = ["Supervisor", "die_with_parent", "join_supervisor"]
+__all__ = ["GROUP_SIGNALS", "Supervisor", "die_with_parent", "join_supervisor"]
 
 _log = logging.getLogger("shmrpc.supervisor")
+
+GROUP_SIGNALS = (signal.SIGINT, signal.SIGHUP)
+"""What a terminal sends to all processes. The supervisor decides what it means."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 _YOUNG_SECONDS = 10.0  # who ends before has failed: the next one waits longer
@@ -224,7 +227,7 @@ class Supervisor:
             for name, value in os.environ.items()
             if name not in ("NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES")
         }
-        with theirs:
+        with theirs, _deaf():
             try:
                 process = subprocess.Popen(  # noqa: S603
                     [*self.command, str(theirs.fileno()), str(os.getpid())],
@@ -366,6 +369,20 @@ class Supervisor:
 
 def _note(_number: int, _frame: object) -> None:
     """Do nothing: the wakeup descriptor has the number."""
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """Start a worker with what comes to the whole group blocked, until it has said how it takes it.
+
+    Else Ctrl-C and a terminal's end would hit it while it is importing. What comes to us meanwhile
+    comes afterwards.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _signal_name(number: int) -> str:

@@ -149,22 +149,28 @@ class Worker:
             pack = self._pack_beside
             status = _next(slot)
 
-    def serve_queued(self, done: Callable[[Worker], None]) -> None:
+    def serve_queued(self, mine: list[Worker], done: Callable[[list[Worker]], None]) -> None:
         """Run a request that is queued, in a thread that waits for something else.
 
         A stream gets a thread of its own: its next message may depend on what this one does next.
         What interrupts the main thread in a handler, such as Ctrl-C, is not for the handler alone:
-        it is raised here, too.
+        it is raised here, too. ``mine`` has this worker until another thread or ``done`` takes it.
         """
         if lib.shmrpc_next_queued(self._slot) == lib.SHMRPC_MESSAGE:
             if self._message.flags & lib.SHMRPC_FLAG_STREAM:
-                lib.shmrpc_disown(self._slot)
-                threading.Thread(
-                    target=self._run_elsewhere, args=(done,), name="shmrpc-stream", daemon=True
-                ).start()
+                self._hand_over(mine, done, "shmrpc-stream")
                 return
             self._run_here()
-        done(self)
+        done(mine)
+
+    def _hand_over(
+        self, mine: list[Worker], done: Callable[[list[Worker]], None], name: str
+    ) -> None:
+        """Run the request that was taken in a thread of its own."""
+        lib.shmrpc_disown(self._slot)
+        threading.Thread(
+            target=self._run_elsewhere, args=(mine, done), name=name, daemon=True
+        ).start()
 
     def _run_here(self) -> None:
         before = enter_worker(self)
@@ -179,10 +185,12 @@ class Worker:
             self._interruption = None
             leave_worker(before)
 
-    def _run_elsewhere(self, done: Callable[[Worker], None]) -> None:
+    def _run_elsewhere(self, mine: list[Worker], done: Callable[[list[Worker]], None]) -> None:
+        if not taken(mine):
+            return  # who started us was interrupted meanwhile, and has ended this worker
         lib.shmrpc_adopt(self._slot)
         self._run_here()
-        done(self)
+        done([self])
 
     def _special(self, status: int) -> None:
         """Whatever is not a plain request."""
@@ -494,8 +502,10 @@ class Worker:
     # ---- for current_call() ----
 
     def context(self) -> CallContext | None:
-        """The call that runs now."""
-        message = self._message
+        """The call that runs now; None after an interruption that came before ``leave_worker``."""
+        message = self.__dict__.get("_message")
+        if message is None:
+            return None
         context = self._context
         if context is None or not self._is_current(context):
             self._forget_context()
@@ -604,6 +614,14 @@ class Worker:
         )
 
 
+def taken(mine: list[Worker]) -> list[Worker]:
+    """What nobody else has taken out before: at once, whatever other threads do."""
+    try:
+        return [mine.pop()]
+    except IndexError:
+        return []
+
+
 class InlineWorkers:
     """Workers for threads that wait on a client's poller and serve requests meanwhile."""
 
@@ -623,21 +641,26 @@ class InlineWorkers:
             if poller is None:
                 return
             worker = self._new(poller)
+        # An interruption (Ctrl-C) may come when the worker is another thread's already, or free
+        # again. So it belongs to whoever takes it out of this list, and nobody else touches it.
+        mine = [worker]
         try:
-            worker.serve_queued(self._take_back)
+            worker.serve_queued(mine, self._take_back)
         except BaseException:
-            worker.end()
+            for worker in taken(mine):
+                worker.end()
             raise
 
     def _new(self, poller: Poller) -> Worker:
         return Worker(self._host, poller)
 
-    def _take_back(self, worker: Worker) -> None:
+    def _take_back(self, mine: list[Worker]) -> None:
         with self._lock:
             if not self._ended:
-                self._free.append(worker)
+                self._free += taken(mine)
                 return
-        worker.end()
+        for worker in taken(mine):
+            worker.end()
 
     def end(self) -> None:
         """The connection has ended: there will be nothing to run."""

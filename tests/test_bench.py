@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -221,9 +222,10 @@ class Clock:
         return self.now
 
 
-def paced(durations, *, interval=100, stop=1000, oversleep=()):
+def paced(durations, *, interval=100, stop=1000, oversleep=(), now=0):
     """Run paced calls that take the given times; gives the laps and when each call began."""
     clock = Clock()
+    clock.now = now
     durations, oversleep = iter(durations), iter(oversleep)
     begun = []
 
@@ -270,6 +272,13 @@ def test_sleeping_too_long_is_not_the_contenders_fault():
     assert laps.calls == 10
 
 
+def test_who_comes_after_the_window_makes_a_call_all_the_same():
+    """The warm-up's last call took longer than the window: there are figures, if bad ones."""
+    laps, begun = paced([30] * 10, now=2000)
+    assert begun == [2000]
+    assert (list(laps.samples), laps.calls, laps.elapsed_ns) == ([30], 1, 30)
+
+
 def test_a_wrong_reply_is_noticed_while_paced():
     with pytest.raises(WrongPayloadError):
         paced_laps(lambda _: b"", PAYLOAD, 100, 0, 1000, lambda due: (due, 0), Clock())
@@ -310,6 +319,22 @@ def test_a_change_beyond_the_noise_is_found():
     assert found["shm", "cpu_us"] == "same"
     found = verdicts(old, comparison_of({"raw-uds": [100, 101, 99], "shm": [700, 707, 693]}))
     assert found["shm", "calls_per_s"] == "faster"
+
+
+@pytest.mark.parametrize("count", [3, 5, 10])
+def test_chance_is_no_change_and_half_the_speed_is_one(count):
+    chance = random.Random(7)
+
+    def changed(factor):
+        def measured(times):
+            rates = [1000 * times * chance.gauss(1, 0.1) for _ in range(count)]
+            return comparison_of({"shm": rates})
+
+        found = [verdicts(measured(1), measured(factor))["shm", "calls_per_s"] for _ in range(1000)]
+        return 1 - found.count("same") / len(found)
+
+    assert changed(1) < 0.015
+    assert changed(0.5) > 0.95
 
 
 def test_what_the_machine_does_to_all_is_no_change():
@@ -428,6 +453,7 @@ def test_the_report_is_one_well_formed_page():
     assert "script" not in parser.seen
     outside = [url for url in parser.fetched if url and not url.startswith("#")]
     assert not outside
+    assert "https:" not in text
     for words in ("a machine", "shmrpc bench &lt;it&gt;", "a&lt;b&gt;", "pipe round trip"):
         assert words in text
 
@@ -517,6 +543,9 @@ def test_wrong_usage_is_found_before_anything_is_measured():
             (["--compare", nothing], "can't read"),
             (["--compare", __file__], "no results file"),
             (["tables"], "tables"),
+            (["--seconds", "nan"], "not a positive number"),
+            (["--json", nothing.parent / "none" / "r.json"], "there is no directory"),
+            (["--html", nothing.parent / "none" / "r.html"], "there is no directory"),
         ):
             done = run(*arguments, status=2)
             assert words in done.stderr
@@ -543,3 +572,22 @@ def test_plans_cover_what_is_asked_for():
     measured = list(plan.run(steps.append))
     assert len(steps) == plan.steps
     assert [comparison.case for comparison in measured] == list(plan.cases)
+
+
+def test_who_is_asked_for_is_measured_or_named_everywhere():
+    names = ["shm-aio", "mp-pipe"]
+    usual = suite.plans(["idle", "regimes"], BRIEF, names)
+    assert {plan.steps for plan in usual if plan.topic == "idle"} == {3}  # shm-aio alone
+    effort = Effort(runs=1, seconds=0.01, warm_up_seconds=0.01)
+    [rates] = suite.plans(["rates"], effort, names, asked=True)
+    measured = next(rates.run(lambda _: None))
+    assert set(measured.runs) == {"mp-pipe"}
+    assert "neither paced" in measured.absent["shm-aio"]
+    several = [
+        plan
+        for plan in suite.plans(["regimes"], effort, ["mp-pipe"], asked=True)
+        if plan.cases == ("one server, 8 clients",)
+    ]
+    for plan in several:  # where there are two CPUs
+        [comparison] = plan.run(lambda _: None)
+        assert "between two processes" in comparison.absent["mp-pipe"]

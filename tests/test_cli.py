@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from command import Place, assert_complains
+from command import COMMAND, Place, assert_complains
 from conftest import short_directory, wait_until
 
 import shmrpc
@@ -185,6 +185,25 @@ def test_output_that_nobody_takes(place, reader):
     assert result.stderr == (
         "" if reader == "closed pipe" else "shmrpc: can't write the output: no space is left\n"
     )
+
+
+WITHOUT = ["sh", "-c", 'exec "$@" <&- >&-', "sh", *COMMAND]
+
+
+@pytest.mark.parametrize("args", [["--help"], ["ls"], ["call", "calc", "add", "1", "2"]])
+def test_without_standard_streams(place, calc, args):
+    """No socket gets the number of one that is closed: what is printed would go to a peer."""
+    result = place.run(*args, command=WITHOUT)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_a_server_without_standard_streams(fresh):
+    with fresh.popen("serve", "calc", command=WITHOUT) as server:
+        assert server.stderr.readline().startswith("serving ")
+        for fd in (0, 1):
+            assert os.readlink(f"/proc/{server.pid}/fd/{fd}") == os.devnull
+        server.terminate()
+        assert server.wait(40) == 0
 
 
 # ---- call ----

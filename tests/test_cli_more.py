@@ -59,6 +59,10 @@ def first(requests):
 def hold():
     release.wait()
 
+@server.method(name="two words")
+def two_words():
+    pass
+
 kept = []
 
 @server.method
@@ -427,21 +431,41 @@ def test_the_script_for_no_shell(place):
     assert_complains(place.run("completion", "csh"), 2, "csh", "--help")
 
 
-def test_bash_takes_the_script(place, work):
-    """What bash itself offers after <Tab>."""
+@pytest.mark.parametrize(
+    "line, offered",
+    [
+        ("shmrpc call work cou", ["count"]),
+        ("shmrpc call tcp://127.0.0.1:PORT cou", ["count"]),
+        ("shmrpc call shm://DIRECTORY/work.sock cou", ["count"]),
+        ("shmrpc ping shm://wo", ["//work"]),
+        ("shmrpc ping shm:", ["//work"]),
+        ("shmrpc call work ", None),
+        ("shmrpc call work 'cou", ["count"]),
+    ],
+)
+def test_bash_completes(place, work, line, offered):
+    """What bash itself makes of the line after <Tab>; it takes words apart at colons."""
+    port = re.search(r"tcp://127.0.0.1:(\d+)", work.banner)[1]
+    line = line.replace("PORT", port).replace("DIRECTORY", place.sockets)
+    words = [word for part in line.split(" ") for word in re.split("(:)", part) if word]
+    words += [""] if line[-1].isspace() else []
     ask = """
 eval "$(shmrpc completion bash)"
-COMP_WORDS=(shmrpc call work cou) COMP_CWORD=3
+COMP_LINE=$1 COMP_POINT=${#1} COMP_CWORD=$(($# - 2))
+COMP_WORDS=("${@:2}")
 _shmrpc_completion shmrpc
-echo "${COMPREPLY[@]}"
+printf '%s\\n' "${COMPREPLY[@]}"
 """
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     run = subprocess.run(
-        ["bash", "--norc", "-c", ask],
+        ["bash", "--norc", "-c", ask, "bash", line, *words],
         env={**place.env, "PATH": path},
         capture_output=True,
         text=True,
         timeout=40,
         check=True,
     )
-    assert run.stdout.split() == ["count"]
+    assert run.stderr == ""
+    found = run.stdout.splitlines()
+    assert found == offered if offered else {"count", "add", "shmrpc.stats"} <= set(found)
+    assert "two words" not in found

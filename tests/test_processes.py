@@ -202,6 +202,18 @@ def test_one_process_and_ctrl_c(workers):
     assert os.listdir(workers.sockets) == []
 
 
+def test_ctrl_c_while_workers_start(workers):
+    """A terminal sends it to all of the group: workers that are importing leave it to the first."""
+    for tries in range(3):
+        process = workers.popen("serve", "work", "--processes", "2", start_new_session=True)
+        wait_until(psutil.Process(process.pid).children)
+        time.sleep(tries * 0.05)  # each time somewhere else in their imports
+        os.killpg(process.pid, signal.SIGINT)
+        _, complaints = process.communicate(timeout=40)
+        assert "Traceback" not in complaints
+        assert process.returncode == 0, complaints
+
+
 def test_errors_name_the_worker(workers):
     workers.start(count=2)
     with shmrpc.connect(workers.address) as client:

@@ -359,6 +359,9 @@ def test_upstream_that_is_not_there_yet(run, service, connect, directory):
     with pytest.raises(shmrpc.ConnectionLost, match="start it") as caught:
         client.call("add", 1, 2)
     assert caught.value.outcome == "not_started"
+    with pytest.raises(shmrpc.ConnectionLost) as described:  # as the command asks first
+        client.call("shmrpc.describe", "echo")
+    assert described.value.outcome == "not_started"
     service(f"shm://{directory}/late")
     assert client.call("add", 1, 2) == 3
     assert client.stats()["reconnects"] == 0  # that was between the sidecar and the server

@@ -186,6 +186,8 @@ def test_a_relay_passes_it_on(client, other, common, tag):
 @pytest.mark.parametrize("give_up", [by_close, by_cancel, by_closing_the_client])
 def test_given_up_by_another_thread(client, other, tag, waits_in, give_up):
     call = client.open("reluctant", tag)
+    # Given up before it has started it never would, and have no end.
+    wait_until(lambda: other.call("trace", tag) is not None)
     entered = threading.Event()
     ended = []
 

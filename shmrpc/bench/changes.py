@@ -2,7 +2,8 @@
 
 Machines are not the same a day later, so a contender's figure is first divided by the bare Unix
 socket's of the same case, run by run; only that one's own are compared as they are. The noise is
-how far the runs were apart, in the old and the new file together, and never less than 5 %.
+how far the runs were apart, in the old and the new file together, the less the more runs there are,
+and never less than 5 %.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ REFERENCE = "raw-uds"
 _NOISE_MIN = 0.05
 _NOISE_OF_FEW_RUNS = 0.25
 _RUNS_ENOUGH = 3
+_RANGE_SHARE = 4.0
+"""Of the runs' range, divided by their number, that is noise. The range of three runs often is much
+smaller than that of ten; with this, one figure in a hundred at most moves by chance, with 3 to 10
+normally distributed runs on each side, and one that doubles is found (tests/test_bench.py)."""
 _HIGHER_IS_BETTER = {"calls_per_s", "items_per_s", "bytes_per_s"}
 _COMPARED = ("calls_per_s", "items_per_s", "bytes_per_s", "cpu_us", "cpu_ms")
 _COMPARED_PACED = ("p50_us", "p99_us", "cpu_us")
@@ -65,7 +70,11 @@ def _noise(*files: Sequence[float]) -> float:
     if min(map(len, files)) < _RUNS_ENOUGH:
         return _NOISE_OF_FEW_RUNS
     return max(
-        _NOISE_MIN, sum((max(values) - min(values)) / 2 / median(values) for values in files)
+        _NOISE_MIN,
+        sum(
+            (max(values) - min(values)) * _RANGE_SHARE / len(values) / median(values)
+            for values in files
+        ),
     )
 
 

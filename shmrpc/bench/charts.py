@@ -26,6 +26,8 @@ _STYLE: dict[Any, Any] = {
     "axes.grid": True,
     "grid.alpha": 0.3,
 }
+_NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+"""What would name matplotlib and its site: the report refers to nothing outside."""
 _MARKERS = "osD^v<>pP*XhH"
 
 
@@ -35,7 +37,7 @@ def _svg(name: str, draw: Callable[[Figure], None], size: tuple[float, float]) -
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
         out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None})
+        figure.savefig(out, format="svg", metadata=_NO_METADATA)
     text = out.getvalue()
     return text[text.index("<svg") :]
 

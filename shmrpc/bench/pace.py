@@ -70,7 +70,8 @@ def paced_laps(
     begun_ns = max(now, start_ns)  # the warm-up's last call may have ended late
     due = float(begun_ns)
     late = 0.0  # how far we are behind because of our own sleep
-    while due < stop_ns and now < stop_ns:
+    # One at least: the warm-up's last call may have ended after the window, too.
+    while not calls or (due < stop_ns and now < stop_ns):
         if now < due:
             now, spun_ns = wait(int(due))
             waiting_cpu_ns += spun_ns

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from . import regimes as circumstances
 from .contenders import AsyncContender, home_of, load
@@ -13,7 +13,7 @@ from .figures import Comparison
 from .harness import Crowd, Effort, Load, Placement, compare, compare_loads, compare_quiet
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
     from .harness import Step
     from .regimes import Regime
@@ -85,7 +85,13 @@ def _loads_plan(
     return Plan(topic, cases, len(loads) * (effort.runs + 1) * len(contenders), run)
 
 
-def _sizes(contenders: Sequence[str], effort: Effort) -> list[Plan]:
+def _usual(contenders: Sequence[str], usual: Collection[str], *, asked: bool) -> list[str]:
+    """Those that are measured here unless somebody asks for others."""
+    return [name for name in contenders if asked or name in usual]
+
+
+def _sizes(contenders: Sequence[str], effort: Effort, *, asked: bool) -> list[Plan]:
+    _ = asked
     loads = [
         (f"{circumstances.size_name(size)}, one at a time", Load(size))
         for size in circumstances.SIZES
@@ -93,7 +99,8 @@ def _sizes(contenders: Sequence[str], effort: Effort) -> list[Plan]:
     return [_loads_plan("sizes", loads, contenders, effort)]
 
 
-def _inflight(contenders: Sequence[str], effort: Effort) -> list[Plan]:
+def _inflight(contenders: Sequence[str], effort: Effort, *, asked: bool) -> list[Plan]:
+    _ = asked
     depths = {size: circumstances.depth_for(size) for size in circumstances.SIZES}
     loads = [
         (f"{circumstances.size_name(size)}, {depth} in flight", Load(size, depth))
@@ -102,17 +109,17 @@ def _inflight(contenders: Sequence[str], effort: Effort) -> list[Plan]:
     return [_loads_plan("inflight", loads, contenders, effort)]
 
 
-def _regimes(contenders: Sequence[str], effort: Effort) -> list[Plan]:
+def _regimes(contenders: Sequence[str], effort: Effort, *, asked: bool) -> list[Plan]:
     """Give crowds to those that are most used only: each takes a process per client."""
-    crowded = [name for name in contenders if name in _CROWDED]
+    crowded = _usual(contenders, _CROWDED, asked=asked)
     return [
         _regime_plan("regimes", regime, contenders if regime.crowd == Crowd() else crowded, effort)
         for regime in circumstances.regimes()
     ]
 
 
-def _rates(contenders: Sequence[str], effort: Effort) -> list[Plan]:
-    sync = [name for name in contenders if not _is_async(name)]
+def _rates(contenders: Sequence[str], effort: Effort, *, asked: bool) -> list[Plan]:
+    sync = [name for name in contenders if asked or not _is_async(name)]
     loads = [(f"{rate:,} calls/s", Load(rate=rate)) for rate in circumstances.RATES]
     return [_loads_plan("rates", loads, sync, effort)]
 
@@ -124,9 +131,9 @@ def _is_async(name: str) -> bool:
         return False  # it will be reported as missing
 
 
-def _idle(contenders: Sequence[str], effort: Effort) -> list[Plan]:
+def _idle(contenders: Sequence[str], effort: Effort, *, asked: bool) -> list[Plan]:
     _ = effort
-    resting = [name for name in contenders if name in _RESTING]
+    resting = _usual(contenders, _RESTING, asked=asked)
     return [idle_plan(count, resting) for count in (1, circumstances.IDLE_CONNECTIONS)]
 
 
@@ -143,7 +150,11 @@ def idle_plan(connections: int, contenders: Sequence[str], seconds: float = _QUI
     return Plan("idle", (case,), 3 * len(contenders), run)
 
 
-TOPICS: dict[str, Callable[[Sequence[str], Effort], list[Plan]]] = {
+class _Topic(Protocol):
+    def __call__(self, contenders: Sequence[str], effort: Effort, *, asked: bool) -> list[Plan]: ...
+
+
+TOPICS: dict[str, _Topic] = {
     "sizes": _sizes,
     "inflight": _inflight,
     "regimes": _regimes,
@@ -153,16 +164,27 @@ TOPICS: dict[str, Callable[[Sequence[str], Effort], list[Plan]]] = {
 
 
 def plans(
-    topics: Sequence[str], effort: Effort, contenders: Sequence[str] | None = None
+    topics: Sequence[str],
+    effort: Effort,
+    contenders: Sequence[str] | None = None,
+    *,
+    asked: bool = False,
 ) -> list[Plan]:
-    """Plan topics, all if none is named; without `contenders`, all that are registered."""
+    """Plan topics, all if none is named; without `contenders`, all that are registered.
+
+    With `asked` somebody wants these contenders everywhere; else each topic has those that are
+    usual there.
+    """
     chosen = list(contenders or all_contenders())
-    return [plan for topic in topics or TOPICS for plan in TOPICS[topic](chosen, effort)]
+    found = [TOPICS[topic](chosen, effort, asked=asked) for topic in topics or TOPICS]
+    return [plan for plans_of_topic in found for plan in plans_of_topic]
 
 
-def quick_plans(effort: Effort = QUICK_EFFORT, contenders: Sequence[str] = QUICK) -> list[Plan]:
+def quick_plans(
+    effort: Effort = QUICK_EFFORT, contenders: Sequence[str] = QUICK, *, asked: bool = False
+) -> list[Plan]:
     """Plan what decides whether shmrpc is worth it here, for less than a minute."""
-    two = [name for name in contenders if name in {"shm", "raw-uds"}]
+    two = _usual(contenders, ("shm", "raw-uds"), asked=asked)
     regime_plan = partial(_regime_plan, "regimes", effort=effort)
     sizes = [("64 B, one at a time", Load()), ("64 KB, one at a time", Load(64 << 10))]
     found = [

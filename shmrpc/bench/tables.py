@@ -8,11 +8,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from rich.table import Table
-
     from .figures import Comparison
 
-__all__ = ["COLUMNS", "notes", "rich_table", "rows", "spread"]
+__all__ = ["COLUMNS", "notes", "rows", "spread"]
 
 COLUMNS = {
     "calls_per_s": ("calls/s", "{:,.0f}"),
@@ -63,23 +61,3 @@ def notes(comparison: Comparison) -> list[str]:
     """Say who is missing, and why."""
     absent = [f"{name}: not here ({why})" for name, why in comparison.absent.items()]
     return absent + [f"{name}: FAILED ({why})" for name, why in comparison.failed.items()]
-
-
-def rich_table(title: str, cells: Sequence[Sequence[str]], caption: str = "") -> Table:
-    """Make a table of a heading and rows: the first column to the left, the others to the right."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(
-        title=title,
-        caption=caption or None,
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-    )
-    heading, *body = cells
-    for number, name in enumerate(heading):
-        table.add_column(name, justify="right" if number else "left")
-    for row in body:
-        table.add_row(*row)
-    return table

@@ -20,6 +20,7 @@ def main() -> None:
     answered); 2 wrong usage or input, or no connection; 130 interrupted.
     """
     try:
+        _open_standard_streams()
         # Here, so that Ctrl-C is no traceback even while click is being imported.
         from .root import run
 
@@ -33,3 +34,18 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         status = 1
     sys.exit(status)
+
+
+def _open_standard_streams() -> None:
+    """Put /dev/null where we were started without one of them, as by ``shmrpc ls >&-``.
+
+    Else a socket would get that number, and what somebody prints would go to a peer.
+    """
+    for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != fd:
+                os.dup2(null, fd)
+                os.close(null)
+            os.set_inheritable(fd, True)
+            setattr(sys, name, open(fd, mode, closefd=False))  # noqa: SIM115

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from contextlib import contextmanager
@@ -17,10 +18,12 @@ from shmrpc.bench.harness import Effort
 from shmrpc.bench.limits import measure_limits
 from shmrpc.bench.machine import environment
 from shmrpc.bench.results import ResultsError, document, read, write
-from shmrpc.bench.tables import notes, rich_table, rows
+from shmrpc.bench.tables import notes, rows
 from shmrpc.bench.verdict import conclusions
 
+from .columns import Columns
 from .errors import CallFailed, Failure
+from .options import check_seconds
 from .output import console
 
 if TYPE_CHECKING:
@@ -43,7 +46,12 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--quick", is_flag=True, help="Is it worth it here? Less than a minute.")
 @click.option("-c", "--contender", "names", multiple=True, metavar="NAME", help="Only these.")
 @click.option("--runs", type=click.IntRange(1, 1000), help="Of each contender.  [default: 3]")
-@click.option("--seconds", type=click.FloatRange(0.01, 60), help="Of each run.  [default: 0.3]")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0.01, 60),
+    callback=check_seconds,
+    help="Of each run.  [default: 0.3]",
+)
 @click.option("--json", "json_file", type=_FILE, help="Write all figures there.")
 @click.option("--html", "html_file", type=_FILE, help="Write the report there.")
 @click.option("--compare", "old_file", type=_FILE, help="Show what changed since that JSON.")
@@ -75,7 +83,8 @@ def bench(
     Exit status: 0 done; 1 something got slower than in --compare, or nothing could be measured; 2
     wrong usage; 130 interrupted.
     """  # noqa: D301 - click wants the character \b itself
-    _check(topics, names, quick=quick, html=html_file is not None)
+    _check(topics, names, quick=quick)
+    _check_outputs(json_file, html_file)
     old = _read(old_file) if old_file else []
     out = console()
     here = environment(shlex.join(["shmrpc", *sys.argv[1:]]))
@@ -85,10 +94,11 @@ def bench(
     default = suite.QUICK_EFFORT if quick else Effort(runs=3, seconds=0.3)
     effort = Effort(runs or default.runs, seconds or default.seconds, default.warm_up_seconds)
     if quick:
-        plans = suite.quick_plans(effort, names or suite.QUICK)
+        plans = suite.quick_plans(effort, names or suite.QUICK, asked=bool(names))
     else:
         measured = [topic for topic in topics if topic != "limits"]
-        plans = suite.plans(measured, effort, names) if measured or not topics else []
+        wanted = measured or not topics
+        plans = suite.plans(measured, effort, names, asked=bool(names)) if wanted else []
     limits = measure_limits() if "limits" in topics or not (topics or quick) else []
     _print_limits(out, limits)
     comparisons = _measure(out, plans)
@@ -100,7 +110,7 @@ def bench(
     return _print_changes(out, changes(old, comparisons)) if old_file else 0
 
 
-def _check(topics: Sequence[str], names: Sequence[str], *, quick: bool, html: bool) -> None:
+def _check(topics: Sequence[str], names: Sequence[str], *, quick: bool) -> None:
     """Refuse now what would be found out after all the measuring."""
     if quick and topics:
         raise click.UsageError("--quick has topics of its own.")
@@ -110,7 +120,17 @@ def _check(topics: Sequence[str], names: Sequence[str], *, quick: bool, html: bo
         raise click.UsageError(
             f"no such contender: {', '.join(sorted(unknown))}. There are {known}"
         )
-    if html:
+
+
+def _check_outputs(json_file: Path | None, html_file: Path | None) -> None:
+    """Likewise: what could not be written in the end."""
+    for path in filter(None, (json_file, html_file)):
+        place = path if path.exists() else path.parent
+        if not place.exists():
+            raise Failure(f"can't write {str(path)!r}: there is no directory {str(place)!r}")
+        if not os.access(place, os.W_OK):
+            raise Failure(f"can't write {str(path)!r}: no permission")
+    if html_file:
         try:
             import matplotlib as _  # noqa: ICN001, F401 - only whether it is there
         except ImportError as error:
@@ -155,7 +175,7 @@ def _print_comparison(out: Console, comparison: Comparison) -> None:
     title = f"{comparison.topic}: {comparison.case}"
     cells = rows(comparison)
     if cells:
-        out.print(rich_table(title, cells))
+        out.print(Columns(cells, title=title))
     else:
         out.print(title)
     for note in notes(comparison):
@@ -166,7 +186,7 @@ def _print_limits(out: Console, limits: Sequence[Limit]) -> None:
     if limits:
         cells = [["limit", "where", "", "unit"]]
         cells += [[limit.name, limit.where, f"{limit.value:,.2f}", limit.unit] for limit in limits]
-        out.print(rich_table("The machine, from Python", cells))
+        out.print(Columns(cells, title="The machine, from Python", keys=2, left=["where", "unit"]))
 
 
 def _write(
@@ -207,7 +227,14 @@ def _print_changes(out: Console, found: Sequence[Change]) -> int:
                 ]
             )
     if len(cells) > 1:
-        out.print(rich_table("Changes beyond the noise", cells))
+        out.print(
+            Columns(
+                cells,
+                title="Changes beyond the noise",
+                keys=2,
+                left=["contender", "metric"],
+            )
+        )
     slower = sum(change.verdict == "slower" for change in found)
     out.print(f"{len(found)} figures compared, {len(cells) - 1} beyond the noise, {slower} slower.")
     return 1 if slower else 0

@@ -6,6 +6,7 @@ Nothing here may complain: what can't be found out has no completions.
 from __future__ import annotations
 
 import contextlib
+import re
 from typing import TYPE_CHECKING
 
 from click.shell_completion import CompletionItem
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["complete_address", "complete_method"]
 
 _PATIENCE_SECONDS = 1.0
+_PLAIN = re.compile(r"[\w.:/@%+,=-]+")  # names that no shell takes for more than one word
 
 
 def complete_address(
@@ -32,8 +34,9 @@ def complete_address(
     with contextlib.suppress(Exception):
         for address, _uid in live_addresses():
             name = address.removeprefix("shm://")
-            if not name.startswith("/") and name.startswith(incomplete):
-                found.append(CompletionItem(name))
+            shown = address if incomplete.startswith("shm:") else name
+            if not name.startswith("/") and shown.startswith(incomplete):
+                found.append(CompletionItem(shown))
     return found
 
 
@@ -48,7 +51,7 @@ def complete_method(
             return [
                 CompletionItem(method["name"], help=_help(method))
                 for method in inspector.describe()
-                if method["name"].startswith(incomplete) and method["name"].isprintable()
+                if method["name"].startswith(incomplete) and _PLAIN.fullmatch(method["name"])
             ]
     return []
 

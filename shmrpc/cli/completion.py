@@ -5,6 +5,8 @@ from __future__ import annotations
 import click
 from click.shell_completion import get_completion_class
 
+from . import bash as _  # noqa: F401 - click finds it by its name, also when a shell asks
+
 __all__ = ["completion"]
 
 _SHELLS = ("bash", "zsh", "fish")

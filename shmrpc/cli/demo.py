@@ -13,15 +13,15 @@ import tempfile
 from typing import TYPE_CHECKING
 
 import click
-from rich import box
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 import shmrpc
 from shmrpc.bench.machine import describe_machine
 
+from .columns import Columns
 from .errors import CallFailed, Ended, explain
 from .measure import PAYLOAD_BYTES, Figures, measure
+from .options import check_seconds
 from .output import console, microseconds
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 @click.option(
     "--seconds",
     type=click.FloatRange(0.3, 300.0),
+    callback=check_seconds,
     default=7.5,
     show_default=True,
     help="How long to measure, all transports together.",
@@ -179,26 +180,22 @@ def _show_progress(out: Console, steps: Iterator[None], turns: int) -> None:
             progress.update(task, advance=1, refresh=True)
 
 
-def _table(figures: Mapping[str, Figures]) -> Table:
-    table = Table(
-        title=f"Echo of {PAYLOAD_BYTES} bytes, one call at a time, in {_ROUNDS} rounds",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-    )
-    table.add_column("transport")
-    for title in ("p50 us", "p99 us", "calls/s", "CPU us/call", "p50 vs shm"):
-        table.add_column(title, justify="right")
+def _table(figures: Mapping[str, Figures]) -> Columns:
     base = figures["shm"].percentile(0.5)
-    for transport, row in figures.items():
-        table.add_row(
+    cells = [["transport", "p50 us", "p99 us", "calls/s", "CPU us/call", "p50 vs shm"]]
+    cells += [
+        [
             transport,
             microseconds(row.percentile(0.5)),
             microseconds(row.percentile(0.99)),
             f"{row.calls_per_second:,.0f}",
             microseconds(row.cpu_per_call),
             _times(row.percentile(0.5), base),
-        )
-    return table
+        ]
+        for transport, row in figures.items()
+    ]
+    title = f"Echo of {PAYLOAD_BYTES} bytes, one call at a time, in {_ROUNDS} rounds"
+    return Columns(cells, title=title)
 
 
 def _times(value: float, base: float) -> str:

@@ -6,23 +6,17 @@ import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
 
 import click
-from rich import box
-from rich.table import Table
-from rich.text import Text
 
 import shmrpc
 from shmrpc import address as addresses
 
+from .columns import Columns
 from .errors import one_line
 from .output import console, count, duration, microseconds
 from .places import Place, find_places, locked_by
 from .watching import Look, Watcher
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 __all__ = ["ls"]
 
@@ -153,25 +147,22 @@ def _ping(found: _Found, address: str) -> bool:
     return True
 
 
-def _table(found: list[_Found]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
-    left = ("name", "address")
-    titles = ("name", "pid", "uid", "uptime", "connections", "calls/s", "address", "ping")
-    for title in titles:
-        table.add_column(title, justify="left" if title in left else "right", overflow="fold")
-    for entry in found:
-        cells: list[RenderableType] = [
-            Text(one_line(entry.name)),
-            Text(count(entry.pid, grouped=False)),
-            Text(str(entry.uid)),
-            Text(duration(entry.uptime_seconds)),
-            Text(count(entry.connections)),
-            Text(count(entry.calls_per_second)),
-            Text(one_line(entry.address)),
-            Text(_ping_text(entry)),
+def _table(found: list[_Found]) -> Columns:
+    cells = [["name", "pid", "uid", "uptime", "connections", "calls/s", "address", "ping"]]
+    cells += [
+        [
+            one_line(entry.name),
+            count(entry.pid, grouped=False),
+            str(entry.uid),
+            duration(entry.uptime_seconds),
+            count(entry.connections),
+            count(entry.calls_per_second),
+            one_line(entry.address),
+            _ping_text(entry),
         ]
-        table.add_row(*cells)
-    return table
+        for entry in found
+    ]
+    return Columns(cells, left=["address"])
 
 
 def _ping_text(entry: _Found) -> str:

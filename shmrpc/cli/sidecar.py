@@ -69,6 +69,7 @@ def sidecar(*, config: str | None, check: bool, grace: float, **options: object)
       shmrpc sidecar /etc/shmrpc/sidecar.toml
     """  # noqa: D301 - click wants the character \b itself
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # we say ourselves what it would
     try:
         settings = _settings(config, options)
     except ConfigError as error:

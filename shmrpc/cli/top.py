@@ -11,14 +11,13 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
-from rich import box
 from rich.console import Group
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 import shmrpc
 
+from .columns import Columns
 from .completing import complete_address
 from .errors import CallFailed, explain, one_line
 from .options import check_addresses, check_seconds
@@ -146,7 +145,7 @@ def _look(watcher: Watcher) -> list[Look] | str:
 
 
 def _screen(found: list[Look], problems: list[str]) -> Group:
-    parts: list[Table | Text] = [_servers(found)]
+    parts: list[Columns | Text] = [_servers(found)]
     methods = [(look, method) for look in found for method in look.methods]
     if methods:
         parts.append(_methods(methods))
@@ -156,78 +155,74 @@ def _screen(found: list[Look], problems: list[str]) -> Group:
     return Group(*parts, *(Text(problem) for problem in problems))
 
 
-def _new_table(left: Sequence[str], right: Sequence[str]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
-    for title in left:
-        table.add_column(title, overflow="fold")
-    for title in right:
-        table.add_column(title, justify="right", no_wrap=True)
-    return table
-
-
-def _servers(found: list[Look]) -> Table:
-    table = _new_table(
-        ("address",),
-        (
-            *("pid", "up", "conns", "calls/s", "p50", "p99", "in flight", "queued", "delay"),
-            *("ring", "arena", "pinned", "sleeps/s", "wakes/s"),
-        ),
-    )
+def _servers(found: list[Look]) -> Columns:
+    cells = [
+        [
+            *("address", "pid", "up", "conns", "calls/s", "p50", "p99"),
+            *("in flight", "queued", "delay", "ring", "arena", "pinned", "sleeps/s", "wakes/s"),
+        ]
+    ]
     for look in found:
         state = "" if look.status == "serving" else f" ({look.status})"
-        table.add_row(
-            Text(one_line(look.address) + state),
-            str(look.pid),
-            duration(look.uptime_seconds),
-            count(look.connections),
-            count(look.calls_per_second),
-            seconds_text(look.p50_seconds),
-            seconds_text(look.p99_seconds),
-            count(look.in_flight),
-            count(look.queued),
-            seconds_text(look.queue_delay_seconds) if look.queue_delay_seconds else "-",
-            f"{look.fullest_ring_percent}%",
-            f"{size_text(look.arena_used_bytes)}/{size_text(look.arena_bytes)}"
-            if look.arena_bytes
-            else "-",
-            f"{look.pinned_blocks} ({size_text(look.pinned_bytes)})" if look.pinned_blocks else "-",
-            count(look.sleeps_per_second),
-            count(look.wakeups_per_second),
+        cells.append(
+            [
+                one_line(look.address) + state,
+                str(look.pid),
+                duration(look.uptime_seconds),
+                count(look.connections),
+                count(look.calls_per_second),
+                seconds_text(look.p50_seconds),
+                seconds_text(look.p99_seconds),
+                count(look.in_flight),
+                count(look.queued),
+                seconds_text(look.queue_delay_seconds) if look.queue_delay_seconds else "-",
+                f"{look.fullest_ring_percent}%",
+                f"{size_text(look.arena_used_bytes)}/{size_text(look.arena_bytes)}"
+                if look.arena_bytes
+                else "-",
+                f"{look.pinned_blocks} ({size_text(look.pinned_bytes)})"
+                if look.pinned_blocks
+                else "-",
+                count(look.sleeps_per_second),
+                count(look.wakeups_per_second),
+            ]
         )
-    return table
+    return Columns(cells, keys=2)
 
 
-def _methods(methods: list[tuple[Look, dict[str, object]]]) -> Table:
-    table = _new_table(("method",), ("pid", "calls", "calls/s", "p50", "p99"))
-
+def _methods(methods: list[tuple[Look, dict[str, object]]]) -> Columns:
     def weight(entry: tuple[Look, dict[str, object]]) -> tuple[float, float]:
         return -_number(entry[1]["calls_per_second"]), -_number(entry[1]["calls"])
 
+    cells = [["method", "pid", "calls", "calls/s", "p50", "p99"]]
     for look, method in sorted(methods, key=weight)[:_METHODS]:
         p50, p99 = method["p50_seconds"], method["p99_seconds"]
-        table.add_row(
-            Text(one_line(str(method["name"]))),
-            str(look.pid),
-            count(_number(method["calls"])),
-            count(_number(method["calls_per_second"])),
-            seconds_text(None if p50 is None else _number(p50)),
-            seconds_text(None if p99 is None else _number(p99)),
+        cells.append(
+            [
+                one_line(str(method["name"])),
+                str(look.pid),
+                count(_number(method["calls"])),
+                count(_number(method["calls_per_second"])),
+                seconds_text(None if p50 is None else _number(p50)),
+                seconds_text(None if p99 is None else _number(p99)),
+            ]
         )
-    return table
+    return Columns(cells, keys=2)
 
 
-def _slowest(calls: list[tuple[Look, dict[str, object]]]) -> Table:
-    table = _new_table(("running now",), ("pid", "for", "caller"))
-    calls = sorted(calls, key=lambda entry: -_number(entry[1]["seconds"]))
-    for look, call in calls[:_SLOWEST]:
+def _slowest(calls: list[tuple[Look, dict[str, object]]]) -> Columns:
+    cells = [["running now", "pid", "for", "caller"]]
+    for look, call in sorted(calls, key=lambda entry: -_number(entry[1]["seconds"]))[:_SLOWEST]:
         seconds, peer = call["seconds"], _number(call["peer_pid"])
-        table.add_row(
-            Text(one_line(str(call["method"]))),
-            str(look.pid),
-            seconds_text(_number(seconds)),
-            f"{peer:.0f}" if peer > 0 else "-",
+        cells.append(
+            [
+                one_line(str(call["method"])),
+                str(look.pid),
+                seconds_text(_number(seconds)),
+                f"{peer:.0f}" if peer > 0 else "-",
+            ]
         )
-    return table
+    return Columns(cells, keys=2)
 
 
 def _number(value: object) -> float:

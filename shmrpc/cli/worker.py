@@ -12,7 +12,7 @@ import threading
 import click
 
 import shmrpc
-from shmrpc.supervisor import die_with_parent, join_supervisor
+from shmrpc.supervisor import GROUP_SIGNALS, die_with_parent, join_supervisor
 
 from .errors import failure_of, one_line
 from .running import run_server
@@ -24,9 +24,9 @@ __all__ = ["main"]
 def main(target: str, grace: str, reach: str, fd: str, supervisor: str) -> int:
     """Serve until the supervisor says SIGTERM; returns the exit status."""
     die_with_parent(int(supervisor))
-    # Ctrl-C and a terminal's end come to the whole group: the supervisor decides what they mean.
-    for number in (signal.SIGINT, signal.SIGHUP):
+    for number in GROUP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, GROUP_SIGNALS)  # the supervisor has blocked them
     try:
         server = find_server(target)
         if reach == "remote":

@@ -6,7 +6,6 @@ connection that the client has made to the sidecar.
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from shmrpc._native import lib
@@ -82,15 +81,12 @@ class BackWorker(PassingWorker):
     ) -> tuple[T, Over]:
         return attempt(self._leg, seconds_left(deadline)), _nothing
 
-    def serve_queued(self, done: Callable[[Worker], None]) -> None:
+    def serve_queued(self, mine: list[Worker], done: Callable[[list[Worker]], None]) -> None:
         """In a thread of its own: a call that this one brings back may have to end before."""
-        if lib.shmrpc_next_queued(self._slot) != lib.SHMRPC_MESSAGE:
-            done(self)
-            return
-        lib.shmrpc_disown(self._slot)
-        threading.Thread(
-            target=self._run_elsewhere, args=(done,), name="shmrpc-sidecar-back", daemon=True
-        ).start()
+        if lib.shmrpc_next_queued(self._slot) == lib.SHMRPC_MESSAGE:
+            self._hand_over(mine, done, "shmrpc-sidecar-back")
+        else:
+            done(mine)
 
 
 class BackInline(InlineWorkers):

@@ -140,7 +140,7 @@ class _Place:
         name = ""
         for part in self.path:
             name += f"[{part + 1}]" if isinstance(part, int) else f"{'.' if name else ''}{part}"
-        return ConfigError(f"{where}: {name or 'the file'}: {allowed}")
+        return ConfigError(f"{where}: {name}: {allowed}" if name else f"{where}: {allowed}")
 
     def table(self, keys: Iterable[str] | None = None) -> dict[str, _Place]:
         """The entries of a table, which may have these keys only."""
@@ -371,7 +371,10 @@ def _config(place: _Place) -> Config:
     )
     _refuse_itself(config.listen, places)
     if any(text.startswith("grpcs:") for text in config.listen) and config.tls.cert is None:
-        raise place.wrong("listening at grpcs:// needs [tls] with cert and key")
+        raise place.wrong(
+            "listening at grpcs:// needs a certificate and its key: cert and key in [tls], "
+            "or --cert and --key"
+        )
     return config
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import ssl
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
     from .config import TlsConfig
 
-__all__ = ["GrpcLeg", "read_file"]
+__all__ = ["GrpcLeg", "read_tls"]
 
 _QUEUED_MAX = 16  # messages that wait for grpcio to send them
 _KEEPALIVE_TIMEOUT_MS = 10000
@@ -49,6 +50,37 @@ def read_file(path: str | None, what: str) -> bytes | None:
     except OSError as error:
         msg = f"can't read the {what} {path}: {error.strerror}"
         raise ConnectError(msg) from error
+
+
+def read_tls(tls: TlsConfig) -> tuple[bytes | None, bytes | None, bytes | None]:
+    """What is in the CA's file, the key's and the certificate's.
+
+    ``ConnectError`` if they are of no use: gRPC would only say later that something failed.
+    """
+    ca, key = read_file(tls.ca, "CA certificate"), read_file(tls.key, "key")
+    certificate = read_file(tls.cert, "certificate")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    if tls.ca is not None:
+        try:
+            context.load_verify_locations(tls.ca)
+        except ssl.SSLError as error:
+            msg = f"can't use the CA certificate {tls.ca}: {_reason(error)}"
+            raise ConnectError(msg) from error
+    if tls.cert is not None:
+        try:
+            # Without a password: nobody is there to be asked for one.
+            context.load_cert_chain(tls.cert, tls.key, password="")
+        except ssl.SSLError as error:
+            msg = f"can't use the certificate {tls.cert} with the key {tls.key}: {_reason(error)}"
+            raise ConnectError(msg) from error
+    return ca, key, certificate
+
+
+def _reason(error: ssl.SSLError) -> str:
+    """What OpenSSL says, in words."""
+    if error.reason in {None, "NO_START_LINE", "NO_CERTIFICATE_OR_CRL_FOUND"}:
+        return "not what a PEM file has to hold"
+    return error.reason.replace("_", " ").lower()
 
 
 class GrpcLeg:
@@ -87,11 +119,7 @@ class GrpcLeg:
         else:
             if tls.server_name is not None:
                 settings.append(("grpc.ssl_target_name_override", tls.server_name))
-            credentials = grpc.ssl_channel_credentials(
-                read_file(tls.ca, "CA certificate"),
-                read_file(tls.key, "key"),
-                read_file(tls.cert, "certificate"),
-            )
+            credentials = grpc.ssl_channel_credentials(*read_tls(tls))
             self._channel = grpc.secure_channel(place, credentials, settings)
         channel = self._channel
         self._unary = channel.unary_unary(METHODS["Unary"], as_is, as_is)

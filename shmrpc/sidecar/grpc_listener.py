@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ import msgpack
 from shmrpc.errors import Cancelled, ConnectError, Error, RemoteError
 from shmrpc.metadata import unpack_metadata, unpack_reply_metadata
 
-from .grpc_leg import read_file
+from .grpc_leg import read_tls
 from .grpcs import ITEM, RESULT, SERVICE, as_is, from_grpc, options, place_of, to_grpc, trailers_of
 from .raw import Reply, Request, failure_reply, flat
 
@@ -94,6 +95,21 @@ class _Passage:
         self.count(reply.status)
 
 
+def _why_not(place: str) -> str | None:
+    """Why nobody can listen there, which gRPC says on stderr only; None if somebody could."""
+    host, _, port = place.rpartition(":")
+    try:
+        for family, kind, _, _, where in socket.getaddrinfo(
+            host.strip("[]"), int(port), type=socket.SOCK_STREAM
+        ):
+            with socket.socket(family, kind) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(where)
+    except OSError as error:
+        return str(error.strerror).lower()
+    return None
+
+
 class GrpcListener:
     """A gRPC server with the generic methods; with the faces of ``RelayServer``."""
 
@@ -116,7 +132,7 @@ class GrpcListener:
         try:
             port = self._bind(place, secure, config)
         except (RuntimeError, ValueError) as error:
-            msg = f"can't listen at {address}: {error}"
+            msg = f"can't listen at {address}: {_why_not(place) or error}"
             raise ConnectError(msg) from error
         self.addresses = [f"{address.rpartition(':')[0]}:{port}"]
 
@@ -125,11 +141,9 @@ class GrpcListener:
         if not secure:
             port = self._server.add_insecure_port(place)
         else:
-            tls = config.tls
-            pair = (read_file(tls.key, "key"), read_file(tls.cert, "certificate"))
-            ca = read_file(tls.ca, "CA certificate")
+            ca, key, certificate = read_tls(config.tls)
             credentials = grpc.ssl_server_credentials(
-                [pair], ca, require_client_auth=ca is not None
+                [(key, certificate)], ca, require_client_auth=ca is not None
             )
             port = self._server.add_secure_port(place, credentials)
         if port == 0:

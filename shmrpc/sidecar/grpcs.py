@@ -9,13 +9,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+import grpc
 import msgpack
-
-try:
-    import grpc
-except ImportError as error:
-    msg = "grpc:// and grpcs:// need grpcio: pip install 'shmrpc[grpc]'"
-    raise ImportError(msg) from error
 
 from shmrpc.errors import STATUS_NAMES, Error, MethodNotFound, Overloaded, RemoteError
 from shmrpc.metadata import unpack_metadata

@@ -88,6 +88,13 @@ class _RelayWorker(PassingWorker):
             cell = self._cells[prefix] = self._sidecar.counts.cell(prefix)
         return cell
 
+    def _report(self, error: BaseException, args: Any, result: Any) -> None:
+        """Of our own methods, too: one asks the upstream, which may be missing."""
+        if isinstance(error, Error):
+            self._refuse(error)
+        else:
+            super()._report(error, args, result)
+
     # ---- the ways of the core ----
 
     def _clear_ways(self) -> None:

@@ -40,7 +40,7 @@ def _grpc(module: str, address: str) -> Any:
     try:
         return importlib.import_module(f".{module}", __package__)
     except ImportError as error:
-        msg = f"{address}: {error}"
+        msg = f"{address}: gRPC needs grpcio ({error}): pip install 'shmrpc[grpc]'"
         raise ConfigError(msg) from error
 
 
