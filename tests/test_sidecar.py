@@ -797,7 +797,7 @@ def test_addresses_in_use(service, directory):
     server = service("shm", "tcp")
     taken = server.addresses[1]
     port = taken.rpartition(":")[2]
-    upstream = ("--upstream", server.address)
+    upstream = ("--upstream", "shm://elsewhere")
     for arguments, words in (
         (("--listen", server.address), "in use"),
         (("--listen", taken), port),
