@@ -109,7 +109,7 @@ class Server(Hosting):
         self._lock = threading.Lock()
         # Held while starting, stopping and handing over; a stop ends a handing over that waits.
         self._changing = threading.RLock()
-        self._stopping = False
+        self._starting = self._stopping = False
         self._forked = False
         self._poller: Poller | None = None
         _servers.add(self)
@@ -154,17 +154,22 @@ class Server(Hosting):
         them. ``READY=1`` goes to ``$NOTIFY_SOCKET``, if that is set.
         """
         self._check_usable()
-        with self._changing:
-            poller, acceptor = self._listen()
-            poller.serve(
-                self._run_worker, workers=self._workers, max_concurrency=self._max_concurrency
-            )
-            self._inspection.started(poller, acceptor.addresses, acceptor.workers)
-            poller.ended = acceptor.connection_ended
-            # Before it accepts: a successor that does not get so far leaves all to who does.
-            handover.tell_ready()
-            acceptor.start()
-            _log.info("serving at %s", ", ".join(acceptor.addresses))
+        self._starting = True
+        try:
+            with self._changing:
+                self._start()
+        finally:
+            self._starting = False
+
+    def _start(self) -> None:
+        poller, acceptor = self._listen()
+        poller.serve(self._run_worker, workers=self._workers, max_concurrency=self._max_concurrency)
+        self._inspection.started(poller, acceptor.addresses, acceptor.workers)
+        poller.ended = acceptor.connection_ended
+        # Before it accepts: a successor that does not get so far leaves all to who does.
+        handover.tell_ready()
+        acceptor.start()
+        _log.info("serving at %s", ", ".join(acceptor.addresses))
 
     def _listen(self) -> tuple[Poller, Acceptor]:
         with self._lock:
@@ -255,10 +260,12 @@ class Server(Hosting):
         if isinstance(command, str) or not command:
             msg = f"command must be a program and its arguments, not {command!r}"
             raise ValueError(msg)
-        # Without waiting: a stop waits for its handlers, and one of them may have called this.
-        if not self._changing.acquire(blocking=False):
-            msg = "this server is being started, stopped or handed over by another thread"
-            raise Error(msg)
+        # A start is waited for: its first callers may come before it has ended. A stop is not: it
+        # waits for its handlers, and one of them may have called this.
+        while not self._changing.acquire(timeout=0.01):
+            if not self._starting or self._stopping:
+                msg = "this server is being stopped or handed over by another thread"
+                raise Error(msg)
         try:
             acceptor = self._acceptor
             if acceptor is None or not acceptor.addresses:

@@ -25,6 +25,7 @@ from restarting import (
 from test_connecting import HANDSHAKE, HELLO, WELCOME, message, raw_socket
 
 import shmrpc
+from shmrpc.acceptor import Acceptor
 
 OTHER_UID = 54321
 
@@ -306,6 +307,37 @@ def test_server_that_does_not_listen(directory):
         pass
     with pytest.raises(shmrpc.Error, match="does not listen"):
         server.hand_over(["true"])
+
+
+def test_handler_that_hands_over_while_the_server_still_starts(directory, monkeypatch):
+    """It may be called before ``start`` returns, and waits for that."""
+    address = address_of("shm", directory)
+    called = threading.Event()
+    accept = Acceptor.start
+
+    def start(acceptor):
+        accept(acceptor)
+        assert called.wait(20)
+
+    monkeypatch.setattr(Acceptor, "start", start)
+    server = shmrpc.Server(address)
+
+    @server.method
+    def hand_over():
+        threading.Timer(0.05, called.set).start()
+        server.hand_over(["false"])
+
+    starting = threading.Thread(target=server.start)
+    starting.start()
+    try:
+        wait_until(lambda: server.addresses)
+        client = shmrpc.connect(address, timeout=20)
+        with client, pytest.raises(shmrpc.RemoteError, match="successor"):
+            client.call("hand_over")
+    finally:
+        called.set()
+        starting.join(20)
+        server.stop()
 
 
 def test_second_successor(generations, connect):

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import as_root
+from conftest import as_root, wait_until
 
 import shmrpc
 from shmrpc import address
@@ -63,6 +63,20 @@ def server():
 
 def descriptors(pid):
     return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def descriptors_at_rest(pid):
+    """How many a server has whose standby thread waits, with a timer that it makes then."""
+
+    def has_timer():
+        for path in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                if path.readlink() == Path("anon_inode:[timerfd]"):
+                    return True
+        return False
+
+    wait_until(has_timer)
+    return descriptors(pid)
 
 
 def settle(pid, expected, seconds=40.0):
@@ -124,7 +138,7 @@ class GoodClient(threading.Thread):
 def test_hostile_client(server, manner):
     with shmrpc.connect("good") as client:
         assert client.call("add", 1, 2) == 3
-        before = descriptors(server.pid)
+        before = descriptors_at_rest(server.pid)
         with GoodClient(client) as good:
             done = subprocess.run(
                 [sys.executable, str(SCRIPT), "client", "good", manner, str(SEED), str(SECONDS)],
@@ -175,7 +189,7 @@ def test_hostile_server(manner):
 def test_clients_that_connect_and_vanish(server):
     with shmrpc.connect("good") as client:
         client.call("add", 1, 2)
-        before = descriptors(server.pid)
+        before = descriptors_at_rest(server.pid)
         for _ in range(100):
             shmrpc.connect("good").close()
         assert settle(server.pid, before) == before
@@ -247,7 +261,7 @@ def unharmed(server):
     """After the test the server must live, serve, and hold as many descriptors as before."""
     with shmrpc.connect("good") as client:
         client.call("add", 1, 2)
-        before = descriptors(server.pid)
+        before = descriptors_at_rest(server.pid)
         yield server
         assert server.poll() is None
         started = time.monotonic()
@@ -448,7 +462,7 @@ def test_memory_of_another_user(tmp_path, manner, expected):
             parent.chmod(0o755)
     with process("server", f"shm://{path}", "--allow", other) as running:
         path.chmod(0o777)
-        before = descriptors(running.pid)
+        before = descriptors_at_rest(running.pid)
         done = subprocess.run(
             [sys.executable, str(SCRIPT), "stranger", f"shm://{path}", manner, str(other)],
             check=False,
