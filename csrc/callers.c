@@ -708,18 +708,6 @@ void shmrpc_publish(shmrpc_poller *poller)
     publish(poller);
 }
 
-/* In an event loop, whose only thread is the leader, after it has sent a request: the reply is on its
- * way, poll for it. */
-static void expect_reply(struct shmrpc_poller *poller, struct conn *conn)
-{
-    /* Elsewhere `hot` may be written by another thread, which leads. */
-    if (!poller->event_loop || !conn->is_shm || conn->hot ||
-        load_relaxed(&conn->error) != 0)
-        return;
-    poller_heat(poller, conn);
-    conn->last_active_ns = clock_now_ns(); /* the last look may be long ago */
-}
-
 int shmrpc_send(shmrpc_slot *slot, uint32_t kind, uint32_t flags, uint64_t call_id,
                 const shmrpc_name *name, uint32_t status, const char *metadata,
                 size_t metadata_bytes, const char *body, size_t body_bytes, uint64_t deadline_ns,
@@ -742,7 +730,7 @@ int shmrpc_send(shmrpc_slot *slot, uint32_t kind, uint32_t flags, uint64_t call_
     set_deadline(&message, slot->conn, deadline_ns);
     int result = slot_send(slot, &message, 2, (atomic_u64 *)position);
     if (kind == SHMRPC_REQUEST || kind == SHMRPC_PING)
-        expect_reply(slot->poller, slot->conn);
+        poller_expect(slot->poller, slot->conn);
     return result;
 }
 
@@ -764,7 +752,7 @@ int64_t shmrpc_send_request(shmrpc_slot *slot, uint64_t call_id, const shmrpc_na
     if (deadline_ns != 0)
         set_deadline(&message, slot->conn, deadline_ns);
     int status = loop_send(slot->poller, slot->conn, &message, &position);
-    expect_reply(slot->poller, slot->conn);
+    poller_expect(slot->poller, slot->conn);
     if (status < 0)
         return status;
     return (int64_t)(load_relaxed(&position) << 2) | (deadline_ns != 0 ? 2 : 0) | status;

@@ -786,9 +786,6 @@ void poller_sent(struct shmrpc_poller *poller, struct conn *conn)
     }
     poller->sent = true;
     note_rest(poller);
-    if (poller->rests || !conn->is_shm || conn->hot || load_relaxed(&conn->error) != 0)
-        return;
-    poller->armed_ns = 0;
-    poller_heat(poller, conn);
-    conn->last_active_ns = clock_now_ns(); /* the last look may be long ago */
+    if (!poller->rests && poller_expect(poller, conn))
+        poller->armed_ns = 0;
 }

@@ -221,6 +221,19 @@ bool poller_arm(struct shmrpc_poller *poller, struct shmrpc_slot *slot);
 void poller_sent(struct shmrpc_poller *poller, struct conn *conn);
 /* Poll this conn from now on; leader only. */
 void poller_heat(struct shmrpc_poller *poller, struct conn *conn);
+
+/* In an event loop, whose only thread is the leader, after it has sent something: an answer is on its
+ * way, poll for it. Whether the conn was not polled before. */
+static inline bool poller_expect(struct shmrpc_poller *poller, struct conn *conn)
+{
+    /* Elsewhere `hot` may be written by another thread, which leads. */
+    if (!poller->event_loop || !conn->is_shm || conn->hot || load_relaxed(&conn->error) != 0)
+        return false;
+    poller_heat(poller, conn);
+    conn->last_active_ns = clock_now_ns(); /* the last look may be long ago */
+    return true;
+}
+
 /* A main thread must go back to Python once before each sleep, to run signal handlers: a signal
  * that came since it left Python would not interrupt the sleep. */
 bool poller_must_check_signals(struct shmrpc_slot *slot);

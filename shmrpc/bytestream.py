@@ -19,7 +19,7 @@ from .handshake import Terms
 from .link import connect_link
 from .poller import FOREVER, Waiters, check_timeout
 from .registry import make_name
-from .session import WINDOW_MESSAGES, Run, Stream
+from .session import Run, Stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,7 +35,6 @@ METHOD = b"shmrpc.bytes"
 # larger steps than a stream of messages takes, because each of them may wake the other process.
 _WINDOW_BYTES = 448 << 10  # part of the protocol
 _RING_BYTES = 512 << 10
-_CREDIT_MESSAGES, _CREDIT_BYTES = WINDOW_MESSAGES // 2, _WINDOW_BYTES // 2  # are given back
 _MESSAGE_BYTES = 1 << 20  # longest item that we accept: others may cut larger ones than we do
 # Largest item that we send: it is one frame. On sockets, whose frames are a little shorter than
 # 64 KiB, half of that: writes of 64 KiB, which are common, would leave a small rest each.
@@ -66,6 +65,7 @@ class Flow(Stream):
     __slots__ = ("receiver",)
 
     window_bytes = _WINDOW_BYTES
+    due_bytes = _WINDOW_BYTES // 2
 
     def __init__(self, waiters: Waiting, *, ended: bool = False) -> None:
         super().__init__(waiters, ended=ended)
@@ -83,8 +83,8 @@ class Flow(Stream):
             receiver is None
             or self.ended
             # Then credit is due, or they are beyond it.
-            or messages - self.returned_messages >= _CREDIT_MESSAGES
-            or received - self.returned_bytes >= _CREDIT_BYTES
+            or messages - self.returned_messages >= self.due_messages
+            or received - self.returned_bytes >= self.due_bytes
         ):
             return self.items(Run(data, (size - last,) * (count - 1) + (size,)))
         before.received_messages = self.taken_messages = messages

@@ -128,6 +128,8 @@ class Stream:
     # Both sides of a kind of stream have to agree on these.
     window_messages = WINDOW_MESSAGES
     window_bytes = WINDOW_BYTES
+    due_messages = WINDOW_MESSAGES // 2  # when so much was taken, credit is given back
+    due_bytes = WINDOW_BYTES // 2
 
     __slots__ = (
         "cancelled",
@@ -200,7 +202,7 @@ class Stream:
         """The body of a CREDIT frame to be sent now, or nothing."""
         messages = self.taken_messages - self.returned_messages
         size = min(self.taken_bytes - self.returned_bytes, _CREDIT_MAX)
-        if messages < self.window_messages // 2 and size < self.window_bytes // 2:
+        if messages < self.due_messages and size < self.due_bytes:
             return b""
         self.returned_messages += messages
         self.returned_bytes += size

@@ -45,7 +45,7 @@ class _FlowPoller(LoopPoller):
         if not self._torn and (self._ready or self.rests[0]):
             status = _poll(self._taker, 0)
             if status > 0:
-                self._briefs = _briefs_in(self._batch_briefs[: (status & 0xFFFF) * _BRIEF_BYTES])
+                self._begin_batch(status)
                 self._take_batch()
             elif status == _EVENTS:
                 self.dispatch()
